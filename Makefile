@@ -1,0 +1,37 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up .venv once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (some minutes the first time, then reused)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "uta-fx needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## generate videos dense and sparse, side by side, into demo/
+	$(BIN)/uta-fx generate --output demo
+
+test: $(READY)  ## run the tests (no GPU needed)
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and what was generated
+	rm -rf $(VENV) build dist demo *.egg-info

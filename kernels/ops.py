@@ -1,0 +1,255 @@
+"""``uta::sparse_attention`` and ``uta::block_scores``: schemas, shape rules and device dispatch.
+
+Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
+Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
+is absent has a dimension of size 0. The operators are forward-only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+BLOCK_SIZES = (16, 32, 64, 128)
+
+_LIBRARY = torch.library.Library("uta", "DEF")
+_LIBRARY.define(
+    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
+    " Tensor block_counts, Tensor tail_key, Tensor tail_value, Tensor tail_log_size,"
+    " Tensor tail_variance, Tensor tail_slope, float scale, float variance_weight,"
+    " int block_q, int block_kv) -> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
+    " float scale, float variance_weight, float variance_power, int block_q) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::sparse_attention``; arguments and results as in ``reference.sparse_attention``.
+
+    Inputs may have any strides with a contiguous last dimension; float32, float16 or bfloat16
+    (query, key, value, tail_key, tail_value, tail_variance and tail_slope alike); head dims from
+    16 to 128; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
+
+    Raises:
+        ValueError: A shape, block size or head dim is outside the contract; on the CPU also an id
+            outside ``[0, Nk)`` (a GPU cannot report it without stopping, and makes the row NaN).
+        TypeError: A dtype or device is outside the contract.
+        RuntimeError: A gradient is asked for.
+    """
+    return torch.ops.uta.sparse_attention.default(*args, **options)
+
+
+def block_scores(*args: Any, **options: Any) -> Tensor:
+    """Call ``uta::block_scores``; arguments and result as in ``reference.block_scores``."""
+    return torch.ops.uta.block_scores.default(*args, **options)
+
+
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, with the strides of ``empty_like(query)``, and the log-sum-exp, uninitialised."""
+    if value.shape[-1] == query.shape[-1]:
+        output = torch.empty_like(query)
+    else:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def check_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_query(query, block_q)
+    if block_kv not in BLOCK_SIZES:
+        raise ValueError(f"block_kv must be one of {BLOCK_SIZES}, got {block_kv}")
+    batch, heads, length_q, dim = query.shape
+    length_kv, dim_v = key.shape[-2], value.shape[-1]
+    if not MIN_HEAD_DIM <= dim_v <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"value must have a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim_v}"
+        )
+    blocks_q, blocks_kv = -(-length_q // block_q), -(-length_kv // block_kv)
+    per_block = tail_key.dim() == 4
+    lead = (batch, heads) if per_block else (batch, heads, blocks_q)
+    representatives = tail_key.shape[-2]
+    if per_block and representatives not in (0, blocks_kv):
+        raise ValueError(
+            f"tail_key of rank 4 must hold one representative for each of the {blocks_kv} key"
+            f" blocks, or none, got {representatives}"
+        )
+    if tail_variance.shape[2] and not per_block:
+        raise ValueError("tail_variance needs a tail_key of rank 4 [B, H, Nk, D], got rank 5")
+    _check_shape("key", key, (batch, heads, length_kv, dim))
+    _check_shape("value", value, (batch, heads, length_kv, dim_v))
+    _check_shape("block_ids", block_ids, (batch, heads, blocks_q, block_ids.shape[-1]))
+    _check_shape("block_counts", block_counts, (batch, heads, blocks_q))
+    _check_shape("tail_key", tail_key, (*lead, representatives, dim))
+    _check_shape("tail_value", tail_value, (*lead, representatives, dim_v))
+    _check_shape("tail_log_size", tail_log_size, (*lead, representatives))
+    variances = representatives if tail_variance.shape[2] else 0
+    _check_shape("tail_variance", tail_variance, (batch, heads, variances, dim))
+    slopes = tail_slope.shape[2]
+    if slopes not in (0, 1, blocks_q):
+        raise ValueError(
+            f"tail_slope must hold 0, 1 or {blocks_q} slopes a head (none, one for the head, one"
+            f" for each query block), got {slopes}"
+        )
+    _check_shape("tail_slope", tail_slope, (batch, heads, slopes, dim, dim_v))
+
+    like_query = {
+        "key": key,
+        "value": value,
+        "tail_key": tail_key,
+        "tail_value": tail_value,
+        "tail_variance": tail_variance,
+        "tail_slope": tail_slope,
+    }
+    for name, tensor in like_query.items():
+        _check_dtype(name, tensor, query.dtype)
+        _check_device(name, tensor, query)
+    others = {
+        "block_ids": (block_ids, torch.int32),
+        "block_counts": (block_counts, torch.int32),
+        "tail_log_size": (tail_log_size, torch.float32),
+    }
+    for name, (tensor, dtype) in others.items():
+        _check_dtype(name, tensor, dtype)
+        _check_device(name, tensor, query)
+
+
+def check_block_scores(
+    query: Tensor,
+    key_mean: Tensor,
+    key_variance: Tensor,
+    log_size: Tensor,
+    scale: float,
+    variance_weight: float,
+    variance_power: float,
+    block_q: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_query(query, block_q)
+    batch, heads, _, dim = query.shape
+    blocks = key_mean.shape[-2]
+    _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
+    _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
+    _check_shape("log_size", log_size, (batch, heads, blocks))
+    if variance_power < 0:
+        raise ValueError(f"variance_power must not be negative, got {variance_power}")
+    for name, tensor, dtype in (
+        ("key_mean", key_mean, query.dtype),
+        ("key_variance", key_variance, query.dtype),
+        ("log_size", log_size, torch.float32),
+    ):
+        _check_dtype(name, tensor, dtype)
+        _check_device(name, tensor, query)
+
+
+def _check_query(query: Tensor, block_q: int) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"query must be [B, H, L, D], got {query.dim()} dimensions")
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must be float32, float16 or bfloat16, got {query.dtype}")
+    if not MIN_HEAD_DIM <= query.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"query must have a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM},"
+            f" got {query.shape[-1]}"
+        )
+    if block_q not in BLOCK_SIZES:
+        raise ValueError(f"block_q must be one of {BLOCK_SIZES}, got {block_q}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    if tensor.dtype != expected:
+        raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise TypeError(f"{name} must be on {query.device} as query is, got {tensor.device}")
+
+
+def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_sparse_attention(*args)
+    return cpu.sparse_attention(*args)
+
+
+def _cpu_block_scores(*args: Any) -> Tensor:
+    from uta_fx.kernels import reference
+
+    check_block_scores(*args)
+    return reference.block_scores(*args)
+
+
+def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_attention
+
+    check_sparse_attention(*args)
+    return triton_attention.sparse_attention(*args)
+
+
+def _cuda_block_scores(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_scores
+
+    check_block_scores(*args)
+    return triton_scores.block_scores(*args)
+
+
+def _fake_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_sparse_attention(query, key, value, *rest)
+    return empty_outputs(query, value)
+
+
+def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
+    check_block_scores(query, key_mean, *rest)
+    block_q = rest[-1]
+    shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
+    return query.new_empty(shape, dtype=torch.float32)
+
+
+def _refuse_gradient(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "uta::sparse_attention is forward-only: run the model under torch.no_grad() or"
+        " torch.inference_mode()"
+    )
+
+
+# plain calls, not decorators: kernels and launchers stay callable without the dispatcher
+_LIBRARY.impl("sparse_attention", _cpu_sparse_attention, "CPU")
+_LIBRARY.impl("sparse_attention", _cuda_sparse_attention, "CUDA")
+_LIBRARY.impl("block_scores", _cpu_block_scores, "CPU")
+_LIBRARY.impl("block_scores", _cuda_block_scores, "CUDA")
+for _name, _fake in (
+    ("uta::sparse_attention", _fake_sparse_attention),
+    ("uta::block_scores", _fake_block_scores),
+):
+    torch.library.register_fake(_name, _fake, lib=_LIBRARY)
+    torch.library.register_autograd(_name, _refuse_gradient, lib=_LIBRARY)

@@ -1,0 +1,184 @@
+"""What every kernel must agree with: the operators in plain PyTorch, in the dtype they are given.
+
+Called on float64 tensors these functions are the specification; called on the tensors of a user
+they say how much error that dtype makes by itself. Memory is O(Lq * Lk): for tests and study.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention over listed key blocks and over representatives of the rest, in one softmax.
+
+    Query row i of query block n sees the tokens of its listed blocks with logit ``s q_i.k_j`` and
+    value ``v_j``, and every representative r of its tail with
+
+        sigma2 = sum_c (s q_ic)^2 tail_variance_rc               (0 without a variance)
+        logit  = s q_i.tail_key_r + tail_log_size_r + variance_weight * sigma2 / 2
+        value  = tail_value_r + (s q_i @ tail_slope) / (1 + sigma2)      (no slope: tail_value_r)
+
+    which is UTA's equation 14 with any number of representatives; variance and slope are the
+    second-order mass and first-order value of a block whose logits and values are Gaussian.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        block_ids: int32 ``[B, H, Nq, M]``; the first ``block_counts`` entries of a row are distinct
+            ids of key blocks, in any order; the others are ignored. ``Nq = ceil(Lq / block_q)``.
+        block_counts: int32 ``[B, H, Nq]``, each in ``[0, M]``.
+        tail_key: ``[B, H, Nk, D]``, one representative for each key block, which takes part in the
+            rows that do not list that block; or ``[B, H, Nq, R, D]``, R for each query block.
+            ``Nk = ceil(Lk / block_kv)``. An R (or Nk) of 0 means: the tail is dropped.
+        tail_value: As ``tail_key``, with Dv.
+        tail_log_size: float32, as ``tail_key`` without its last dimension: natural log of how many
+            keys it stands for; ``-inf`` where it stands for none.
+        tail_variance: ``[B, H, Nk, D]``, or ``[B, H, 0, D]`` for none.
+        tail_slope: ``[B, H, S, D, Dv]``, S one of 0 (none), 1 (one for each head) or Nq.
+        scale: s, multiplies the logits.
+        variance_weight: Share of ``sigma2 / 2`` that is added to the logit.
+        block_q: Query rows in a block.
+        block_kv: Keys in a block; the last one may be ragged.
+
+    Returns:
+        Output ``[B, H, Lq, Dv]`` in the dtype of ``query`` and the natural log-sum-exp
+        ``[B, H, Lq]`` (float32, or float64 for float64 inputs). A row that sees nothing is zero,
+        with log-sum-exp ``-inf``; a row with an id outside ``[0, Nk)`` is NaN.
+    """
+    length_q, length_kv = query.shape[-2], key.shape[-2]
+    exact, valid = listed_blocks(block_ids, block_counts, -(-length_kv // block_kv))
+    rows = torch.arange(length_q, device=query.device) // block_q
+    columns = torch.arange(length_kv, device=query.device) // block_kv
+
+    logits = (query * scale) @ key.transpose(-1, -2)
+    logits = logits.masked_fill(~exact[:, :, rows][..., columns], -torch.inf)
+    tail, sigma2 = _tail_logits(query, tail_key, tail_log_size, tail_variance, scale, rows)
+    tail = tail + variance_weight / 2 * sigma2
+    if tail_key.dim() == 4 and tail_key.shape[-2]:
+        tail = tail.masked_fill(exact[:, :, rows], -torch.inf)
+
+    everything = torch.cat([logits, tail.to(logits.dtype)], -1)
+    lse = everything.to(_accumulator(query)).logsumexp(-1)
+    weights = (everything - lse[..., None]).exp().to(query.dtype)
+    weights = weights.masked_fill(everything == -torch.inf, 0.0)  # also where lse is -inf
+    exact_weights, tail_weights = weights.split([length_kv, tail.shape[-1]], -1)
+    output = exact_weights @ value
+    if tail_value.dim() == 5:
+        output = output + torch.einsum("bhir,bhird->bhid", tail_weights, tail_value[:, :, rows])
+    else:
+        output = output + tail_weights @ tail_value
+    if tail_slope.shape[2]:
+        gain = (tail_weights / (1 + sigma2).to(tail_weights.dtype)).sum(-1, keepdim=True)
+        slope = tail_slope if tail_slope.shape[2] == 1 else tail_slope[:, :, rows]
+        output = output + gain * (query[..., None, :] * scale @ slope).squeeze(-2)
+    invalid = ~valid[:, :, rows]
+    return output.masked_fill(invalid[..., None], torch.nan), lse.masked_fill(invalid, torch.nan)
+
+
+def block_scores(
+    query: Tensor,
+    key_mean: Tensor,
+    key_variance: Tensor,
+    log_size: Tensor,
+    scale: float,
+    variance_weight: float,
+    variance_power: float,
+    block_q: int,
+) -> Tensor:
+    """Pooled attention of each query row on each key block, weighted and averaged over the block.
+
+        sigma2_ib = sum_c (s q_ic)^2 key_variance_bc
+        p_i       = softmax_b(s q_i.key_mean_b + log_size_b + variance_weight * sigma2_ib / 2)
+        score_nb  = mean over rows i of query block n of p_ib * sigma2_ib ** variance_power
+
+    With power 1 this is the expected error of aggregating block b (``low_delta``), with power 0
+    the share of attention that b is estimated to hold.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key_mean: ``[B, H, Nk, D]``.
+        key_variance: ``[B, H, Nk, D]``.
+        log_size: float32 ``[B, H, Nk]``, natural log of the tokens in each block.
+        scale: s.
+        variance_weight: As in ``sparse_attention``.
+        variance_power: Exponent of sigma2 in the score, at least 0.
+        block_q: Query rows in a block; the last one may be ragged.
+
+    Returns:
+        ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs), not negative.
+    """
+    accumulator = _accumulator(query)
+    scaled = query.to(accumulator) * scale
+    sigma2 = scaled.square() @ key_variance.to(accumulator).transpose(-1, -2)
+    logits = scaled @ key_mean.to(accumulator).transpose(-1, -2)
+    logits = logits + log_size[..., None, :].to(accumulator) + variance_weight / 2 * sigma2
+    scores = logits.softmax(-1)
+    if variance_power:
+        scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
+    whole = query.shape[-2] // block_q * block_q
+    parts = [scores[:, :, :whole].unflatten(2, (-1, block_q)).mean(3)] if whole else []
+    if whole < query.shape[-2]:
+        parts.append(scores[:, :, whole:].mean(2, keepdim=True))
+    return torch.cat(parts, 2)
+
+
+def listed_blocks(block_ids: Tensor, block_counts: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Turn lists of key blocks into a mask.
+
+    Args:
+        block_ids: int32 ``[B, H, Nq, M]``.
+        block_counts: int32 ``[B, H, Nq]``.
+        blocks: Nk, how many key blocks there are.
+
+    Returns:
+        Boolean ``[B, H, Nq, Nk]``, True where listed; boolean ``[B, H, Nq]``, False where a listed
+        id lies outside ``[0, Nk)``.
+    """
+    used = torch.arange(block_ids.shape[-1], device=block_ids.device) < block_counts[..., None]
+    inside = (block_ids >= 0) & (block_ids < blocks)
+    spill = block_ids.long().masked_fill(~(used & inside), blocks)  # one column too many
+    mask = torch.zeros((*block_ids.shape[:-1], blocks + 1), dtype=torch.bool, device=spill.device)
+    return mask.scatter(-1, spill, True)[..., :blocks], (inside | ~used).all(-1)
+
+
+def _tail_logits(
+    query: Tensor,
+    tail_key: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    scale: float,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, H, Lq, R]`` without their variance term, and sigma2 (a zero without one)."""
+    scaled = query * scale
+    if tail_key.dim() == 5:
+        logits = torch.einsum("bhid,bhird->bhir", scaled, tail_key[:, :, rows])
+        logits = logits + tail_log_size[:, :, rows]
+    else:
+        logits = scaled @ tail_key.transpose(-1, -2) + tail_log_size[:, :, None]
+    if tail_variance.shape[2]:
+        return logits, scaled.square() @ tail_variance.transpose(-1, -2)
+    return logits, logits.new_zeros(())
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over many keys are kept."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,247 @@
+"""The whole operation: orders, policies, budgets and tails on structured inputs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from uta_fx import Config, sparse_attention
+from uta_fx.attention import list_blocks
+from uta_fx.order import token_order
+from uta_fx.policies import LowDelta, TopK, spend_budget
+from uta_fx.statistics import block_statistics
+from uta_fx.tails import KINDS, Tail
+
+GRID = (8, 8, 8)
+SMALL = {"block_q": 32, "block_kv": 32}
+
+
+def fields(grid=GRID, heads=2, dim=32, seed=0, batch=1):
+    """q, k, v that vary smoothly over the grid, as those of video do, plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = [torch.arange(side) / 8 for side in grid]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3)
+
+    def field():
+        wave = torch.randn(batch, heads, 3, dim, generator=generator) * 4
+        phase = torch.rand(batch, heads, 1, dim, generator=generator) * 6
+        noise = torch.randn(batch, heads, len(position), dim, generator=generator)
+        return 2 * torch.sin(position @ wave + phase) + 0.3 * noise
+
+    return field(), field(), field()
+
+
+def error(output, reference):
+    """Relative mean squared error."""
+    return ((output - reference).square().mean() / reference.square().mean()).item()
+
+
+@pytest.mark.parametrize("reorder", ["none", "tile", "morton"])
+@pytest.mark.parametrize("tail", KINDS)
+def test_density_one_is_dense_attention(reorder, tail):
+    """Whatever the order and the tail; the bound is a few float32 roundings of the sums."""
+    q, k, v = fields()
+    config = Config(density=1.0, reorder=reorder, tail=tail, **SMALL)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    output = sparse_attention(q, k, v, config=config, grid=GRID)
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [kind for kind in KINDS if kind not in ("none", "normalizer")])
+@pytest.mark.parametrize("budget", ["site", "row"])
+def test_equal_logits_aggregate_without_error(tail, budget):
+    """Theorem 3.1: equal tail logits make every aggregating tail equal to dense attention."""
+    q, _, v = fields()
+    key = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(1)).expand_as(q)
+    config = Config(density=0.2, tail=tail, budget=budget, **SMALL)
+    dense = F.scaled_dot_product_attention(q, key, v)
+    output = sparse_attention(q, key, v, config=config, grid=GRID)
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_dropping_the_tail_is_not_exact_there():
+    """The theorem's test can fail: without a tail the same inputs err."""
+    q, _, v = fields()
+    key = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(1)).expand_as(q)
+    dense = F.scaled_dot_product_attention(q, key, v)
+    for tail in ("none", "normalizer"):
+        config = Config(density=0.2, tail=tail, **SMALL)
+        assert error(sparse_attention(q, key, v, config=config, grid=GRID), dense) > 0.01
+
+
+def test_gaussian_tail_is_exact_for_gaussian_blocks():
+    """Logits and values jointly Gaussian in one large block: mass and value both come out right.
+
+    The block's true mean of exp(delta) scatters around exp(sigma2 / 2) by its own sampling error,
+    about sqrt((exp(sigma2) - 1) / n): 0.2 % for n = 2^18 and sigma2 = 0.7; the allowance is five
+    of those.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, dim = 2**18, 16
+    k = torch.randn(1, 1, n, dim, generator=generator)
+    mix = torch.randn(dim, dim, generator=generator) * 0.3
+    v = k @ mix + 0.1 * torch.randn(1, 1, n, dim, generator=generator)
+    q = torch.randn(1, 1, 16, dim, generator=generator)
+    scale = 0.2
+    sigma2 = (q * scale).square().sum(-1)
+    assert sigma2.max() < 1.5
+    exact = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    mean_k, mean_v = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
+    slope = (k - mean_k).transpose(-1, -2) @ v / n
+    value = mean_v + scale * q @ slope  # undamped: Stein's identity
+    torch.testing.assert_close(value, exact, rtol=0, atol=0.02)
+    mass = (scale * (q - 0) @ (k - mean_k).transpose(-1, -2)).exp().mean(-1)
+    torch.testing.assert_close(mass, (sigma2 / 2).exp(), rtol=0.012, atol=0)
+
+
+def test_better_tails_err_less():
+    """On smooth fields: dropping > one representative > one a block > Gaussian."""
+    q, k, v = fields()
+    dense = F.scaled_dot_product_attention(q, k, v)
+    errors = {}
+    for tail in ("none", "single", "block", "gaussian"):
+        config = Config(density=0.2, tail=tail, **SMALL)
+        errors[tail] = error(sparse_attention(q, k, v, config=config, grid=GRID), dense)
+    assert errors["none"] > errors["single"] > errors["block"] > errors["gaussian"]
+
+
+def test_tile_order_errs_less_than_raster_order():
+    """Compact blocks aggregate better: the reason for reordering."""
+    q, k, v = fields()
+    dense = F.scaled_dot_product_attention(q, k, v)
+    raster, tile = (
+        error(
+            sparse_attention(q, k, v, config=Config(reorder=order, **SMALL), grid=GRID), dense
+        )
+        for order in ("none", "tile")
+    )
+    assert tile < raster / 2
+
+
+def test_the_slope_can_be_one_for_each_query_block():
+    """The dearer slope is another number, not much worse on smooth fields."""
+    q, k, v = fields()
+    dense = F.scaled_dot_product_attention(q, k, v)
+    head, block = (
+        error(
+            sparse_attention(
+                q, k, v, config=Config(tail=Tail(kind="gaussian", slope=slope), **SMALL), grid=GRID
+            ),
+            dense,
+        )
+        for slope in ("head", "query_block")
+    )
+    assert head != block and block < 2 * head
+
+
+@pytest.mark.parametrize("grid", [(3, 5, 7), (1, 9, 13), (5, 1, 21), (2, 3, 4)])
+@pytest.mark.parametrize("order", ["tile", "morton"])
+def test_orders_are_permutations_of_any_grid(grid, order):
+    """No token is lost or repeated where tiles do not divide the grid."""
+    permutation = token_order(grid, order, 64, "cpu")
+    assert permutation.sort().values.equal(torch.arange(math.prod(grid)))
+
+
+def test_tiles_are_blocks_where_they_divide():
+    """Each block of 64 tokens is a 4 x 4 x 4 cube."""
+    grid = (8, 8, 8)
+    order = token_order(grid, "tile", 64, "cpu").view(-1, 64)
+    for axis, stride in ((0, 64), (1, 8), (2, 1)):
+        coordinate = order // stride % grid[axis]
+        assert (coordinate.amax(1) - coordinate.amin(1)).eq(3).all()
+
+
+def test_ragged_grids_keep_blocks_compact():
+    """A block that straddles tiles still spans few tokens in each direction."""
+    grid = (5, 11, 13)
+    order = token_order(grid, "tile", 64, "cpu")
+    spans = []
+    for block in order.split(64):
+        frame, rest = block // (11 * 13), block % (11 * 13)
+        spans.append([int(x.max() - x.min()) + 1 for x in (frame, rest // 13, rest % 13)])
+    volume = [a * b * c for a, b, c in spans]
+    assert sum(volume) / len(volume) < 300  # raster order: 64 tokens span 13 x 6 x 1 or more
+
+
+def test_site_budget_is_spent_to_the_block():
+    """Exactly ceil(density * H * Nq * Nk) blocks a sample, and at least one in every row."""
+    scores = torch.rand(2, 3, 10, 20, generator=torch.Generator().manual_seed(0))
+    scores[:, 0, 0] = 0.0
+    mask = spend_budget(scores, 0.1, "site")
+    assert mask.sum((1, 2, 3)).tolist() == [60, 60]
+    assert mask.sum(-1).min() >= 1 and mask.sum(-1).max() > 2
+    assert spend_budget(scores, 0.001, "site").sum(-1).eq(1).all()
+
+
+def test_row_budget_is_the_same_in_every_row():
+    """ceil(density * Nk) in each."""
+    scores = torch.rand(2, 3, 10, 20, generator=torch.Generator().manual_seed(0))
+    assert spend_budget(scores, 0.1, "row").sum(-1).eq(2).all()
+    assert spend_budget(scores, 0.3, "row").sum(-1).eq(6).all()  # 0.3 * 20 rounds to 6.000...01
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    """Samples never compete for a budget."""
+    q, k, v = fields(batch=2)
+    config = Config(density=0.2, **SMALL)
+    both = sparse_attention(q, k, v, config=config, grid=GRID)
+    alone = sparse_attention(q[:1], k[:1], v[:1], config=config, grid=GRID)
+    torch.testing.assert_close(both[:1], alone)
+
+
+def test_lists_name_what_the_mask_marks():
+    """In ascending order, with true counts."""
+    mask = torch.rand(2, 3, 5, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    ids, counts = list_blocks(mask)
+    for index in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
+        b, h, n = index
+        assert ids[b, h, n, : counts[b, h, n]].tolist() == mask[b, h, n].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("length", [64, 65, 100, 7])
+def test_statistics_are_over_true_tokens(length):
+    """A ragged last block has its own mean and variance."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 2, length, 16, generator=generator).unbind()
+    statistics = block_statistics(k, v, 32)
+    assert statistics.size.sum() == length
+    torch.testing.assert_close(statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2))
+    torch.testing.assert_close(
+        statistics.key_variance[:, :, -1],
+        k[:, :, -(length % 32 or 32) :].var(2, correction=0),
+    )
+    torch.testing.assert_close(statistics.value_mean[:, :, 0], v[:, :, :32].mean(2))
+
+
+@pytest.mark.parametrize("policy", [LowDelta(power=0.5), TopK()])
+def test_a_policy_object_stands_for_its_name(policy):
+    """Any value with ``select`` is a policy."""
+    q, k, v = fields()
+    dense = F.scaled_dot_product_attention(q, k, v)
+    output = sparse_attention(q, k, v, config=Config(policy=policy, **SMALL), grid=GRID)
+    assert error(output, dense) < 0.2
+
+
+def test_no_grid_keeps_the_order_and_tile_order_asks_for_one():
+    """``auto`` without a grid is the order in which the tokens come."""
+    q, k, v = fields()
+    plain = sparse_attention(q, k, v, config=Config(reorder="none", **SMALL))
+    torch.testing.assert_close(sparse_attention(q, k, v, config=Config(**SMALL)), plain)
+    with pytest.raises(ValueError, match="grid must be given for reorder='tile'"):
+        sparse_attention(q, k, v, config=Config(reorder="tile"))
+
+
+def test_bad_inputs_are_named():
+    """Shapes, grids, dtypes and gradients."""
+    q, k, v = fields()
+    with pytest.raises(ValueError, match=r"grid must have .* 512, got 8 x 8 x 9 = 576"):
+        sparse_attention(q, k, v, grid=(8, 8, 9))
+    with pytest.raises(ValueError, match="key must have the batch, heads and length of query"):
+        sparse_attention(q, k[:, :, :100], v)
+    with pytest.raises(ValueError, match="value must be"):
+        sparse_attention(q, k, v[0])
+    with pytest.raises(TypeError, match="query must be float32, float16 or bfloat16"):
+        sparse_attention(q.double(), k.double(), v.double())
+    with pytest.raises(RuntimeError, match="forward-only"):
+        sparse_attention(q.requires_grad_(), k, v, grid=GRID).sum().backward()

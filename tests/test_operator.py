@@ -1,0 +1,251 @@
+"""uta::sparse_attention and uta::block_scores on the CPU, against their float64 reference."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uta_fx.kernels import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of the operator; every field of the shape can be drawn at random."""
+
+    batch: int = 2
+    heads: int = 3
+    length_q: int = 130
+    length_kv: int = 200
+    dim: int = 32
+    dim_v: int = 32
+    block_q: int = 32
+    block_kv: int = 64
+    tail: str = "block"  # none, block (one representative a key block) or row (some a query block)
+    slopes: str = "head"  # none, head or row
+    listed: float = 0.4
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def inputs(self):
+        """Arguments of the operator, by position."""
+        generator = torch.Generator().manual_seed(self.seed)
+        lead = (self.batch, self.heads)
+
+        def randn(*shape):
+            return torch.randn(*lead, *shape, generator=generator).to(self.dtype)
+
+        rows, blocks = -(-self.length_q // self.block_q), -(-self.length_kv // self.block_kv)
+        mask = torch.rand(*lead, rows, blocks, generator=generator) < self.listed
+        mask[:, 0, 0] = False  # a row that lists nothing
+        shape = {"none": (0,), "block": (blocks,), "row": (rows, 3)}[self.tail]
+        log_size = torch.rand(*lead, *shape, generator=generator) * 4
+        if self.tail == "row":
+            log_size[..., 0] = -torch.inf  # a bin that nothing fell into
+        variances = blocks if self.tail == "block" and self.slopes != "none" else 0
+        slopes = {"none": 0, "head": 1, "row": rows}[self.slopes] if self.tail != "none" else 0
+        return [
+            randn(self.length_q, self.dim),
+            randn(self.length_kv, self.dim),
+            randn(self.length_kv, self.dim_v),
+            mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int(),
+            mask.sum(-1, dtype=torch.int32),
+            randn(*shape, self.dim),
+            randn(*shape, self.dim_v),
+            log_size,
+            randn(variances, self.dim).square(),
+            randn(slopes, self.dim, self.dim_v) * 0.1,
+            self.dim**-0.5,
+            1.0,
+            self.block_q,
+            self.block_kv,
+        ]
+
+
+def double(args):
+    """The same rounded inputs in float64."""
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+
+
+def assert_as_accurate_as_eager(args):
+    """The kernel errs no more than the reference in the same dtype, plus roundings of its own.
+
+    Both errors are measured against float64 on the same rounded inputs. The kernel merges two
+    softmaxes, which rounds each part and the sum once more in float32, and rounds the output once
+    to its dtype: eight units in the last place of the largest output cover both. The log-sum-exp is
+    kept in float32 by both; it may err by as much as the logits do, whose products are rounded to
+    the input dtype in eager and not in the kernel.
+    """
+    exact, exact_lse = reference.sparse_attention(*double(args))
+    eager, eager_lse = reference.sparse_attention(*args)
+    output, lse = ops.sparse_attention(*args)
+    assert output.dtype == args[0].dtype and lse.dtype == torch.float32
+    assert not output.isnan().any()
+    rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item()
+    assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + 8 * rounding
+    empty = exact_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    lse_error, eager_lse_error = (
+        (x - exact_lse).masked_fill(empty, 0).abs().amax() for x in (lse, eager_lse)
+    )
+    largest = exact_lse.masked_fill(empty, 0).abs().amax().item()
+    assert lse_error <= eager_lse_error + 8 * torch.finfo(torch.float32).eps * (1 + largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+@pytest.mark.parametrize("slopes", ["none", "head", "row"])
+def test_agrees_with_the_reference(dtype, tail, slopes):
+    """Ragged on both sides, uneven counts, an empty row, every form of tail."""
+    assert_as_accurate_as_eager(Case(dtype=dtype, tail=tail, slopes=slopes).inputs())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 3),
+        length_q=st.integers(1, 150),
+        length_kv=st.integers(1, 150),
+        dim=st.sampled_from([16, 24, 64, 80, 128]),
+        dim_v=st.sampled_from([16, 48, 64, 128]),
+        block_q=st.sampled_from([16, 64, 128]),
+        block_kv=st.sampled_from([16, 32, 64]),
+        tail=st.sampled_from(["none", "block", "row"]),
+        slopes=st.sampled_from(["none", "head", "row"]),
+        listed=st.sampled_from([0.0, 0.3, 1.0]),
+        seed=st.integers(0, 1000),
+    )
+)
+def test_any_shape_agrees_with_the_reference(case):
+    """Lengths, head dims, blocks, tails and lists drawn at random."""
+    assert_as_accurate_as_eager(case.inputs())
+
+
+def test_every_block_listed_is_dense_attention():
+    """The reference itself is checked against PyTorch."""
+    args = double(Case(listed=1.1, tail="none", slopes="none").inputs())
+    args[4] = torch.full_like(args[4], args[3].shape[-1])
+    args[3] = torch.arange(args[3].shape[-1], dtype=torch.int32).expand(args[3].shape)
+    output, _ = reference.sparse_attention(*args)
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(*args[:3]))
+
+
+def test_strided_views_are_taken_as_they_come():
+    """Transposed [B, L, H, D] views, as models hand them over; the output keeps their strides."""
+    args = Case(length_q=100, length_kv=100).inputs()
+    expected, _ = ops.sparse_attention(*args)
+    for place in range(3):
+        args[place] = args[place].transpose(1, 2).contiguous().transpose(1, 2)
+    output, _ = ops.sparse_attention(*args)
+    assert output.stride() == torch.empty_like(args[0]).stride() != expected.stride()
+    torch.testing.assert_close(output, expected)
+
+
+def test_memory_beyond_the_length_never_shows():
+    """Keys and values are views into a larger buffer full of NaN and infinity."""
+    args = Case(length_kv=100, listed=1.1).inputs()
+    expected = ops.sparse_attention(*args)
+    for place in (1, 2):
+        buffer = torch.full((*args[place].shape[:2], 128, args[place].shape[3]), torch.nan)
+        buffer[:, :, 110:] = torch.inf
+        buffer[:, :, :100] = args[place]
+        args[place] = buffer[:, :, :100]
+    torch.testing.assert_close(ops.sparse_attention(*args), expected)
+
+
+def test_unlisted_keys_do_not_matter():
+    """Where the tail is dropped, NaN in every key and value of an unlisted block changes nothing."""
+    args = Case(tail="none", slopes="none", length_kv=192).inputs()
+    args[3] = torch.zeros_like(args[3])
+    args[4] = torch.ones_like(args[4])  # block 0 alone
+    expected = ops.sparse_attention(*args)
+    args[1][:, :, 64:], args[2][:, :, 64:] = torch.nan, torch.nan
+    torch.testing.assert_close(ops.sparse_attention(*args), expected, rtol=0, atol=0)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    """Nothing listed and no tail: zero and a log-sum-exp of -inf, not NaN."""
+    args = Case(listed=0.0, tail="none", slopes="none").inputs()
+    output, lse = ops.sparse_attention(*args)
+    assert output.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+def test_ids_out_of_range_are_refused():
+    """On the CPU by an error; in the reference, as on a GPU, by NaN in that row alone."""
+    args = Case().inputs()
+    args[4][0, 1, 2] = 1
+    args[3][0, 1, 2, 0] = 4
+    with pytest.raises(ValueError, match=r"block_ids must lie in \[0, 4\).* to 4"):
+        ops.sparse_attention(*args)
+    output, lse = reference.sparse_attention(*args)
+    assert output[0, 1, 64:96].isnan().all() and lse[0, 1, 64:96].isnan().all()
+    assert output.isnan().sum() == 32 * 32
+    args = Case().inputs()
+    args[4][0, 0, 0] = 9
+    with pytest.raises(ValueError, match="block_counts must lie in"):
+        ops.sparse_attention(*args)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "error", "message"),
+    [
+        (0, lambda q: q.double(), TypeError, "query must be float32"),
+        (0, lambda q: q[0], ValueError, "query must be"),
+        (0, lambda q: q[..., :8], ValueError, "query must have a head dim from 16 to 128, got 8"),
+        (1, lambda k: k.half(), TypeError, "key must be torch.float32, got torch.float16"),
+        (1, lambda k: k[:, :2], ValueError, r"key must have shape \(2, 3, 200, 32\)"),
+        (2, lambda v: v[:, :, :9], ValueError, "value must have shape"),
+        (3, lambda ids: ids.long(), TypeError, "block_ids must be torch.int32"),
+        (4, lambda counts: counts[..., :1], ValueError, "block_counts must have shape"),
+        (5, lambda k: k[:, :, :2], ValueError, "one representative for each of the 4 key blocks"),
+        (6, lambda v: v.to("meta"), TypeError, "tail_value must be on cpu"),
+        (9, lambda h: h.expand(-1, -1, 2, -1, -1), ValueError, "tail_slope must hold 0, 1 or 5"),
+        (12, lambda _: 48, ValueError, "block_q must be one of"),
+        (13, lambda _: 0, ValueError, "block_kv must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(place, change, error, message):
+    """One sentence that names the argument, what was expected and what came."""
+    args = Case().inputs()
+    args[place] = change(args[place])
+    with pytest.raises(error, match=message):
+        ops.sparse_attention(*args)
+
+
+def test_a_gradient_is_refused():
+    """The operator is forward-only and says so."""
+    args = Case().inputs()
+    args[0].requires_grad_()
+    output, _ = ops.sparse_attention(*args)
+    with pytest.raises(RuntimeError, match="forward-only"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(("tail", "dim_v"), [("block", 32), ("row", 32), ("none", 16)])
+def test_registration(tail, dim_v):
+    """Schema, shape rule, strides and dynamic-shape dispatch agree with the implementation."""
+    args = Case(tail=tail, slopes="none", dim_v=dim_v).inputs()
+    args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(torch.ops.uta.sparse_attention.default, tuple(args))
+    scores = (args[0], args[0][:, :, :4], args[0][:, :, :4].square(), torch.zeros(2, 3, 4))
+    torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_block_scores_are_the_mean_over_true_rows(power):
+    """The ragged last query block averages over its own rows, not over the padding."""
+    q, mean = Case().inputs()[0].double(), torch.randn(2, 3, 5, 32, dtype=torch.float64)
+    variance, log_size = torch.rand(2, 3, 5, 32).double(), torch.rand(2, 3, 5)
+    scores = reference.block_scores(q, mean, variance, log_size, 0.2, 1.0, power, 32)
+    sigma2 = torch.einsum("bhic,bhnc->bhin", (q * 0.2) ** 2, variance)
+    logits = torch.einsum("bhic,bhnc->bhin", q * 0.2, mean) + log_size[:, :, None] + sigma2 / 2
+    expected = logits.softmax(-1) * sigma2**power
+    assert scores.shape == (2, 3, 5, 5)
+    torch.testing.assert_close(scores[:, :, 4], expected[:, :, 128:].mean(2))
+    torch.testing.assert_close(scores[:, :, 1], expected[:, :, 32:64].mean(2))

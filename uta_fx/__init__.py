@@ -1,0 +1,12 @@
+"""Block-sparse attention with Unified Tail Aggregation, as a torch.compile backend."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from uta_fx.attention import sparse_attention
+from uta_fx.config import Config
+from uta_fx.enable import disable, enable
+from uta_fx.explain import Explanation, explain
+
+__all__ = ["Config", "Explanation", "disable", "enable", "explain", "sparse_attention"]

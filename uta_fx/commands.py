@@ -1,0 +1,270 @@
+"""The commands of ``uta-fx``: each reads options, calls a function of the package, shows a result."""
+
+from __future__ import annotations
+
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from uta_fx._optional import require
+from uta_fx.config import Config
+
+typer = require("typer", extra="demo")
+rich_console = require("rich.console", extra="demo")
+rich_progress = require("rich.progress", extra="demo")
+rich_table = require("rich.table", extra="demo")
+
+app = typer.Typer(
+    name="uta-fx",
+    help="Sparse attention with Unified Tail Aggregation for video diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = rich_console.Console()
+
+DEFAULT_PROMPTS = (
+    "a red disc moves right and a cyan star moves left over dark purple stripes",
+    "a yellow square spins up over dark teal checks",
+)
+DEFAULTS = Config()
+
+Density = Annotated[
+    float, typer.Option(help="Share of key blocks that stay exact, above 0, at most 1.")
+]
+PolicyName = Annotated[str, typer.Option(help="What chooses the exact blocks: low_delta or topk.")]
+TailName = Annotated[
+    str,
+    typer.Option(
+        help="What stands for the rest: none, normalizer, single, bins, block, first_order or"
+        " gaussian."
+    ),
+]
+Budget = Annotated[
+    str, typer.Option(help="site: one budget for a whole attention call; row: equal rows.")
+]
+Reorder = Annotated[str, typer.Option(help="Token order: tile, morton, none, or auto (tile).")]
+DenseUntil = Annotated[
+    float, typer.Option(help="Share of the noise schedule that runs dense at its start, 0 to 1.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+Output = Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the clip shows; give it several times for several clips. Grammar: a red disc"
+            " moves left [and a blue square bounces up] over dark green stripes."
+        ),
+    ] = None,
+    density: Density = 0.2,
+    policy: PolicyName = str(DEFAULTS.policy),
+    tail: TailName = str(DEFAULTS.tail),
+    budget: Budget = DEFAULTS.budget,
+    reorder: Reorder = DEFAULTS.reorder,
+    dense_until: DenseUntil = DEFAULTS.dense_until,
+    steps: Steps = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    output: Output = Path("demo"),
+) -> None:
+    """Generate clips with the shipped model, dense and sparse, and show them side by side.
+
+    Writes comparison.gif (dense, sparse, difference) and contact_sheet.png, and prints how long a
+    step takes and how far the pictures are apart.
+    """
+    from uta_fx.generate import compare
+    from uta_fx.moving_shapes import load_pipeline, parse_prompt
+    from uta_fx.pictures import comparison_rows, write_contact_sheet, write_gif
+
+    prompts = list(prompt or DEFAULT_PROMPTS)
+    for text in prompts:
+        parse_prompt(text)
+    target = _device(device)
+    config = Config(
+        density=density, policy=policy, tail=tail, budget=budget, reorder=reorder,
+        dense_until=dense_until, inner=_inner(target),
+    )  # fmt: skip
+    _check_folder(output)
+    pipeline = load_pipeline(target, torch.float32 if target.type == "cpu" else torch.bfloat16)
+    console.print(f"{len(prompts)} clips of 16 frames, {steps} steps, on {_name(target)}")
+    with _bar() as bar:
+        tasks = {name: bar.add_task(name, total=steps) for name in ("dense", "sparse")}
+        result = compare(
+            pipeline, prompts, config, steps=steps, seed=seed,
+            progress=lambda name, step, _: bar.update(tasks[name], completed=step),
+        )  # fmt: skip
+    rows = comparison_rows(result.dense.videos, result.sparse.videos)
+    gif = _publish(output, "comparison.gif", lambda path: write_gif(path, rows))
+    sheet = _publish(
+        output, "contact_sheet.png", lambda path: write_contact_sheet(path, prompts, rows)
+    )
+
+    table = rich_table.Table(title=f"{config.policy}, {config.tail}, one budget a {config.budget}")
+    for heading in ("", "dense", "sparse"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows_of_table = [
+        ("density", "1", f"{density:g}"),
+        (
+            "time a step",
+            f"{result.dense_step_seconds:.3f} s",
+            f"{result.sparse_step_seconds:.3f} s",
+        ),
+        ("speed-up a step", "", f"{result.speedup:.2f}x"),
+        ("dense first steps", "", f"{result.dense_steps} of {steps}"),
+        ("PSNR", "", f"{result.psnr:.1f} dB"),
+        ("SSIM", "", f"{result.ssim:.4f}"),
+        ("probe agreement", f"{result.dense.agreement:.0%}", f"{result.sparse.agreement:.0%}"),
+    ]
+    for row in rows_of_table:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"{gif}\n{sheet}", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    density: Density = DEFAULTS.density,
+    min_tokens: Annotated[
+        int, typer.Option(help="Sites with fewer tokens stay dense.")
+    ] = DEFAULTS.min_tokens,
+) -> None:
+    """List every attention of the shipped model: sparse or dense, and why."""
+    from uta_fx.explain import explain as explain_model
+    from uta_fx.moving_shapes import load_pipeline
+    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE
+
+    config = Config(density=density, min_tokens=min_tokens)
+    pipeline = load_pipeline().to("meta")
+    words = torch.empty(
+        1, pipeline.prompt_encoder.config.length, pipeline.prompt_encoder.config.dim, device="meta"
+    )
+    print(
+        explain_model(
+            pipeline.transformer,
+            hidden_states=torch.empty(1, *CLIP_SHAPE, device="meta"),
+            timestep=torch.empty(1, device="meta"),
+            encoder_hidden_states=words,
+            return_dict=False,
+            config=config,
+        )
+    )
+
+
+@app.command()
+def study(
+    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 16,
+    policy: PolicyName = str(DEFAULTS.policy),
+    steps: Steps = 30,
+    seed: Seed = 0,
+    device: Device = "auto",
+    output: Output = Path("study"),
+) -> None:
+    """Measure what every tail, budget, token order and density is worth in the generated picture.
+
+    Generates the same prompts and seeds dense and in every combination; writes quality.md and
+    quality.json. Takes minutes on a GPU and hours on a CPU.
+    """
+    from uta_fx.moving_shapes import held_out_scenes, load_pipeline
+    from uta_fx.study.quality import configurations, markdown, measure, write_json
+
+    _check_folder(output)
+    target = _device(device)
+    pipeline = load_pipeline(target)
+    texts = [scene.prompt for scene in held_out_scenes(prompts)]
+    configs = configurations(Config(policy=policy))
+    with _bar() as bar:
+        task = bar.add_task("configurations", total=len(configs))
+        scores = measure(
+            pipeline, texts, configs, steps=steps, seed=seed,
+            progress=lambda label: bar.update(task, advance=1, description=label),
+        )  # fmt: skip
+    text = (
+        f"{prompts} prompts, {steps} steps, policy {policy}, {_name(target)}, torch"
+        f" {torch.__version__}: PSNR against dense in dB (probe agreement;"
+        f" dense {scores[0].dense_agreement:.0%})\n\n{markdown(scores)}\n"
+    )
+    print(text)
+    _publish(output, "quality.md", lambda path: path.write_text(text))
+    _publish(output, "quality.json", lambda path: write_json(path, scores))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA GPU is available to torch {torch.__version__}")
+    return device
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _inner(device: torch.device) -> str:
+    """Inductor, or a backend that needs no C++ compiler where there is none."""
+    if device.type == "cuda":
+        return "inductor"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        console.print(
+            "No C++ compiler was found, which Inductor needs on a CPU: both runs use"
+            " inner='aot_eager' and are slower than they could be."
+        )
+        return "aot_eager"
+    return DEFAULTS.inner
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail before the work rather than after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {folder} cannot be written: {error.strerror}") from None
+
+
+def _publish(folder: Path, name: str, write: Callable[[Path], object]) -> Path:
+    """Write under a temporary name, then rename: a reader never finds half a file."""
+    partial, final = folder / f".partial-{name}", folder / name
+    try:
+        write(partial)
+        partial.replace(final)
+    finally:
+        partial.unlink(missing_ok=True)
+    return final
+
+
+def _bar() -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,170 @@
+"""Every setting of the rewrite: one frozen value that cannot be built wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from uta_fx.kernels.ops import BLOCK_SIZES
+from uta_fx.order import ORDERS, Grid
+from uta_fx.policies import BUDGETS, BY_NAME, Policy
+from uta_fx.tails import KINDS, Tail
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How sparse, what stays exact, and what stands for the rest.
+
+    Attributes:
+        density: Share of key blocks that stay exact, in (0, 1].
+        policy: Name of a policy (``low_delta``, ``topk``) or a policy object.
+        tail: Name of a tail (``none``, ``normalizer``, ``single``, ``bins``, ``block``,
+            ``first_order``, ``gaussian``) or a ``uta_fx.tails.Tail``.
+        budget: ``"site"``: ``density`` is a share of all blocks of one attention call and sample,
+            spent where the policy's score is highest; ``"row"``: of each query block's blocks.
+        bins: Groups of the tail ``bins``.
+        block_q: Query tokens in a block: 16, 32, 64 or 128.
+        block_kv: Key tokens in a block: 16, 32, 64 or 128.
+        reorder: ``"auto"`` or ``"tile"``: compact 3-D tiles; ``"morton"``: the Z-order curve;
+            ``"none"``: the model's own order.
+        grid: Frames, height and width of the video tokens; None reads it from the graph.
+        min_tokens: Sites with fewer tokens stay dense.
+        dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
+        dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
+            ``uta_fx.enable``, which sees the schedule.
+        inner: Name of the ``torch.compile`` backend that gets the rewritten graph.
+        strict: Raise where a video self-attention would stay dense for any reason but ``density``,
+            ``dense_layers`` or ``min_tokens``.
+
+    Raises:
+        ValueError: A field is outside its range; the message names it and the valid values.
+        TypeError: A field is of another type.
+    """
+
+    density: float = 0.25
+    policy: str | Policy = "low_delta"
+    tail: str | Tail = "gaussian"
+    budget: str = "site"
+    bins: int = 8
+    block_q: int = 64
+    block_kv: int = 64
+    reorder: str = "auto"
+    grid: Grid | None = None
+    min_tokens: int = 4096
+    dense_layers: str = ""
+    dense_until: float = 0.0
+    inner: str = "inductor"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _number(self, "density")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        _number(self, "dense_until")
+        if not 0 <= self.dense_until <= 1:
+            raise ValueError(f"dense_until must be in [0, 1], got {self.dense_until}")
+        _one_of("budget", self.budget, BUDGETS)
+        _one_of("reorder", self.reorder, ORDERS)
+        _one_of("block_q", self.block_q, BLOCK_SIZES)
+        _one_of("block_kv", self.block_kv, BLOCK_SIZES)
+        if isinstance(self.policy, str):
+            _one_of("policy", self.policy, tuple(BY_NAME))
+        elif not callable(getattr(self.policy, "select", None)):
+            raise TypeError(f"policy must be a name or have a method select, got {self.policy!r}")
+        if isinstance(self.tail, str):
+            _one_of("tail", self.tail, KINDS)
+        elif not isinstance(self.tail, Tail):
+            raise TypeError(f"tail must be a name or a uta_fx.tails.Tail, got {self.tail!r}")
+        for name in ("bins", "min_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _grid(self.grid))
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        if not isinstance(self.inner, str) or not self.inner:
+            raise TypeError(f"inner must be the name of a torch.compile backend, got {self.inner!r}")
+        _parse_ranges(self.dense_layers)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """Build from the ``options`` of ``torch.compile``.
+
+        Raises:
+            ValueError: An option is unknown; the message names it, its likeliest spelling and all
+                valid names.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(
+                    f"unknown option {name!r}{hint}; valid options are {', '.join(names)},"
+                    " mode and inductor"
+                )
+        return cls(**options)
+
+    def selection_policy(self) -> Policy:
+        """The policy itself, where ``policy`` may be its name."""
+        return BY_NAME[self.policy] if isinstance(self.policy, str) else self.policy
+
+    def tail_form(self) -> Tail:
+        """The tail itself, where ``tail`` may be its name."""
+        return Tail(kind=self.tail, bins=self.bins) if isinstance(self.tail, str) else self.tail
+
+    def is_dense_layer(self, index: int, layers: int) -> bool:
+        """Whether ``dense_layers`` names layer ``index`` of ``layers``; negatives count from last."""
+        return any(
+            (first + layers if first < 0 else first) <= index <= (last + layers if last < 0 else last)
+            for first, last in _parse_ranges(self.dense_layers)
+        )
+
+
+def _number(config: Config, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {value!r}")
+
+
+def _grid(value: Any) -> Grid:
+    try:
+        frames, height, width = (int(side) for side in value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"grid must be three ints (frames, height, width), got {value!r}"
+        ) from None
+    if min(frames, height, width) < 1:
+        raise ValueError(f"grid must hold positive sides (frames, height, width), got {value!r}")
+    return frames, height, width
+
+
+def _parse_ranges(text: str) -> list[tuple[int, int]]:
+    """``"0-1,-1"`` as ``[(0, 1), (-1, -1)]``.
+
+    Raises:
+        ValueError: The text is not a list of numbers and ranges.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"dense_layers must be a string such as '0-1,-1', got {text!r}")
+    ranges = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part[1:].partition("-")  # a leading sign belongs to the first number
+        try:
+            start = int(part[0] + first)
+            ranges.append((start, int(last) if dash else start))
+        except ValueError:
+            raise ValueError(
+                f"dense_layers must be numbers and ranges such as '0-1,-1', got {text!r}"
+            ) from None
+    return ranges

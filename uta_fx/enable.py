@@ -1,0 +1,104 @@
+"""Put the sparse attention into a diffusers pipeline or a model, in one line, and take it out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from uta_fx.config import Config
+
+
+def enable(target: Any, config: Config | None = None, **compile_options: Any) -> Any:
+    """Compile a pipeline's transformer, or a model, with ``backend="uta"``, in place.
+
+    With ``config.dense_until`` the transformer is compiled twice, dense by Inductor and sparse by
+    us, and each step runs the one that its place in the scheduler's noise schedule asks for:
+    neither recompiles when they change.
+
+    Args:
+        target: A diffusers pipeline with ``transformer`` and ``scheduler``, or a module.
+        config: Settings; None for the defaults.
+        **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``).
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: ``target`` is neither.
+        ValueError: It is enabled already, or ``dense_until`` is asked for without a scheduler.
+    """
+    config = config or Config()
+    model = _model_of(target)
+    scheduler = getattr(target, "scheduler", None)
+    if "forward" in vars(model) and hasattr(model.forward, "_uta_original"):
+        raise ValueError("target is enabled already: call uta_fx.disable first")
+    if config.dense_until and scheduler is None:
+        raise ValueError(
+            f"dense_until={config.dense_until} needs a pipeline with a scheduler, got a"
+            f" {type(target).__name__}"
+        )
+    original = model.forward
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name != "dense_until"
+    }
+    sparse = torch.compile(original, backend="uta", options=fields, **compile_options)
+    forward = sparse
+    if config.dense_until:
+        dense = torch.compile(original, backend=config.inner, **compile_options)
+        forward = _switch(dense, sparse, scheduler, config.dense_until)
+
+    def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    compiled_forward._uta_original = original
+    model.forward = compiled_forward
+    return target
+
+
+def disable(target: Any) -> Any:
+    """Undo ``enable``; a target that is not enabled stays as it is."""
+    model = _model_of(target)
+    if hasattr(vars(model).get("forward"), "_uta_original"):
+        del model.forward
+    return target
+
+
+def dense_steps(steps: int, dense_until: float) -> int:
+    """How many first steps of a schedule run dense: the share ``dense_until``, rounded up."""
+    return math.ceil(round(dense_until * steps, 6))
+
+
+def runs_dense(scheduler: Any, dense_until: float) -> bool:
+    """Whether the step that a diffusers scheduler is about to take lies in the dense share.
+
+    The scheduler's own step counter decides, on the host and without a synchronisation: steps that
+    a cache skips are counted, calls are not.
+    """
+    step = scheduler.step_index or 0  # None before the first step
+    return step < dense_steps(len(scheduler.timesteps), dense_until)
+
+
+def _switch(
+    dense: Callable[..., Any], sparse: Callable[..., Any], scheduler: Any, dense_until: float
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        variant = dense if runs_dense(scheduler, dense_until) else sparse
+        return variant(*args, **kwargs)
+
+    return forward
+
+
+def _model_of(target: Any) -> torch.nn.Module:
+    model = target if isinstance(target, torch.nn.Module) else getattr(target, "transformer", None)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            "target must be a torch.nn.Module or a pipeline with a transformer,"
+            f" got {type(target).__name__}"
+        )
+    return model

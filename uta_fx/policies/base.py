@@ -1,0 +1,84 @@
+"""What a selection policy is, and the budget that most of them spend."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from uta_fx.statistics import BlockStatistics
+
+BUDGETS = ("site", "row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Everything a policy may look at when it chooses the exact blocks of one site.
+
+    Attributes:
+        query: ``[B, H, Lq, D]``, in the order of the blocks.
+        statistics: Of the key and value blocks.
+        scale: Multiplies the logits.
+        density: Share of key blocks to keep exact, in (0, 1].
+        budget: ``"site"`` or ``"row"``: what ``density`` is a share of.
+        block_q: Query rows in a block.
+    """
+
+    query: Tensor
+    statistics: BlockStatistics
+    scale: float
+    density: float
+    budget: str
+    block_q: int
+
+
+class Policy(Protocol):
+    """A frozen value that chooses exact blocks with operations that a graph can trace.
+
+    An implementation allocates only static shapes and never synchronises with the host. It must be
+    hashable and comparable: the options of ``torch.compile`` are compared.
+    """
+
+    def select(self, selection: Selection) -> Tensor:
+        """Boolean ``[B, H, Nq, Nk]``: True where query block n attends to key block b exactly."""
+        ...
+
+
+def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
+    """Keep the blocks with the highest scores.
+
+    ``budget="row"`` keeps ``ceil(density * Nk)`` blocks in every row. ``budget="site"`` keeps
+    ``ceil(density * H * Nq * Nk)`` blocks of each sample, wherever its scores are highest, after
+    the best block of every row. Samples of a batch never compete, so that a result does not depend
+    on its neighbours.
+
+    Args:
+        scores: ``[B, H, Nq, Nk]``, higher is kept; within a site rows must be comparable.
+        density: In (0, 1].
+        budget: ``"site"`` or ``"row"``.
+
+    Returns:
+        Boolean ``[B, H, Nq, Nk]``.
+    """
+    batch, heads, rows, blocks = scores.shape
+    if budget == "row":
+        return _highest(scores, _share(density, blocks))
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
+    flat = scores.masked_fill(best, torch.inf).reshape(batch, heads * rows * blocks)
+    kept = max(heads * rows, _share(density, heads * rows * blocks))
+    return _highest(flat, kept).view(scores.shape)
+
+
+def _share(density: float, total: int) -> int:
+    """``ceil(density * total)``, where a product that misses an integer by rounding counts as it."""
+    return min(total, max(1, math.ceil(density * total * (1 - 1e-12))))
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """True at the ``count`` highest scores along the last dimension."""
+    chosen = scores.topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)

@@ -1,0 +1,1 @@
+"""What the choices are worth: measurements on the trained model."""
