@@ -1,0 +1,256 @@
+"""torch.compile(model, backend="uta"): what is rewritten, what is left alone and why."""
+
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import uta_fx
+from uta_fx import Config
+from uta_fx.backend import sparsify
+
+pytest.importorskip("diffusers")
+from diffusers import WanTransformer3DModel
+
+SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
+
+
+def wan(**changes):
+    """A Wan transformer small enough to trace in a second, in evaluation mode."""
+    torch.manual_seed(0)
+    settings = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 32,
+        "in_channels": 3, "out_channels": 3, "text_dim": 16, "freq_dim": 16, "ffn_dim": 64,
+        "num_layers": 3, "cross_attn_norm": True, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**(settings | changes)).eval()
+
+
+def wan_inputs(frames=4, height=16, width=24, batch=1, text=9):
+    """Inputs of ``wan``; 4 x 8 x 12 = 384 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(batch, 3, frames, height, width, generator=generator),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": torch.randn(batch, text, 16, generator=generator),
+        "return_dict": False,
+    }
+
+
+def compile_uta(model, **options):
+    """Compile with an eager inner backend, which is fast to build and runs the same nodes."""
+    options = SMALL | {"inner": "eager"} | options
+    return torch.compile(model, backend="uta", fullgraph=True, options=options)
+
+
+def captured_graph(model, kwargs, config):
+    """The rewritten graph and its sites."""
+    found = {}
+
+    def backend(gm, inputs):
+        found["sites"] = sparsify(gm, inputs, config)
+        found["graph"] = gm.graph
+        return gm.forward
+
+    with torch.no_grad():
+        found["output"] = torch.compile(model, backend=backend, fullgraph=True)(**kwargs)
+    return found
+
+
+@torch.no_grad()
+def test_density_one_equals_the_dense_model():
+    """Every self-attention goes through the operator, and nothing changes."""
+    model, kwargs = wan(), wan_inputs()
+    dense = model(**kwargs)[0]
+    output = compile_uta(model, density=1.0)(**kwargs)[0]
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sparse_model_is_close_to_the_dense_one_and_not_equal():
+    """The rewrite does something, and not too much."""
+    model, kwargs = wan(), wan_inputs()
+    dense = model(**kwargs)[0]
+    output = compile_uta(model, density=0.2)(**kwargs)[0]
+    change = ((output - dense).square().mean() / dense.square().mean()).sqrt()
+    assert 0 < change < 0.1
+
+
+def test_self_attention_is_rewritten_and_cross_attention_is_not():
+    """Found by where q and k are projected from; in one graph."""
+    config = Config(**SMALL, density=0.3)
+    found = captured_graph(wan(), wan_inputs(text=384), config)  # text as long as the video
+    kinds = [(site.kind, site.sparse) for site in found["sites"]]
+    assert kinds == [("self", True), ("cross", False)] * 3
+    assert [site.name for site in found["sites"][:2]] == ["blocks.0.attn1", "blocks.0.attn2"]
+    assert found["sites"][0].grid == (4, 8, 12)
+    targets = [node.target for node in found["graph"].nodes]
+    assert sum(target is F.scaled_dot_product_attention for target in targets) == 3
+    assert sum(getattr(target, "__name__", "") == "sparse_site" for target in targets) == 3
+
+
+@torch.no_grad()
+def test_inductor_compiles_the_whole_model_once():
+    """One graph, no recompilation from the second step on; the same result as eager."""
+    model, kwargs = wan(num_layers=1), wan_inputs()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(
+        model, backend="uta", fullgraph=True,
+        options={**SMALL, "density": 0.3, "inductor": {"max_autotune": False}},
+    )  # fmt: skip
+    first = compiled(**kwargs)[0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (400.0, 3.0):
+            compiled(**{**kwargs, "timestep": torch.full((1,), step)})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+    torch.testing.assert_close(
+        first, compile_uta(model, density=0.3)(**kwargs)[0], rtol=1e-3, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_a_new_resolution_costs_one_compile_and_is_right():
+    """A grid is never carried over from another resolution with the same number of tokens."""
+    model = wan()
+    compiled = compile_uta(model, density=1.0)
+    for height, width in ((16, 24), (24, 16), (16, 32)):
+        kwargs = wan_inputs(height=height, width=width)
+        torch.testing.assert_close(
+            compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_dense_layers_stay_dense():
+    """By index, in the order of the graph."""
+    config = Config(**SMALL, dense_layers="0,-1")
+    sites = [s for s in captured_graph(wan(), wan_inputs(), config)["sites"] if s.kind == "self"]
+    assert [site.sparse for site in sites] == [False, True, False]
+    assert sites[0].reason == "dense_layers names layer 0"
+
+
+class Attention(nn.Module):
+    """Self-attention over 256 tokens, with whatever a model may hand to SDPA."""
+
+    def __init__(self, heads=2, dim=32, project_kv=True, **options):
+        super().__init__()
+        self.q, self.k = nn.Linear(64, heads * dim), nn.Linear(64, heads * dim)
+        self.heads, self.options, self.project_kv = heads, options, project_kv
+
+    def forward(self, x):
+        """``[B, L, 64]`` to ``[B, H, L, D]``."""
+        q, k = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k))
+        if not self.project_kv:
+            k = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, k, **self.options)
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "reason"),
+    [
+        (Attention(is_causal=True), {}, "is causal"),
+        (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
+        (Attention(attn_mask=torch.zeros(256, 256)), {}, "has an attention mask"),
+        (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 128"),
+        (Attention().double(), {}, "dtype torch.float64 is not float32, float16 or bfloat16"),
+        (Attention(project_kv=False), {}, "the graph does not show that queries and keys"),
+        (Attention(), {"min_tokens": 257}, "256 tokens are fewer than min_tokens=257"),
+        (Attention(), {}, "no patch embedding in the graph makes its 256 tokens; give grid"),
+        (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reason):
+    """One sentence a site, from ``explain``; ``strict`` makes an error of it."""
+    x = torch.randn(1, 256, 64).to(module.q.weight.dtype)
+    (site,) = uta_fx.explain(module, x, config=Config(**SMALL | config)).sites
+    assert not site.sparse
+    assert re.match(reason, site.reason), site.reason
+    if "min_tokens" not in config:
+        with torch.no_grad(), pytest.raises(Exception, match="strict: .* stays dense"):
+            compile_uta(module, strict=True, **config)(x)
+
+
+@torch.no_grad()
+def test_a_given_grid_or_no_reordering_makes_a_bare_attention_sparse():
+    """What the graph does not say the user may."""
+    module, x = Attention(), torch.randn(1, 256, 64)
+    for config in ({"grid": (4, 8, 8)}, {"reorder": "none"}):
+        (site,) = uta_fx.explain(module, x, config=Config(**SMALL | config)).sites
+        assert site.sparse
+        output = compile_uta(module, density=1.0, **config)(x)
+        torch.testing.assert_close(output, module(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_explicit_scale_is_kept():
+    """Also a scale of zero, which is a value and not an absence."""
+    for scale in (0.0, 0.3):
+        module, x = Attention(scale=scale), torch.randn(1, 256, 64)
+        output = compile_uta(module, density=1.0, reorder="none")(x)
+        torch.testing.assert_close(output, module(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_rewritten_is_said(caplog):
+    """A backend that does nothing warns."""
+    with caplog.at_level(logging.WARNING, logger="uta_fx.backend"):
+        compile_uta(Attention())(torch.randn(1, 256, 64))
+    assert "no attention was rewritten" in caplog.text
+
+
+def test_a_gradient_is_refused_by_name():
+    """Instead of a wrong or missing gradient."""
+    with pytest.raises(Exception, match="forward-only"):
+        compile_uta(Attention(), reorder="none")(torch.randn(1, 256, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"densty": 0.2}, "unknown option 'densty'"),
+        ({"density": 2}, "density must be in"),
+        ({"dense_until": 0.2}, "dense_until=0.2 needs uta_fx.enable"),
+        ({"inner": "nonesuch"}, "inner must be one of .*inductor.*, got 'nonesuch'"),
+        ({"mode": "max-autotune"}, "options mode and inductor need inner='inductor'"),
+    ],
+)
+@torch.no_grad()
+def test_bad_options_are_errors(options, message):
+    """They reach the user through torch.compile with their sentence."""
+    with pytest.raises(Exception, match=message):
+        compile_uta(Attention(), **options)(torch.randn(1, 256, 64))
+
+
+def test_the_backend_is_found_without_an_import():
+    """By its entry point, in a fresh process; and the core needs neither Triton nor diffusers."""
+    script = (
+        "import sys, torch\n"
+        "for name in ('triton', 'diffusers', 'onnx', 'rich', 'typer', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "assert 'uta' in torch._dynamo.list_backends()\n"
+        "import torch.nn.functional as F\n"
+        "f = torch.compile(lambda x: x + 1, backend='uta', options={'inner': 'eager'})\n"
+        "assert f(torch.ones(1)) == 2 and 'uta_fx' in sys.modules\n"
+        "import uta_fx\n"
+        "q = torch.randn(1, 1, 128, 16)\n"
+        "assert uta_fx.sparse_attention(q, q, q).shape == q.shape\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@torch.no_grad()
+def test_global_state_is_as_it_was():
+    """Inductor's configuration and the model's code do not change."""
+    model, kwargs = wan(num_layers=1), wan_inputs()
+    import torch._inductor.config as inductor_config
+
+    before, forward = inductor_config.get_config_copy(), type(model).forward
+    compile_uta(model)(**kwargs)
+    assert inductor_config.get_config_copy() == before
+    assert type(model).forward is forward and "forward" not in vars(model)

@@ -1,0 +1,98 @@
+"""The command line: what it writes, and how it refuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+image = pytest.importorskip("PIL.Image")
+testing = pytest.importorskip("typer.testing")
+
+from uta_fx import pictures
+from uta_fx.commands import app
+
+
+def run(*arguments):
+    """Run the installed entry point in this interpreter's environment."""
+    command = [sys.executable, "-c", "from uta_fx.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [(), ("generate",), ("explain",), ("study",)])
+def test_every_command_has_help(command):
+    """With every option explained."""
+    result = testing.CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert all(len(line.split()) > 2 for line in lines if line.strip().startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--density", "0"), "density must be in (0, 1], got 0.0"),
+        (("--policy", "best"), "policy must be one of low_delta, topk, got 'best'"),
+        (("--tail", "long"), "tail must be one of"),
+        (("--prompt", ""), "got an empty one"),
+        (("--prompt", "a pink disc moves left over dark green stripes"), "'pink'"),
+        (("--device", "tpu"), "--device must be auto, cpu or cuda, got 'tpu'"),
+        (("--output", "/dev/null/x"), "--output /dev/null/x cannot be written"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message):
+    """On standard error, with status 2 and no traceback."""
+    if "cannot be written" in message and not hasattr(os, "geteuid"):
+        pytest.skip("no such file system")
+    result = run("generate", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("uta-fx: ") and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_package_names_its_extra():
+    """Without typer the command says what to install."""
+    script = "import sys; sys.modules['typer'] = None; from uta_fx.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "pip install 'uta-fx[demo]'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_generate_writes_pictures_and_a_table(tmp_path):
+    """The whole way, few steps: two pictures, nothing half written, a table of numbers."""
+    output = tmp_path / "new" / "folder"
+    result = run(
+        "generate", "--steps", "2", "--output", str(output), "--device", "cpu",
+        "--prompt", "a red disc moves left over dark green stripes",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["comparison.gif", "contact_sheet.png"]
+    for label in ("density", "time a step", "speed-up", "PSNR", "SSIM", "probe agreement"):
+        assert label in result.stdout
+    gif = image.open(output / "comparison.gif")
+    assert gif.n_frames == 16
+
+
+def test_explain_lists_every_site():
+    """Eight layers of self-attention sparse, eight of cross-attention dense."""
+    result = run("explain")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("self-attention over video tokens") == 8
+    assert "8 of 16 sites sparse, 1 graph" in result.stdout
+
+
+def test_pictures_show_what_they_are_given(tmp_path):
+    """Frames keep their order and the difference is amplified."""
+    dense = torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
+    sparse = dense.clone()
+    sparse[1, 0, 2] += 0.1
+    rows = pictures.comparison_rows(dense, sparse)
+    assert rows["difference x4"][1, 0, 2].allclose(torch.tensor(0.4))
+    pictures.write_gif(tmp_path / "a.gif", rows, zoom=2)
+    gif = image.open(tmp_path / "a.gif")
+    assert gif.n_frames == 4
+    pictures.write_contact_sheet(tmp_path / "a.png", ["one", "two"], rows, frames=3)
+    assert image.open(tmp_path / "a.png").size[0] > 100

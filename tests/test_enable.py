@@ -1,0 +1,80 @@
+"""uta_fx.enable and disable on a module and on a pipeline."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import uta_fx
+from uta_fx import Config
+from uta_fx.enable import dense_steps, runs_dense
+
+FAST = {"inner": "eager", "min_tokens": 64, "reorder": "none", "block_q": 16, "block_kv": 16}
+
+
+class Model(nn.Module):
+    """One self-attention over 128 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x):
+        """``[B, 128, 32]`` to ``[B, 1, 128, 32]``."""
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q * 3, k * 3, v)
+
+
+def schedule(steps, step):
+    """What a diffusers scheduler shows of itself."""
+    return types.SimpleNamespace(timesteps=torch.linspace(1000, 1, steps), step_index=step)
+
+
+@torch.no_grad()
+def test_a_module_is_enabled_and_disabled():
+    """In place, and back to the very same code."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    dense = model(x)
+    assert uta_fx.enable(model, Config(density=0.2, **FAST), fullgraph=True) is model
+    assert not torch.equal(model(x), dense)
+    with pytest.raises(ValueError, match="target is enabled already"):
+        uta_fx.enable(model)
+    uta_fx.disable(model)
+    assert "forward" not in vars(model) and torch.equal(model(x), dense)
+    uta_fx.disable(model)  # nothing to undo is no error
+
+
+@torch.no_grad()
+def test_the_schedule_decides_between_dense_and_sparse():
+    """The first steps equal the dense model; switching recompiles nothing."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    dense = model(x)
+    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    config = Config(density=0.2, dense_until=0.25, **FAST)
+    uta_fx.enable(pipeline, config, fullgraph=True)
+    for step in (None, 1, 2, 3, 9):
+        pipeline.scheduler.step_index = step
+        assert torch.equal(model(x), dense) is ((step or 0) < 3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (9, 0, 5, 1):
+            pipeline.scheduler.step_index = step
+            model(x)
+
+
+@pytest.mark.parametrize(
+    ("steps", "until", "expected"), [(10, 0.2, 2), (30, 0.2, 6), (10, 0.25, 3), (7, 0, 0), (5, 1, 5)]
+)
+def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
+    """And a product that misses an integer by rounding counts as it."""
+    assert dense_steps(steps, until) == expected
+    assert sum(runs_dense(schedule(steps, step), until) for step in range(steps)) == expected
+
+
+def test_what_cannot_be_enabled_is_named():
+    """Neither a pipeline nor a module; no schedule to follow."""
+    with pytest.raises(TypeError, match="target must be a torch.nn.Module or a pipeline"):
+        uta_fx.enable("wan")
+    with pytest.raises(ValueError, match="needs a pipeline with a scheduler, got a Model"):
+        uta_fx.enable(Model(), Config(dense_until=0.2))

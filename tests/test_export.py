@@ -1,0 +1,41 @@
+"""The backend's passes on a torch.export graph."""
+
+import pytest
+import torch
+from torch import nn
+
+from uta_fx import Config
+from uta_fx.backend import plan_of
+from uta_fx.export.program import sparsify_program
+
+SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
+
+
+@torch.no_grad()
+def test_a_wan_program_keeps_its_result_and_holds_the_operator():
+    """Self-attention becomes the operator, cross-attention stays, density 1 changes nothing."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=3,
+        out_channels=3, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    args = (torch.randn(1, 3, 4, 16, 24), torch.full((1,), 500.0), torch.randn(1, 9, 16))
+    program = torch.export.export(model, args, {"return_dict": False})
+    sparse, sites = sparsify_program(program, plan_of(Config(density=1.0, **SMALL)))
+    assert [(site.kind, site.sparse) for site in sites] == [("self", True), ("cross", False)] * 2
+    assert [site.name for site in sites[:2]] == ["blocks.0.attn1", "blocks.0.attn2"]
+    assert sites[0].grid == (4, 8, 12)
+    targets = [node.target for node in sparse.graph.nodes]
+    assert targets.count(torch.ops.uta.sparse_attention.default) == 2
+    assert targets.count(torch.ops.aten.scaled_dot_product_attention.default) == 2
+    output = sparse.module()(*args, return_dict=False)[0]
+    torch.testing.assert_close(output, model(*args, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_without_inputs_is_refused():
+    """There is nothing to trace with."""
+    program = torch.export.export(nn.Linear(4, 4), (torch.ones(4),))
+    program.example_inputs = None
+    with pytest.raises(ValueError, match="program must carry example inputs"):
+        sparsify_program(program, plan_of(Config()))
