@@ -16,7 +16,7 @@ from uta_fx.kernels.ops import empty_outputs
 
 # query blocks in a group: enough to feed every core, few enough that counts within one are close
 # and that the gathered keys stay in the cache
-GROUP = 8
+GROUP = 16
 
 
 def sparse_attention(
@@ -163,29 +163,35 @@ def _attend_tail(
     variance_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the representatives alone, in float32, and its log-sum-exp."""
-    scaled = query.float() * scale
-    if tail_key.dim() == 4:  # the same representatives for every query block
-        tail_key, tail_value = tail_key[:, :, None], tail_value[:, :, None]
-        tail_log_size = tail_log_size[:, :, None]
-    logits = scaled @ tail_key.float().transpose(-1, -2)
-    bias = tail_log_size[..., None, :]
+    blocks = query.shape[2:4]
+    rows = query.flatten(2, 3).float() * scale  # [B, H, Nq * block_q, D]
+    logits = _per_row(rows, tail_key.float().transpose(-1, -2), blocks)
+    bias = tail_log_size if tail_log_size.dim() == 4 else tail_log_size[:, :, None]
     if listed is not None:
-        bias = bias.masked_fill(listed[..., None, :], -torch.inf)
-    logits += bias
+        bias = bias.masked_fill(listed, -torch.inf)
+    logits.unflatten(2, blocks).add_(bias[..., None, :])
     damping = None
     if tail_variance.shape[2]:
-        sigma2 = scaled.square() @ tail_variance[:, :, None].float().transpose(-1, -2)
+        sigma2 = rows.square() @ tail_variance.float().transpose(-1, -2)
         if variance_weight:
             logits.add_(sigma2, alpha=variance_weight / 2)
         damping = sigma2.add_(1).reciprocal_()
     lse = logits.logsumexp(-1)
     # a row whose tail is empty has lse == -inf; subtracting 0 instead leaves its weights zero
     weights = logits.sub_(lse.nan_to_num(neginf=0.0)[..., None]).exp_()
-    output = weights @ tail_value.float()
+    output = _per_row(weights, tail_value.float(), blocks)
     if tail_slope.shape[2]:
-        gain = (weights if damping is None else weights * damping).sum(-1, keepdim=True)
-        output += gain * (scaled @ tail_slope.float())
-    return output, lse
+        gain = (weights if damping is None else damping.mul_(weights)).sum(-1, keepdim=True)
+        slope = tail_slope.float() if tail_slope.shape[2] > 1 else tail_slope[:, :, 0].float()
+        output.addcmul_(gain, _per_row(rows, slope, blocks))
+    return output.unflatten(2, blocks), lse.unflatten(2, blocks)
+
+
+def _per_row(rows: Tensor, matrix: Tensor, blocks: torch.Size) -> Tensor:
+    """``[B, H, Nq * block_q, X]`` times one matrix a head, or one for each query block (rank 5)."""
+    if matrix.dim() == 4:
+        return rows @ matrix
+    return (rows.unflatten(2, blocks) @ matrix).flatten(2, 3)
 
 
 def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
