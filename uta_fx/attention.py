@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ def sparse_attention(
         )
     if grid is None and config.reorder in ("tile", "morton"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    site = SparseSite(config=config, grid=grid, scale=scale)
-    return site(query, key, value)
+    return _reorder_and_attend(query, key, value, config, grid, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,32 +86,53 @@ class SparseSite:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend; shapes as in ``sparse_attention``."""
-        config = self.config
-        if self.grid is None or config.reorder == "none":
-            return self._attend(query, key, value)
-        order = token_order(self.grid, config.reorder, config.block_kv, query.device)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
-        return self._attend(query, key, value).index_select(2, order.argsort())
+        return _reorder_and_attend(query, key, value, self.config, self.grid, self.scale)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        config, tail = self.config, self.config.tail_form()
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        selection = Selection(
-            query=query,
-            statistics=block_statistics(key, value, config.block_kv),
-            scale=scale,
-            density=config.density,
-            budget=config.budget,
-            block_q=config.block_q,
-        )
-        exact = config.selection_policy().select(selection)
-        ids, counts = list_blocks(exact)
-        representatives = tail.representatives(selection, exact, key, value, config.block_kv)
-        output, _ = ops.sparse_attention(
-            query, key, value, ids, counts, *representatives,
-            scale, tail.mass_weight, config.block_q, config.block_kv,
-        )  # fmt: skip
-        return output
+
+def operator_arguments(
+    query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
+) -> tuple[Any, ...]:
+    """Pool, select and aggregate: the arguments of ``uta::sparse_attention`` for one site.
+
+    Args:
+        query: ``[B, H, L, D]``, in the order in which tokens are blocked.
+        key: ``[B, H, L, D]``.
+        value: ``[B, H, L, Dv]``.
+        config: Settings.
+        scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+    """
+    tail = config.tail_form()
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    selection = Selection(
+        query=query,
+        statistics=block_statistics(key, value, config.block_kv),
+        scale=scale,
+        density=config.density,
+        budget=config.budget,
+        block_q=config.block_q,
+    )
+    exact = config.selection_policy().select(selection)
+    representatives = tail.representatives(selection, exact, key, value, config.block_kv)
+    return (
+        query, key, value, *list_blocks(exact), *representatives,
+        scale, tail.mass_weight, config.block_q, config.block_kv,
+    )  # fmt: skip
+
+
+def _reorder_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    if grid is None or config.reorder == "none":
+        return ops.sparse_attention(*operator_arguments(query, key, value, config, scale))[0]
+    order = token_order(grid, config.reorder, config.block_kv, query.device)
+    query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    output, _ = ops.sparse_attention(*operator_arguments(query, key, value, config, scale))
+    return output.index_select(2, order.argsort())
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:

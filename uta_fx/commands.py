@@ -180,15 +180,16 @@ def study(
 
     _check_folder(output)
     target = _device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
     pipeline = load_pipeline(target)
     texts = [scene.prompt for scene in held_out_scenes(prompts)]
     configs = configurations(Config(policy=policy))
+    scores = []
     with _bar() as bar:
         task = bar.add_task("configurations", total=len(configs))
-        scores = measure(
-            pipeline, texts, configs, steps=steps, seed=seed,
-            progress=lambda label: bar.update(task, advance=1, description=label),
-        )  # fmt: skip
+        for score in measure(pipeline, texts, configs, steps=steps, seed=seed):
+            scores.append(score)
+            bar.update(task, advance=1, description=score.label)
     text = (
         f"{prompts} prompts, {steps} steps, policy {policy}, {_name(target)}, torch"
         f" {torch.__version__}: PSNR against dense in dB (probe agreement;"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from uta_fx.config import Config
@@ -60,8 +60,7 @@ def measure(
     *,
     steps: int,
     seed: int,
-    progress: Callable[[str], None] = lambda label: None,
-) -> list[Score]:
+) -> Iterator[Score]:
     """Generate every prompt dense, then with each configuration, and compare.
 
     Args:
@@ -70,25 +69,25 @@ def measure(
         configs: Labels and configurations.
         steps: Denoising steps.
         seed: Of the first prompt; the next ones count up.
-        progress: Called with each label when it is done.
+
+    Yields:
+        A score for each configuration, as soon as it is known.
+
+    Raises:
+        ValueError: The transformer has no video self-attention.
     """
     scenes = [parse_prompt(prompt) for prompt in prompts]
-    scores = []
     with Switch(pipeline) as switch:
         dense = pipeline(prompts, steps=steps, seed=seed).cpu()
         if not switch.sites:
-            raise RuntimeError("the transformer has no video self-attention to study")
+            raise ValueError("pipeline must have video self-attention to study, got none")
         dense_agreement = agreement(dense, scenes)
         for label, config in configs:
             switch.config = config
             videos = pipeline(prompts, steps=steps, seed=seed).cpu()
-            scores.append(
-                Score(
-                    label, config, psnr(dense, videos), agreement(videos, scenes), dense_agreement
-                )
+            yield Score(
+                label, config, psnr(dense, videos), agreement(videos, scenes), dense_agreement
             )
-            progress(label)
-    return scores
 
 
 def markdown(scores: Sequence[Score]) -> str:

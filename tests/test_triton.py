@@ -1,0 +1,481 @@
+"""The Triton kernels against float64: in Triton's interpreter without a GPU, compiled with one."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uta_fx.kernels import reference
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from uta_fx.kernels import triton_attention, triton_scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies bfloat16 wrongly without an error
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of the operator, drawn from a seed."""
+
+    batch: int = 1
+    heads: int = 2
+    length_q: int = 70
+    length_kv: int = 90
+    dim: int = 32
+    dim_v: int = 32
+    block_q: int = 32
+    block_kv: int = 16
+    listed: float = 0.4  # probability that a block is listed
+    tail: str = "block"  # none, block (one representative a key block) or row (five a query block)
+    variance: bool = True
+    slopes: str = "head"  # none, head or row
+    scale: float | None = None
+    variance_weight: float = 0.8
+    seed: int = 0
+
+    def inputs(self, dtype):
+        """Arguments of the operator, by position."""
+        generator = torch.Generator().manual_seed(self.seed)
+        lead = (self.batch, self.heads)
+
+        def randn(*shape):
+            return torch.randn(*lead, *shape, generator=generator).to(DEVICE, dtype)
+
+        rows, blocks = -(-self.length_q // self.block_q), -(-self.length_kv // self.block_kv)
+        order = torch.rand(*lead, rows, blocks, generator=generator).argsort(-1)
+        counts = (torch.rand(order.shape, generator=generator) < self.listed).sum(-1)
+        shape = {"none": (0,), "block": (blocks,), "row": (rows, 5)}[self.tail]
+        variances = blocks if self.variance and self.tail == "block" else 0
+        slopes = {"none": 0, "head": 1, "row": rows}[self.slopes]
+        return [
+            randn(self.length_q, self.dim),
+            randn(self.length_kv, self.dim),
+            randn(self.length_kv, self.dim_v),
+            order.int().to(DEVICE),
+            counts.int().to(DEVICE),
+            randn(*shape, self.dim),
+            randn(*shape, self.dim_v),
+            (torch.rand(*lead, *shape, generator=generator) * 4).to(DEVICE),
+            randn(variances, self.dim).square(),
+            randn(slopes, self.dim, self.dim_v) * 0.3,
+            self.dim**-0.5 if self.scale is None else self.scale,
+            self.variance_weight,
+            self.block_q,
+            self.block_kv,
+        ]
+
+
+CASES = {
+    "everything": Case(),
+    "whole_blocks": Case(length_q=64, length_kv=96),
+    "slope_of_each_query_block": Case(slopes="row"),
+    "no_variance": Case(variance=False),
+    "no_slope": Case(slopes="none"),
+    "representatives_alone": Case(variance=False, slopes="none"),
+    "no_tail": Case(tail="none"),
+    "own_tail_of_each_query_block": Case(tail="row"),
+    "own_tail_and_slope": Case(tail="row", slopes="row", block_kv=32),
+    "damping_without_mass": Case(variance_weight=0.0),
+    "nothing_listed": Case(listed=0.0),
+    "everything_listed": Case(listed=1.0),
+    "nothing_at_all": Case(listed=0.0, tail="none"),
+    "one_token": Case(length_q=1, length_kv=1, block_kv=32),
+    "one_block": Case(length_q=30, length_kv=32, block_kv=32),
+    "head_dims_of_their_own": Case(dim=24, dim_v=48),
+    "wide_values": Case(dim=16, dim_v=80, block_kv=32),
+    "small_query_blocks": Case(block_q=16, block_kv=64, length_kv=200),
+    "large_query_blocks": Case(block_q=128, block_kv=128, length_q=150, length_kv=300),
+    "negative_scale": Case(scale=-0.2),
+    "zero_scale": Case(scale=0.0),
+    "steep_logits": Case(scale=2.0, variance_weight=0.1),
+}
+
+
+def double(args):
+    """The same rounded inputs in float64."""
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+
+
+def assert_as_accurate_as_eager(args, result=None):
+    """The kernel errs no more than the reference in the same dtype, plus roundings of its own.
+
+    Both errors are measured against float64 on the same rounded inputs. On top of what eager errs:
+    the output is rounded once, and so is the tail's part between the two kernels (half a unit each,
+    of at most the largest output: together ``eps``). The softmax is base 2: the scale times log2(e)
+    and its product with a logit are rounded in float32, and a GPU's exp2 is right to two units,
+    which changes a weight by ``2^-24 * (2 |logit| + 4)`` of itself and an output by at most twice
+    that share of the largest value; the log-sum-exp by that much and log2's two units.
+    """
+    output, lse = result or triton_attention.sparse_attention(*args)
+    exact, exact_lse = reference.sparse_attention(*double(args))
+    eager, eager_lse = reference.sparse_attention(*args)
+    seen = exact_lse != -torch.inf
+    assert torch.equal(lse == -torch.inf, ~seen)
+    assert output.dtype == args[0].dtype and lse.dtype == torch.float32
+    assert not output[~seen].any()
+    if not seen.any():
+        return
+    largest_logit = max(exact_lse[seen].abs().max().item(), 1.0)
+    largest_value = max(x.abs().max().item() for x in (exact, args[2], args[6]) if x.numel())
+    base2 = 2**-24 * (2 * largest_logit + 4)
+    rounding = torch.finfo(output.dtype).eps * exact.abs().max() + 2 * base2 * largest_value
+    error = (output.double() - exact).abs().max()
+    assert error <= (eager.double() - exact).abs().max() + rounding
+    lse_error = (lse.double() - exact_lse)[seen].abs().max()
+    assert lse_error <= (eager_lse.double() - exact_lse)[seen].abs().max() + 2 * base2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_attention_is_as_accurate_as_eager(case, dtype):
+    assert_as_accurate_as_eager(case.inputs(dtype))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 2),
+        length_q=st.integers(1, 80),
+        length_kv=st.integers(1, 80),
+        dim=st.just(32),
+        block_q=st.sampled_from([16, 32]),
+        block_kv=st.sampled_from([16, 32]),
+        listed=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+        tail=st.sampled_from(["none", "block", "row"]),
+        variance=st.booleans(),
+        slopes=st.sampled_from(["none", "head", "row"]),
+        seed=st.integers(0, 1000),
+    )
+)
+def test_attention_of_any_shape_is_as_accurate_as_eager(case):
+    assert_as_accurate_as_eager(case.inputs(torch.float32))
+
+
+@pytest.mark.parametrize("listed", [0.0, 0.5])
+@pytest.mark.parametrize("tail", ["block", "row"])
+def test_an_empty_tail_leaves_no_nan(tail, listed):
+    args = Case(tail=tail, listed=listed).inputs(torch.float32)
+    args[7][:, 0] = -torch.inf  # no entry in this head
+    args[7][:, 1, 1:] = -torch.inf  # one block, or one row of five, in this one
+    assert_as_accurate_as_eager(args)
+
+
+def test_inputs_may_be_strided():
+    args = Case(batch=2, length_q=70, length_kv=70).inputs(torch.float32)
+    expected = triton_attention.sparse_attention(*args)
+    fused = torch.stack(args[:3], 0).permute(1, 3, 2, 0, 4).contiguous()  # [B, L, H, 3, D]
+    args[:3] = fused.permute(3, 0, 2, 1, 4).unbind(0)
+    for i in range(3, 10):  # heads last but one, as in a model, and a part of a larger tensor
+        wide = torch.cat([args[i], args[i]], -1).movedim(1, -2).contiguous().movedim(-2, 1)
+        args[i] = wide[..., : args[i].shape[-1]]
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+    assert output.stride() == torch.empty_like(args[0]).stride()
+
+
+def test_a_last_dimension_that_is_not_contiguous_is_taken_too():
+    args = Case().inputs(torch.float32)
+    expected = triton_attention.sparse_attention(*args)
+    for i in (0, 1, 2, 5, 6, 8):
+        args[i] = args[i].mT.contiguous().mT
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+    assert output.stride() == torch.empty_like(args[0]).stride()
+
+
+def poisoned(x):
+    """The same values inside a larger buffer of NaN: beyond each end of every dimension but two."""
+    buffer = x.new_full((*x.shape[:2], *(size + 8 for size in x.shape[2:])), torch.nan)
+    view = buffer[(..., *(slice(4, 4 + size) for size in x.shape[2:]))]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("tail", ["block", "row"])
+def test_memory_beyond_the_tensors_cannot_matter(tail, monkeypatch):
+    case = Case(tail=tail, dim=24, dim_v=48, slopes="row")
+    args = case.inputs(torch.float32)
+    expected = triton_attention.sparse_attention(*args)
+    args = [poisoned(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, **options):
+        x = allocate(self, *shape, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_blocks_that_are_not_listed_cannot_matter():
+    args = Case(tail="none", listed=0.6).inputs(torch.float32)
+    args[3] = args[3].sort(-1).values  # then every row lists the first blocks only
+    args[4].clamp_(max=3)
+    expected = triton_attention.sparse_attention(*args)
+    args[1], args[2] = args[1].clone(), args[2].clone()
+    args[1][:, :, 48:], args[2][:, :, 48:] = torch.nan, torch.nan
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_ids_after_the_count_are_ignored():
+    args = Case().inputs(torch.float32)
+    expected = triton_attention.sparse_attention(*args)
+    unused = torch.arange(args[3].shape[-1], device=DEVICE) >= args[4][..., None]
+    args[3] = args[3].masked_fill(unused, 2**31 - 1)
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("tail", ["none", "block"])
+def test_an_id_outside_makes_its_rows_nan_and_no_others(bad, tail):
+    args = Case(tail=tail, listed=0.6).inputs(torch.float32)  # six key blocks
+    args[4][:, 1, 1] = 3
+    expected, expected_lse = triton_attention.sparse_attention(*args)
+    args[3][:, 1, 1, 2] = bad
+    output, lse = triton_attention.sparse_attention(*args)
+    rows = torch.zeros_like(lse, dtype=torch.bool)
+    rows[:, 1, 32:64] = True
+    assert output[rows].isnan().all() and lse[rows].isnan().all()
+    assert torch.equal(output[~rows], expected[~rows])
+    assert torch.equal(lse[~rows], expected_lse[~rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresCase:
+    """Inputs of ``block_scores``, drawn from a seed."""
+
+    length_q: int = 150
+    blocks: int = 37
+    dim: int = 32
+    block_q: int = 32
+    variance_weight: float = 0.7
+    power: float = 1.0
+
+    def inputs(self, dtype):
+        """Arguments of the operator, by position."""
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(1, 2, *shape, generator=generator).to(DEVICE, dtype)
+
+        return [
+            randn(self.length_q, self.dim),
+            randn(self.blocks, self.dim),
+            randn(self.blocks, self.dim).square(),
+            (torch.rand(1, 2, self.blocks, generator=generator) * 4).to(DEVICE),
+            self.dim**-0.5,
+            self.variance_weight,
+            self.power,
+            self.block_q,
+        ]
+
+
+SCORES_CASES = {
+    "power_one": ScoresCase(),
+    "power_zero": ScoresCase(power=0.0),
+    "power_half": ScoresCase(power=0.5),
+    "power_any": ScoresCase(power=1.7),
+    "no_weight": ScoresCase(variance_weight=0.0),
+    "mass_alone": ScoresCase(variance_weight=0.0, power=0.0),
+    "small_blocks": ScoresCase(block_q=16, blocks=16),
+    "large_blocks": ScoresCase(block_q=128, blocks=130),
+    "one_row": ScoresCase(length_q=1, blocks=1),
+    "padded_head_dim": ScoresCase(dim=40),
+}
+
+
+def assert_scores_are_accurate(args):
+    """Scores err relatively by what their parts do.
+
+    A score is a mean of products p * sigma2^power, none negative, so that its relative error is at
+    most that of the worst product. (s q)^2 is rounded to the query's dtype: u of sigma2, and
+    sigma2's share of a logit moves p by ``2 * u * weight / 2 * sigma2`` of itself (numerator and
+    denominator). All else happens in float32: a logit x is rounded a few times, 2^-24 of itself
+    each, which counts twice likewise, and a sum over D or Nk terms errs by at most 2^-24 for each.
+    """
+    scores = triton_scores.block_scores(*args)
+    exact = reference.block_scores(*double(args))
+    query, mean, variance, log_size, scale, weight, power, _ = double(args)
+    sigma2 = (query * scale).square() @ variance.mT
+    logits = (query * scale).abs() @ mean.mT.abs() + log_size[:, :, None] + weight / 2 * sigma2
+    half_unit = torch.finfo(args[0].dtype).eps / 2
+    terms = query.shape[-1] + mean.shape[-2] + 8
+    allowed = half_unit * (power + weight * sigma2.max().item())
+    allowed += 2**-24 * (8 * logits.max().item() + terms)
+    assert scores.dtype == torch.float32 and (scores >= 0).all()
+    assert ((scores.double() - exact).abs() <= allowed * exact).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SCORES_CASES.values(), ids=SCORES_CASES.keys())
+def test_scores_are_as_accurate_as_their_parts(case, dtype):
+    assert_scores_are_accurate(case.inputs(dtype))
+
+
+def test_scores_take_strided_and_poisoned_inputs():
+    args = ScoresCase(dim=40).inputs(torch.float32)
+    expected = triton_scores.block_scores(*args)
+    args[:4] = [poisoned(x) for x in args[:4]]
+    assert torch.equal(triton_scores.block_scores(*args), expected)
+
+
+def test_scores_of_every_second_row_are_those_of_a_strided_query():
+    args = ScoresCase().inputs(torch.float32)
+    every_second = args[0][:, :, ::2]
+    expected = triton_scores.block_scores(every_second.contiguous(), *args[1:])
+    assert torch.equal(triton_scores.block_scores(every_second, *args[1:]), expected)
+
+
+COMPILE = """
+import re
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from uta_fx.kernels import triton_attention, triton_scores
+
+OTHER = {"lse": "fp32", "tail_size": "fp32", "size": "fp32", "scores": "fp32", "ids": "i32",
+         "counts": "i32", "listed": "u8"}
+
+def shared(kernel, constants, tile):
+    signature, values, aligned = {}, {}, {}
+    constants = {**constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "o_sd": 1}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[i,] = "constexpr", constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + OTHER.get(name.removesuffix("_ptr"), "bf16")
+            aligned[i,] = [["tt.divisibility", 16]]
+        elif "scale" in name or "weight" in name or name == "power":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if re.search("_s[bhmnr]$", name):
+                aligned[i,] = [["tt.divisibility", 16]]
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    source = ASTSource(kernel, signature, values, aligned)
+    return triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+for dim in (64, 128):
+    head = {"D": dim, "D_PADDED": dim, "PRECISION": "ieee", "BLOCK_Q": 128}
+    both = {**head, "DV": dim, "DV_PADDED": dim, "SIGN": 1}
+    for even, resume in ((True, True), (False, True), (True, False)):
+        constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512}
+        tile = triton_attention._LISTED_TILES[2, dim]
+        print(shared(triton_attention._listed_kernel, constants, tile))
+    for variance, slope in ((True, True), (False, False)):
+        constants = {**both, "PER_BLOCK": True, "HAS_VARIANCE": variance, "HAS_SLOPE": slope}
+        tile = triton_attention._TAIL_TILES[2, dim]
+        print(shared(triton_attention._tail_kernel, constants, tile))
+    constants = {**head, "WEIGHTED": True, "POWER": "one"}
+    print(shared(triton_scores._scores_kernel, constants, triton_scores._TILES[2, dim]))
+"""
+
+
+def test_kernels_compile_for_hopper_without_a_gpu():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line) for line in done.stdout.split()]
+    assert len(sizes) == 12 and max(sizes) <= 227 * 1024
+
+
+LARGE = [
+    Case(
+        heads=3, length_q=4000, length_kv=4000, dim=dim, dim_v=dim, block_q=block_q, block_kv=64,
+        listed=0.2, slopes=slopes,
+    )
+    for dim, block_q, slopes in ((128, 128, "head"), (128, 64, "row"), (64, 128, "row"))
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.dim}-{case.block_q}")
+def test_large_attention_is_as_accurate_as_eager(case, dtype):
+    assert_as_accurate_as_eager(case.inputs(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_q", [32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_large_scores_are_as_accurate_as_their_parts(dim, block_q):
+    case = ScoresCase(length_q=4000, blocks=300, dim=dim, block_q=block_q)
+    assert_scores_are_accurate(case.inputs(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_tf32_is_used_where_it_is_allowed():
+    """TF32 rounds a product's operands to 11 bits: float16's error bounds it."""
+    args = Case(dim=64, dim_v=64, length_q=200, length_kv=300, block_kv=64).inputs(torch.float32)
+    exact, _ = reference.sparse_attention(*double(args))
+    half, _ = reference.sparse_attention(
+        *(x.half() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        output, _ = triton_attention.sparse_attention(*args)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (output - exact).abs().max() <= 2 * (half - exact).abs().max()
+    assert not torch.equal(output, triton_attention.sparse_attention(*args)[0])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_new_lists():
+    case = Case(length_q=300, length_kv=333, dim=64, dim_v=64, block_q=64, block_kv=64)
+    args = case.inputs(torch.bfloat16)
+    scores_args = [args[0], args[5], args[8], args[7], args[10], 1.0, 1.0, 64]
+    triton_attention.sparse_attention(*args)
+    triton_scores.block_scores(*scores_args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = triton_attention.sparse_attention(*args)
+        scores = triton_scores.block_scores(*scores_args)
+    fresh = dataclasses.replace(case, seed=1).inputs(torch.bfloat16)
+    for old, new in zip(args, fresh, strict=True):
+        if torch.is_tensor(old):
+            old.copy_(new)
+    graph.replay()
+    for got, want in zip(result, triton_attention.sparse_attention(*args), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(scores, triton_scores.block_scores(*scores_args))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """The last head of a key tensor of more than 2^31 elements."""
+    heads, length, dim = 132, 1 << 17, 128
+    key = torch.empty(1, length, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    key = key.permute(0, 2, 1, 3)[:, -2:]
+    key[:, :, -256:] = torch.randn(1, 2, 256, dim, device=DEVICE)
+    args = Case(length_kv=128, dim=dim, dim_v=dim, block_kv=64, tail="none").inputs(torch.bfloat16)
+    blocks = length // 64
+    ids = torch.tensor([blocks - 1, blocks - 3], device=DEVICE, dtype=torch.int32)
+    args[1] = args[2] = key
+    args[3] = ids.expand(*args[4].shape, 2)
+    args[4] = torch.full_like(args[4], 2)
+    result = triton_attention.sparse_attention(*args)
+    args[1] = args[2] = key[:, :, -256:]
+    args[3] = args[3] - (blocks - 4)
+    assert_as_accurate_as_eager(args, result)

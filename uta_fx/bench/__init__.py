@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, ratios against the best dense kernel, errors beside them."""
