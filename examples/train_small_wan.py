@@ -118,6 +118,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
+        """Update every matrix at learning rate ``lr``."""
         for group, velocity in zip(self.groups, self.velocities, strict=True):
             gradient = torch.stack([parameter.grad for parameter in group])
             velocity.lerp_(gradient, 1 - self.momentum)
@@ -143,7 +144,12 @@ class Training:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(options.seed)
         self.options, self.device = options, device
-        self.models = build(options.tiny).to(device)
+        self.models = build(options.tiny)
+        if options.start_from is not None:
+            trained = load_pipeline(weights=options.start_from)
+            for name, model in self.models.items():
+                model.load_state_dict(trained.components[name].state_dict())
+        self.models.to(device)
         self.parameters = list(self.models.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         # One buffer holds all gradients: one all-reduce, one norm.
@@ -231,6 +237,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if device.type == "cuda":
         training.models["transformer"].compile_repeated_blocks(dynamic=False)
     stages = TINY_STAGES if options.tiny else STAGES
+    if options.start_from is not None:
+        stages = stages[-1:]
     started, before = time.monotonic(), training.elapsed
     saved = reported = started
     losses: list[Tensor] = []
@@ -278,7 +286,9 @@ def evaluate(options: argparse.Namespace, device: torch.device) -> None:
     if device.type == "cuda":
         pipeline.transformer.compile_repeated_blocks(dynamic=False)
     scenes = held_out_scenes(options.prompts)
-    settings = list(itertools.product(options.eval_guidance, options.eval_shift, options.eval_steps))
+    settings = list(
+        itertools.product(options.eval_guidance, options.eval_shift, options.eval_steps)
+    )
     results = {}
     for guidance, shift, steps in settings[rank::ranks]:
         pipeline.scheduler.set_shift(shift)
@@ -347,6 +357,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, help="length of the run in steps, repeatable exactly")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--resume", type=Path, help="checkpoint to continue from")
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of a pipeline to train further, on whole clips"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=2e-3, help="Muon's learning rate")
@@ -365,6 +378,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train or evaluate, as the command line says."""
     options = parse_arguments(arguments)
     torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device("cpu")

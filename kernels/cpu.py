@@ -44,9 +44,7 @@ def sparse_attention(
     length_q, blocks_kv = query.shape[2], -(-key.shape[2] // block_kv)
     _check_lists(block_ids, block_counts, blocks_kv)
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
-    exact, exact_lse = _attend_listed(
-        blocks, key, value, block_ids, block_counts, scale, block_kv
-    )
+    exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
     if tail_key.shape[-2]:
         listed = _listed_mask(block_ids, block_counts, blocks_kv) if tail_key.dim() == 4 else None
         tail, tail_lse = _attend_tail(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
@@ -42,7 +44,8 @@ def _projected_from(node: Node) -> set[Node]:
         if current.op == "call_function" and current.target in _PROJECTIONS:
             # addmm(bias, input, weight), linear(input, weight, bias)
             place = 1 if current.target is torch.ops.aten.addmm.default else 0
-            sources.add(_unwrapped(current.args[place] if current.args else current.kwargs["input"]))
+            source: Any = current.args[place] if current.args else current.kwargs["input"]
+            sources.add(_unwrapped(source))
         else:
             stack.extend(current.all_input_nodes)
     return sources
@@ -51,5 +54,5 @@ def _projected_from(node: Node) -> set[Node]:
 def _unwrapped(node: Node) -> Node:
     """The tensor behind casts, which a model may make once for queries and once for keys."""
     while node.op == "call_method" and node.target in ("to", "type_as", "contiguous"):
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     return node

@@ -111,9 +111,7 @@ def test_tile_order_errs_less_than_raster_order():
     q, k, v = fields()
     dense = F.scaled_dot_product_attention(q, k, v)
     raster, tile = (
-        error(
-            sparse_attention(q, k, v, config=Config(reorder=order, **SMALL), grid=GRID), dense
-        )
+        error(sparse_attention(q, k, v, config=Config(reorder=order, **SMALL), grid=GRID), dense)
         for order in ("none", "tile")
     )
     assert tile < raster / 2
@@ -206,7 +204,9 @@ def test_statistics_are_over_true_tokens(length):
     k, v = torch.randn(2, 1, 2, length, 16, generator=generator).unbind()
     statistics = block_statistics(k, v, 32)
     assert statistics.size.sum() == length
-    torch.testing.assert_close(statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2))
+    torch.testing.assert_close(
+        statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2)
+    )
     torch.testing.assert_close(
         statistics.key_variance[:, :, -1],
         k[:, :, -(length % 32 or 32) :].var(2, correction=0),

@@ -8,14 +8,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 import uta_fx
 from uta_fx import Config
 from uta_fx.backend import sparsify
-
-pytest.importorskip("diffusers")
-from diffusers import WanTransformer3DModel
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -121,9 +119,7 @@ def test_a_new_resolution_costs_one_compile_and_is_right():
     compiled = compile_uta(model, density=1.0)
     for height, width in ((16, 24), (24, 16), (16, 32)):
         kwargs = wan_inputs(height=height, width=width)
-        torch.testing.assert_close(
-            compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -172,7 +168,7 @@ def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reaso
     assert not site.sparse
     assert re.match(reason, site.reason), site.reason
     if "min_tokens" not in config:
-        with torch.no_grad(), pytest.raises(Exception, match="strict: .* stays dense"):
+        with torch.no_grad(), pytest.raises(Exception, match=r"strict: .* stays dense"):
             compile_uta(module, strict=True, **config)(x)
 
 

@@ -6,10 +6,8 @@ import sys
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-image = pytest.importorskip("PIL.Image")
-testing = pytest.importorskip("typer.testing")
+from PIL import Image
+from typer.testing import CliRunner
 
 from uta_fx import pictures
 from uta_fx.commands import app
@@ -24,7 +22,7 @@ def run(*arguments):
 @pytest.mark.parametrize("command", [(), ("generate",), ("explain",), ("study",)])
 def test_every_command_has_help(command):
     """With every option explained."""
-    result = testing.CliRunner().invoke(app, [*command, "--help"])
+    result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert all(len(line.split()) > 2 for line in lines if line.strip().startswith("--"))
@@ -72,7 +70,7 @@ def test_generate_writes_pictures_and_a_table(tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["comparison.gif", "contact_sheet.png"]
     for label in ("density", "time a step", "speed-up", "PSNR", "SSIM", "probe agreement"):
         assert label in result.stdout
-    gif = image.open(output / "comparison.gif")
+    gif = Image.open(output / "comparison.gif")
     assert gif.n_frames == 16
 
 
@@ -92,7 +90,7 @@ def test_pictures_show_what_they_are_given(tmp_path):
     rows = pictures.comparison_rows(dense, sparse)
     assert rows["difference x4"][1, 0, 2].allclose(torch.tensor(0.4))
     pictures.write_gif(tmp_path / "a.gif", rows, zoom=2)
-    gif = image.open(tmp_path / "a.gif")
+    gif = Image.open(tmp_path / "a.gif")
     assert gif.n_frames == 4
     pictures.write_contact_sheet(tmp_path / "a.png", ["one", "two"], rows, frames=3)
-    assert image.open(tmp_path / "a.png").size[0] > 100
+    assert Image.open(tmp_path / "a.png").size[0] > 100

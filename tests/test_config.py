@@ -39,7 +39,7 @@ def test_bad_fields_cannot_be_built(fields, error, message):
 
 def test_unknown_options_name_the_likeliest():
     """A typo is not ignored."""
-    with pytest.raises(ValueError, match="unknown option 'densty' .did you mean 'density'"):
+    with pytest.raises(ValueError, match=r"unknown option 'densty' .did you mean 'density'"):
         Config.from_options({"densty": 0.1})
 
 

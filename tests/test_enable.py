@@ -64,7 +64,8 @@ def test_the_schedule_decides_between_dense_and_sparse():
 
 
 @pytest.mark.parametrize(
-    ("steps", "until", "expected"), [(10, 0.2, 2), (30, 0.2, 6), (10, 0.25, 3), (7, 0, 0), (5, 1, 5)]
+    ("steps", "until", "expected"),
+    [(10, 0.2, 2), (30, 0.2, 6), (10, 0.25, 3), (7, 0, 0), (5, 1, 5)],
 )
 def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
     """And a product that misses an integer by rounding counts as it."""
@@ -74,7 +75,7 @@ def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
 
 def test_what_cannot_be_enabled_is_named():
     """Neither a pipeline nor a module; no schedule to follow."""
-    with pytest.raises(TypeError, match="target must be a torch.nn.Module or a pipeline"):
+    with pytest.raises(TypeError, match=r"target must be a torch.nn.Module or a pipeline"):
         uta_fx.enable("wan")
     with pytest.raises(ValueError, match="needs a pipeline with a scheduler, got a Model"):
         uta_fx.enable(Model(), Config(dense_until=0.2))

@@ -44,5 +44,5 @@ def test_a_compiled_model_is_explained_as_the_model_itself():
 
 def test_something_else_is_refused():
     """By name."""
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         uta_fx.explain(lambda x: x, torch.ones(4))

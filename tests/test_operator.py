@@ -160,7 +160,7 @@ def test_memory_beyond_the_length_never_shows():
 
 
 def test_unlisted_keys_do_not_matter():
-    """Where the tail is dropped, NaN in every key and value of an unlisted block changes nothing."""
+    """Without a tail, NaN in every key and value of an unlisted block changes nothing."""
     args = Case(tail="none", slopes="none", length_kv=192).inputs()
     args[3] = torch.zeros_like(args[3])
     args[4] = torch.ones_like(args[4])  # block 0 alone

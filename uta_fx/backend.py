@@ -109,11 +109,12 @@ def _compile(
         from torch._inductor.compile_fx import compile_fx  # slow to import: only when compiling
 
         patches = {**(list_mode_options(mode) if mode else {}), **(inductor or {})}
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return compiled
     if mode or inductor:
         raise ValueError(f"options mode and inductor need inner='inductor', got inner={inner!r}")
     try:
-        compile_inner = torch._dynamo.lookup_backend(inner)
+        compile_inner: Any = torch._dynamo.lookup_backend(inner)
     except torch._dynamo.exc.InvalidBackend:
         valid = ", ".join(torch._dynamo.list_backends(exclude_tags=()))
         raise ValueError(f"inner must be one of {valid}, got {inner!r}") from None

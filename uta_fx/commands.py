@@ -1,12 +1,11 @@
-"""The commands of ``uta-fx``: each reads options, calls a function of the package, shows a result."""
+"""The commands of ``uta-fx``: each reads options, calls the package and shows a result."""
 
 from __future__ import annotations
-
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -54,7 +53,9 @@ DenseUntil = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
+]
 Output = Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")]
 
 
@@ -259,7 +260,7 @@ def _publish(folder: Path, name: str, write: Callable[[Path], object]) -> Path:
     return final
 
 
-def _bar() -> rich_progress.Progress:
+def _bar() -> Any:
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),

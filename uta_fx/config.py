@@ -88,7 +88,9 @@ class Config:
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict must be True or False, got {self.strict!r}")
         if not isinstance(self.inner, str) or not self.inner:
-            raise TypeError(f"inner must be the name of a torch.compile backend, got {self.inner!r}")
+            raise TypeError(
+                f"inner must be the name of a torch.compile backend, got {self.inner!r}"
+            )
         _parse_ranges(self.dense_layers)
 
     @classmethod
@@ -119,11 +121,12 @@ class Config:
         return Tail(kind=self.tail, bins=self.bins) if isinstance(self.tail, str) else self.tail
 
     def is_dense_layer(self, index: int, layers: int) -> bool:
-        """Whether ``dense_layers`` names layer ``index`` of ``layers``; negatives count from last."""
-        return any(
-            (first + layers if first < 0 else first) <= index <= (last + layers if last < 0 else last)
-            for first, last in _parse_ranges(self.dense_layers)
-        )
+        """Whether ``dense_layers`` names layer ``index`` of ``layers``."""
+        for ends in _parse_ranges(self.dense_layers):
+            first, last = (end + layers if end < 0 else end for end in ends)
+            if first <= index <= last:
+                return True
+        return False
 
 
 def _number(config: Config, name: str) -> None:

@@ -34,7 +34,7 @@ def enable(target: Any, config: Config | None = None, **compile_options: Any) ->
     config = config or Config()
     model = _model_of(target)
     scheduler = getattr(target, "scheduler", None)
-    if "forward" in vars(model) and hasattr(model.forward, "_uta_original"):
+    if _is_enabled(model):
         raise ValueError("target is enabled already: call uta_fx.disable first")
     if config.dense_until and scheduler is None:
         raise ValueError(
@@ -53,18 +53,14 @@ def enable(target: Any, config: Config | None = None, **compile_options: Any) ->
         dense = torch.compile(original, backend=config.inner, **compile_options)
         forward = _switch(dense, sparse, scheduler, config.dense_until)
 
-    def compiled_forward(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    compiled_forward._uta_original = original
-    model.forward = compiled_forward
+    model.forward = _Enabled(forward)
     return target
 
 
 def disable(target: Any) -> Any:
     """Undo ``enable``; a target that is not enabled stays as it is."""
     model = _model_of(target)
-    if hasattr(vars(model).get("forward"), "_uta_original"):
+    if _is_enabled(model):
         del model.forward
     return target
 
@@ -82,6 +78,20 @@ def runs_dense(scheduler: Any, dense_until: float) -> bool:
     """
     step = scheduler.step_index or 0  # None before the first step
     return step < dense_steps(len(scheduler.timesteps), dense_until)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Enabled:
+    """The forward of an enabled model."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+def _is_enabled(model: torch.nn.Module) -> bool:
+    return isinstance(vars(model).get("forward"), _Enabled)
 
 
 def _switch(

@@ -1,4 +1,4 @@
-"""Orders of the video tokens in which a block of consecutive tokens is compact in space and time."""
+"""Orders of the video tokens in which a block of consecutive tokens is compact."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def tile_shape(grid: Grid, block: int) -> Grid:
         return surface * overfill
 
     sides = [1 << bits for bits in range(block.bit_length())]
-    tiles = [
-        (a, b, block // (a * b)) for a, b in itertools.product(sides, sides) if a * b <= block
-    ]
+    tiles = [(a, b, block // (a * b)) for a, b in itertools.product(sides, sides) if a * b <= block]
     return min(tiles, key=cost)
 
 

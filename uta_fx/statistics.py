@@ -82,7 +82,8 @@ def block_covariances(key: Tensor, value: Tensor, key_mean: Tensor, block_kv: in
     """As ``block_covariance``, for each block by itself: float32 ``[B, H, Nk, D, Dv]``."""
     return torch.cat(
         [
-            (key_block - mean[:, :, :, None]).transpose(-1, -2) @ value_block.float()
+            (key_block - mean[:, :, :, None]).transpose(-1, -2)
+            @ value_block.float()
             / key_block.shape[3]
             for key_block, value_block, mean in zip(
                 _split(key, block_kv),

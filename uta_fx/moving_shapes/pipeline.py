@@ -19,14 +19,13 @@ from uta_fx.moving_shapes.scenes import (
 )
 
 try:
-    from diffusers import (
-        ConfigMixin,
-        DiffusionPipeline,
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteScheduler,
-        ModelMixin,
-        WanTransformer3DModel,
     )
-    from diffusers.configuration_utils import register_to_config
 except ImportError as error:
     raise ImportError(
         "uta_fx.moving_shapes.pipeline needs diffusers: pip install 'uta-fx[diffusers]'"
@@ -38,7 +37,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 CLIP_SHAPE = (3, FRAMES, SIZE, SIZE)
 
 
-class PromptEncoder(ModelMixin, ConfigMixin):
+class PromptEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both name their file
     """Embeds the words of a prompt and lets them look at each other, so that colours find shapes.
 
     Args:
@@ -87,6 +86,10 @@ class MovingShapesPipeline(DiffusionPipeline):
         prompt_encoder: Embeds the prompts.
         scheduler: The noise schedule.
     """
+
+    transformer: WanTransformer3DModel
+    prompt_encoder: PromptEncoder
+    scheduler: FlowMatchEulerDiscreteScheduler
 
     def __init__(
         self,
@@ -157,7 +160,12 @@ class MovingShapesPipeline(DiffusionPipeline):
             if guided:
                 free, told = velocity.chunk(2)
                 velocity = free + guidance_scale * (told - free)
-            clips = self.scheduler.step(velocity, timestep, clips, return_dict=False)[0]
+            clips = self.scheduler.step(
+                velocity,  # type: ignore[arg-type]  # diffusers says FloatTensor
+                timestep,
+                clips,  # type: ignore[arg-type]
+                return_dict=False,
+            )[0]
             if callback is not None:
                 callback(step, steps)
         return clips.add(1).div(2).clamp(0, 1)
@@ -192,9 +200,7 @@ def load_pipeline(
         transformer=WanTransformer3DModel.from_pretrained(
             weights / "transformer", torch_dtype=dtype
         ),
-        prompt_encoder=PromptEncoder.from_pretrained(
-            weights / "prompt_encoder", torch_dtype=dtype
-        ),
+        prompt_encoder=PromptEncoder.from_pretrained(weights / "prompt_encoder", torch_dtype=dtype),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(weights / "scheduler"),
     )
     return pipeline.to(device)

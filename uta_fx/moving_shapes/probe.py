@@ -104,7 +104,8 @@ def agreement(videos: Tensor, scenes: Sequence[Scene]) -> float:
     if len(videos) != len(scenes) or not scenes:
         raise ValueError(f"scenes: expected one for each of {len(videos)} clips, got {len(scenes)}")
     agrees = [
-        agree for video, scene in zip(videos, scenes, strict=True)
+        agree
+        for video, scene in zip(videos, scenes, strict=True)
         for agree in probe(video, scene).agrees
     ]
     return sum(agrees) / len(agrees)
@@ -134,9 +135,7 @@ def _track(labels: Tensor, colour: str) -> Track:
     velocity, bounces = _fit_path(torch.stack([x, y], dim=1), weight)
     speed = float(velocity.norm())
     direction = _direction(velocity) if speed >= _SLOWEST else None
-    return Track(
-        colour=colour, frames=frames, direction=direction, bounces=bounces, speed=speed
-    )
+    return Track(colour=colour, frames=frames, direction=direction, bounces=bounces, speed=speed)
 
 
 def _fit_path(centre: Tensor, weight: Tensor) -> tuple[Tensor, bool]:

@@ -77,9 +77,7 @@ def sample_layout(packed: Tensor, generator: torch.Generator, *, frames: int = F
     batch, device = len(packed), packed.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(
-            batch, *shape, generator=generator, device=device
-        )
+        return low + (high - low) * torch.rand(batch, *shape, generator=generator, device=device)
 
     shapes = packed[:, 1 : 1 + 4 * MAX_SHAPES].view(batch, MAX_SHAPES, 4)
     motion, direction = shapes[..., 2], shapes[..., 3]
@@ -101,9 +99,7 @@ def sample_layout(packed: Tensor, generator: torch.Generator, *, frames: int = F
     along = torch.stack([-turn.sin(), turn.cos()], dim=1)
     wave = torch.stack([across, along], dim=1) * (2 * math.pi / period)[:, None, None]
     phase = uniform(0.0, 2 * math.pi, 2)[..., None] + uniform(-0.15, 0.15, 2)[..., None] * time
-    return Layout(
-        radius, centre[:, :, :frames], angle[:, :, :frames], wave, phase[:, :, :frames]
-    )
+    return Layout(radius, centre[:, :, :frames], angle[:, :, :frames], wave, phase[:, :, :frames])
 
 
 def draw(packed: Tensor, layout: Layout) -> Tensor:
@@ -150,7 +146,9 @@ def _sample_paths(radius, motion, direction, time, uniform) -> Tensor:
     start = SIZE - reach - speed * last - room * uniform(0.0, 1.0, _CANDIDATES, MAX_SHAPES)
     start = torch.where(bounces, SIZE - reach - speed * touch, start)
     travelled = torch.where(
-        bounces[..., None], touch[..., None] - (time - touch[..., None]).abs(), time.expand(1, 1, 1, -1)
+        bounces[..., None],
+        touch[..., None] - (time - touch[..., None]).abs(),
+        time.expand(1, 1, 1, -1),
     )
     forward = start[..., None] + speed[..., None] * travelled
     sideways = reach + (SIZE - 2 * reach) * uniform(0.0, 1.0, _CANDIDATES, MAX_SHAPES)

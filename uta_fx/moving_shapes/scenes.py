@@ -266,9 +266,7 @@ def sample_scenes(count: int, generator: torch.Generator, *, held_out: bool = Fa
         return packed
     # The next hue changes the hash by an odd number times less than 16, never by a multiple of 16.
     hue = packed[:, _BACKGROUND_COLUMN]
-    packed[:, _BACKGROUND_COLUMN] = torch.where(
-        is_held_out(packed), (hue + 1) % len(HUES), hue
-    )
+    packed[:, _BACKGROUND_COLUMN] = torch.where(is_held_out(packed), (hue + 1) % len(HUES), hue)
     return packed
 
 

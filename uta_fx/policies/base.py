@@ -74,7 +74,7 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
 
 
 def _share(density: float, total: int) -> int:
-    """``ceil(density * total)``, where a product that misses an integer by rounding counts as it."""
+    """``ceil(density * total)``; a product that misses an integer by rounding counts as it."""
     return min(total, max(1, math.ceil(density * total * (1 - 1e-12))))
 
 

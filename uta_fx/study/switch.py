@@ -22,8 +22,8 @@ from uta_fx.passes.sparsify import rewrite, understand
 class Switch:
     """Runs a pipeline's transformer eagerly, its video self-attention as ``config`` says now.
 
-    A study compares a hundred configurations of one model: compiling each would take hours. Inside
-    the ``with`` block the transformer is one traced graph whose sites read ``config`` when they run.
+    A study compares a hundred configurations of one model: compiling each would take hours.
+    Inside the ``with`` block the transformer is one traced graph whose sites read ``config``.
 
     Attributes:
         config: Of the sites; None for dense.
