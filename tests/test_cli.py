@@ -19,7 +19,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("explain",), ("study",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("explain",), ("study",), ("bench",)])
 def test_every_command_has_help(command):
     """With every option explained."""
     result = CliRunner().invoke(app, [*command, "--help"])

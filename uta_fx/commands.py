@@ -201,6 +201,39 @@ def study(
     _publish(output, "quality.json", lambda path: write_json(path, scores))
 
 
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Shape to time; several times for several; default all."),
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density to time; several times for several.")
+    ] = None,
+    block_q: Annotated[int, typer.Option(help="Query tokens in a block.")] = DEFAULTS.block_q,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are printed.")] = 15,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Time the attention operation against the best dense kernel, at shapes of real models.
+
+    Checks sampled rows against float64 first: no time is printed when they disagree. The operation
+    includes pooling, selection and tail. Dense baselines and candidates take turns.
+    """
+    from uta_fx.bench.attention import DEFAULT_SHAPES, run
+
+    target = _device(device)
+    run(
+        shape or DEFAULT_SHAPES,
+        density or (0.1, 0.2, 0.25),
+        config=Config(block_q=block_q),
+        device=str(target),
+        dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
+        rounds=rounds,
+        output=output,
+    )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,10 @@ class Tail:
             logits; ``gaussian`` also lifts the mass by half the in-block logit variance, which is
             exact where logits and values in a block are jointly Gaussian.
         bins: Groups of ``bins``, at least 1.
-        variance_weight: Share of that half variance (``gaussian`` alone), at least 0.
+        variance_weight: Share of that half variance (``gaussian`` alone), at least 0. 1 is exact
+            for Gaussian blocks whose variance is known; 0.5 is the default because the variance
+            is estimated channel by channel and real logits have lighter tails
+            (``docs/measured.md``).
         slope: ``"head"``: one key-value covariance for each head; ``"query_block"``: one for each
             query block, its tail blocks weighted by their pooled attention (dearer: O(Nk D Dv)
             memory for each head).
@@ -49,7 +52,7 @@ class Tail:
 
     kind: str = "gaussian"
     bins: int = 8
-    variance_weight: float = 1.0
+    variance_weight: float = 0.5
     slope: str = "head"
 
     def __post_init__(self) -> None:
