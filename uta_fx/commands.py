@@ -88,6 +88,8 @@ def generate(
     from uta_fx.moving_shapes import load_pipeline, parse_prompt
     from uta_fx.pictures import comparison_rows, write_contact_sheet, write_gif
 
+    for module in ("matplotlib", "PIL", "skimage"):
+        require(module, extra="demo")  # missed now rather than after the work
     prompts = list(prompt or DEFAULT_PROMPTS)
     for text in prompts:
         parse_prompt(text)
