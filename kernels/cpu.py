@@ -1,12 +1,14 @@
 """Sparse attention on the CPU from PyTorch's own primitives: gather, flash attention, merge.
 
-Query blocks are sorted by how many key blocks they list and taken in groups, so that a group is a
-dense batch with little padding: its key blocks are gathered and handed to PyTorch's flash attention
-for CPUs. The tail is two small matrix products for all rows at once. The two parts, each with its
-log-sum-exp, are one softmax after the merge.
+Query blocks that list equally many key blocks are taken together, so that a group is a dense batch
+without padding: its key blocks are gathered and handed to PyTorch's flash attention for CPUs. The
+tail is two small matrix products for all rows at once. The two parts, each with its log-sum-exp,
+are one softmax after the merge.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
 
-# query blocks in a group: enough to feed every core, few enough that counts within one are close
-# and that the gathered keys stay in the cache
+# query blocks in a group at most: enough to feed every core, few enough that the gathered keys
+# stay in the cache
 GROUP = 16
 
 
@@ -111,19 +113,12 @@ def _attend_listed(
 
     head = torch.arange(batch * heads).repeat_interleave(blocks_q) * blocks_kv
     ids = block_ids.flatten(0, 2).long()
-    counts, order = block_counts.flatten().sort(descending=True)
-    order = order[: int((counts > 0).sum())]
-    for start in range(0, len(order), GROUP):
-        group = order[start : start + GROUP]
-        count = block_counts.flatten()[group].long()
-        width = int(count.max())
-        unused = torch.arange(width) >= count[:, None]
-        local = ids[group, :width].masked_fill(unused, 0)
+    for count, group in _groups(block_counts.flatten()):
+        local = ids[group, :count]
         flat = (head[group, None] + local).flatten()
-        k = keys.index_select(0, flat).view(len(group), 1, width * block_kv, -1)
-        v = values.index_select(0, flat).view(len(group), 1, width * block_kv, -1)
-        last = ~unused & (local == blocks_kv - 1) if ragged else None
-        bias = _padding_bias(unused, last, ragged, block_kv, query.dtype)
+        k = keys.index_select(0, flat).view(len(group), 1, count * block_kv, -1)
+        v = values.index_select(0, flat).view(len(group), 1, count * block_kv, -1)
+        bias = _ragged_bias(local == blocks_kv - 1, ragged, block_kv, query.dtype)
         if bias is not None:
             bias = bias.expand(-1, -1, block_q, -1)
         # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp
@@ -135,17 +130,29 @@ def _attend_listed(
     return output.view(*shape, -1)[..., :dim_v], lse.view(shape)
 
 
-def _padding_bias(
-    unused: Tensor, last: Tensor | None, ragged: int, block_kv: int, dtype: torch.dtype
-) -> Tensor | None:
-    """``[G, 1, 1, width * block_kv]``: -inf on padding, or None where there is none."""
-    padding = unused[..., None].expand(-1, -1, block_kv)
-    if last is not None and last.any():
-        beyond = torch.arange(block_kv) >= ragged
-        padding = padding | (last[..., None] & beyond)
-    if not padding.any():
+def _groups(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Query blocks that list equally many key blocks: that number, and their indices."""
+    ordered, order = counts.sort(descending=True, stable=True)
+    values, sizes = ordered.unique_consecutive(return_counts=True)
+    for count, equal in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
+        if count:
+            for group in equal.split(GROUP):
+                yield count, group
+
+
+def _ragged_bias(last: Tensor, ragged: int, block_kv: int, dtype: torch.dtype) -> Tensor | None:
+    """``[G, 1, 1, count * block_kv]``: -inf past the end of the keys; None where nothing is.
+
+    Args:
+        last: Boolean ``[G, count]``, True where the last key block is listed.
+        ragged: Keys in the last block, 0 where it is whole.
+        block_kv: Keys in a block.
+        dtype: Of the result.
+    """
+    if not ragged or not last.any():
         return None
-    bias = torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -torch.inf)
+    beyond = last[..., None] & (torch.arange(block_kv) >= ragged)
+    bias = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
     return bias.flatten(1)[:, None, None]
 
 

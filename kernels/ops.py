@@ -47,9 +47,14 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.uta.sparse_attention.default(*args, **options)
 
 
-def block_scores(*args: Any, **options: Any) -> Tensor:
-    """Call ``uta::block_scores``; arguments and result as in ``reference.block_scores``."""
-    return torch.ops.uta.block_scores.default(*args, **options)
+def block_scores(query: Tensor, *args: Any) -> Tensor:
+    """Call ``uta::block_scores``; arguments and result as in ``reference.block_scores``.
+
+    On the CPU it is the reference itself, which a compiler can trace and fuse.
+    """
+    if query.device.type == "cpu":
+        return _cpu_block_scores(query, *args)
+    return torch.ops.uta.block_scores.default(query, *args)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
