@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
+from uta_fx.kernels.reference import listed_blocks
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache
@@ -48,7 +49,9 @@ def sparse_attention(
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
     exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
     if tail_key.shape[-2]:
-        listed = _listed_mask(block_ids, block_counts, blocks_kv) if tail_key.dim() == 4 else None
+        listed = None
+        if tail_key.dim() == 4:
+            listed, _ = listed_blocks(block_ids, block_counts, blocks_kv)
         tail, tail_lse = _attend_tail(
             blocks, tail_key, tail_value, tail_log_size, tail_variance, tail_slope, listed,
             scale, variance_weight,
@@ -79,14 +82,6 @@ def _into_blocks(x: Tensor, block: int) -> Tensor:
     """``[B, H, L, D] -> [B, H, ceil(L / block), block, D]``; rows past the end are zero."""
     missing = -x.shape[2] % block
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
-
-
-def _listed_mask(block_ids: Tensor, block_counts: Tensor, blocks_kv: int) -> Tensor:
-    """Boolean ``[B, H, Nq, Nk]``, True where the query block lists the key block."""
-    used = torch.arange(block_ids.shape[-1]) < block_counts[..., None]
-    spill = block_ids.long().masked_fill(~used, blocks_kv)  # one column too many
-    mask = torch.zeros((*block_ids.shape[:-1], blocks_kv + 1), dtype=torch.bool)
-    return mask.scatter_(-1, spill, True)[..., :blocks_kv]
 
 
 def _attend_listed(
