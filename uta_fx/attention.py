@@ -127,12 +127,12 @@ def _reorder_and_attend(
     grid: Grid | None,
     scale: float | None,
 ) -> Tensor:
-    if grid is None or config.reorder == "none":
-        return ops.sparse_attention(*operator_arguments(query, key, value, config, scale))[0]
-    order = token_order(grid, config.reorder, config.block_kv, query.device)
-    query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    order = None
+    if grid is not None and config.reorder != "none":
+        order = token_order(grid, config.reorder, config.block_kv, query.device)
+        query, key, value = (x.index_select(2, order) for x in (query, key, value))
     output, _ = ops.sparse_attention(*operator_arguments(query, key, value, config, scale))
-    return output.index_select(2, order.argsort())
+    return output if order is None else output.index_select(2, order.argsort())
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
