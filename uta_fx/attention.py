@@ -127,12 +127,12 @@ def _reorder_and_attend(
     grid: Grid | None,
     scale: float | None,
 ) -> Tensor:
-    order = None
+    inverse = None
     if grid is not None and config.reorder != "none":
-        order = token_order(grid, config.reorder, config.block_kv, query.device)
+        order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
     output, _ = ops.sparse_attention(*operator_arguments(query, key, value, config, scale))
-    return output if order is None else output.index_select(2, order.argsort())
+    return output if inverse is None else output.index_select(2, inverse)
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:

@@ -302,7 +302,7 @@ def block_order(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], BlockStatistics]:
     """Tensors in block order, and the statistics of their key blocks."""
     if config.reorder != "none":
-        order = token_order(grid, config.reorder, config.block_kv, query.device)
+        order, _ = token_order(grid, config.reorder, config.block_kv, query.device)
         query, key, value = (x.index_select(2, order) for x in (query, key, value))
     return (query, key, value), block_statistics(key, value, config.block_kv)
 
