@@ -165,11 +165,22 @@ def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reaso
     """One sentence a site, from ``explain``; ``strict`` makes an error of it."""
     x = torch.randn(1, 256, 64).to(module.q.weight.dtype)
     (site,) = uta_fx.explain(module, x, config=Config(**SMALL | config)).sites
-    assert not site.sparse
+    assert not site.sparse and site.expected is ("min_tokens" not in config)
     assert re.match(reason, site.reason), site.reason
-    if "min_tokens" not in config:
+    if site.expected:
         with torch.no_grad(), pytest.raises(Exception, match=r"strict: .* stays dense"):
             compile_uta(module, strict=True, **config)(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"min_tokens": 385}, {"dense_layers": "0--1"}])
+def test_strict_is_about_what_a_user_would_expect_sparse(options):
+    """Cross-attention, short sites and layers named dense are no error."""
+    model, kwargs = wan(num_layers=2), wan_inputs()
+    output = compile_uta(model, strict=True, **options)(**kwargs)[0]
+    torch.testing.assert_close(output, model(**kwargs)[0])
+    sites = uta_fx.explain(model, **kwargs, config=Config(**SMALL | options)).sites
+    assert len(sites) == 4 and not any(site.expected for site in sites)
 
 
 @torch.no_grad()

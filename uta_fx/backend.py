@@ -63,7 +63,7 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     sites = [site for _, site in pairs]
     for site in sites:
         logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
-    refused = [site for site in sites if not site.sparse and _was_wanted(site, config)]
+    refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
     if any(site.sparse for site in sites):
@@ -89,12 +89,6 @@ def plan_of(config: Config) -> Plan:
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
     )
-
-
-def _was_wanted(site: Site, config: Config) -> bool:
-    """Whether a site that stays dense is one that the user would expect to be sparse."""
-    long = isinstance(site.shape[-2], str) or site.shape[-2] >= config.min_tokens
-    return site.kind != "cross" and long and not site.reason.startswith("dense_layers")
 
 
 def _compile(
