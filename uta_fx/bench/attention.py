@@ -94,7 +94,7 @@ def run(
         config: Everything else; None for the defaults.
         device: Where to run; dense baselines that it does not have are left out.
         dtype: Of query, key and value.
-        rounds: Timed rounds; the median is reported.
+        rounds: Timed rounds, at least 2; the median is reported.
         compile: Compile the whole operation; False runs it eagerly.
         output: JSON file to write; None for none.
 
