@@ -39,11 +39,7 @@ class Plan:
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
-    """Describe and decide every attention call of the graph, which stays as it is.
-
-    Raises:
-        ValueError: ``plan.grid`` fits no self-attention of at least ``min_tokens``.
-    """
+    """Describe and decide every attention call of the graph, which stays as it is."""
     calls = [(call, classify_call(call)) for call in find_calls(gm)]
     layers = [call for call, kind in calls if kind == "self"]
     sites = []

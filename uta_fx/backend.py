@@ -66,6 +66,9 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
+    note = note_on_layers(sites, config)
+    if note is not None:
+        logger.warning(note)
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -88,6 +91,21 @@ def plan_of(config: Config) -> Plan:
         needs_grid=config.reorder != "none",
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
+    )
+
+
+def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:
+    """A sentence where ``dense_layers`` names layers that the graph of these sites does not have.
+
+    No error: a graph may be one block of a model, or what is left of it where a guidance skips
+    layers. None also for a graph without self-attention.
+    """
+    layers = sum(site.kind == "self" for site in sites)
+    if layers == 0 or config.dense_layers_fit(layers):
+        return None
+    return (
+        f"dense_layers={config.dense_layers!r} names layers that the graph does not have:"
+        f" it has {layers} of self-attention"
     )
 
 
