@@ -22,6 +22,8 @@ class Site:
         dtype: Of the query.
         layer: Index among the self-attention sites of the graph; None for other sites.
         grid: Frames, height and width of the tokens, where known.
+        expected: Whether a user would expect it sparse: it is not cross-attention, not shorter than
+            ``min_tokens`` and not named by ``dense_layers``.
         sparse: Whether it is rewritten.
         reason: One sentence: why it is sparse, or why it stays dense.
     """
@@ -33,6 +35,7 @@ class Site:
     dtype: torch.dtype
     layer: int | None
     grid: Grid | None
+    expected: bool
     sparse: bool
     reason: str
 

@@ -39,11 +39,7 @@ class Plan:
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
-    """Describe and decide every attention call of the graph, which stays as it is.
-
-    Raises:
-        ValueError: ``plan.grid`` fits no self-attention of at least ``min_tokens``.
-    """
+    """Describe and decide every attention call of the graph, which stays as it is."""
     calls = [(call, classify_call(call)) for call in find_calls(gm)]
     layers = [call for call, kind in calls if kind == "self"]
     sites = []
@@ -51,14 +47,14 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
         query, key = value_of(call.query), value_of(call.key)
         layer = layers.index(call) if kind == "self" else None
         grid = _grid_of(gm, plan, query) if kind == "self" else None
+        exemption = _exemption(kind, query, layer, len(layers), plan)
         objection = (
-            _objection_to_arguments(call, query, key)
+            exemption
+            or _objection_to_arguments(call, query, key)
             or _objection_to_kind(kind)
-            or _objection_to_size(query, plan)
+            or _objection_to_length(query)
             or _objection_to_grid(grid, query, plan)
         )
-        if objection is None and plan.is_dense_layer(layer or 0, len(layers)):
-            objection = f"dense_layers names layer {layer}"
         sites.append(
             (
                 call,
@@ -70,6 +66,7 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
                     dtype=query.dtype,
                     layer=layer,
                     grid=grid,
+                    expected=exemption is None,
                     sparse=objection is None,
                     reason=objection or "self-attention over video tokens",
                 ),
@@ -109,6 +106,26 @@ def _grid_of(gm: GraphModule, plan: Plan, query: torch.Tensor) -> Grid | None:
     return read_grid(gm, batch, tokens)
 
 
+def _exemption(
+    kind: str, query: torch.Tensor, layer: int | None, layers: int, plan: Plan
+) -> str | None:
+    """Why no user would expect this call to become sparse, or None."""
+    if kind == "cross":
+        return "cross-attention: queries and keys are projected from different tensors"
+    if _is_short(query, plan):
+        return f"{query.shape[-2]} tokens are fewer than min_tokens={plan.min_tokens}"
+    if layer is not None and plan.is_dense_layer(layer, layers):
+        return f"dense_layers names layer {layer}"
+    return None
+
+
+def _is_short(query: torch.Tensor, plan: Plan) -> bool:
+    try:
+        return bool(query.shape[-2] < plan.min_tokens)
+    except RuntimeError:
+        return False  # a length known only at run time
+
+
 def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the operator cannot stand for this call, or None."""
     if query.dim() != 4 or key.dim() != 4:
@@ -132,20 +149,16 @@ def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) 
 
 
 def _objection_to_kind(kind: str) -> str | None:
-    if kind == "cross":
-        return "cross-attention: queries and keys are projected from different tensors"
     if kind == "unknown":
         return "the graph does not show that queries and keys are projected from one tensor"
     return None
 
 
-def _objection_to_size(query: torch.Tensor, plan: Plan) -> str | None:
+def _objection_to_length(query: torch.Tensor) -> str | None:
     try:
-        tokens = int(query.shape[2])
+        int(query.shape[2])
     except RuntimeError:
         return "its length is known only at run time"
-    if tokens < plan.min_tokens:
-        return f"{tokens} tokens are fewer than min_tokens={plan.min_tokens}"
     return None
 
 

@@ -1,5 +1,6 @@
 """The whole operation: orders, policies, budgets and tails on structured inputs."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import list_blocks
-from uta_fx.order import token_order
+from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
 from uta_fx.statistics import block_statistics
 from uta_fx.tails import KINDS, Tail
@@ -133,18 +134,36 @@ def test_the_slope_can_be_one_for_each_query_block():
     assert head != block and block < 2 * head
 
 
-@pytest.mark.parametrize("grid", [(3, 5, 7), (1, 9, 13), (5, 1, 21), (2, 3, 4)])
-@pytest.mark.parametrize("order", ["tile", "morton"])
-def test_orders_are_permutations_of_any_grid(grid, order):
-    """No token is lost or repeated where tiles do not divide the grid."""
-    permutation = token_order(grid, order, 64, "cpu")
-    assert permutation.sort().values.equal(torch.arange(math.prod(grid)))
+def tile_key(token, grid, block):
+    """Tiles as an ox ploughs: rows turn at each frame of tiles, columns at each row of tiles."""
+    sides = tile_shape(grid, block)
+    rows, columns = (-(-length // side) for length, side in zip(grid[1:], sides[1:], strict=True))
+    frame, row, column = (x // side for x, side in zip(token, sides, strict=True))
+    row = rows - 1 - row if frame % 2 else row
+    column = columns - 1 - column if (frame * rows + row) % 2 else column
+    return frame, row, column, token
+
+
+def morton_key(token, grid, block):
+    """Bits of the coordinates, interleaved."""
+    return [x >> bit & 1 for bit in reversed(range(max(grid).bit_length())) for x in token]
+
+
+@pytest.mark.parametrize("grid", [(3, 5, 7), (1, 9, 13), (5, 1, 21), (2, 3, 4), (9, 11, 17)])
+@pytest.mark.parametrize(("order", "key"), [("tile", tile_key), ("morton", morton_key)])
+def test_orders_sort_the_tokens_of_any_grid(grid, order, key):
+    """Also where tiles do not divide the grid; and the inverse is the way back."""
+    tokens = list(itertools.product(*map(range, grid)))
+    expected = sorted(range(len(tokens)), key=lambda i: key(tokens[i], grid, 64))
+    forward, inverse = token_order(grid, order, 64, "cpu")
+    assert forward.tolist() == expected
+    assert forward[inverse].equal(torch.arange(math.prod(grid)))
 
 
 def test_tiles_are_blocks_where_they_divide():
     """Each block of 64 tokens is a 4 x 4 x 4 cube."""
     grid = (8, 8, 8)
-    order = token_order(grid, "tile", 64, "cpu").view(-1, 64)
+    order = token_order(grid, "tile", 64, "cpu").order.view(-1, 64)
     for axis, stride in ((0, 64), (1, 8), (2, 1)):
         coordinate = order // stride % grid[axis]
         assert (coordinate.amax(1) - coordinate.amin(1)).eq(3).all()
@@ -153,7 +172,7 @@ def test_tiles_are_blocks_where_they_divide():
 def test_ragged_grids_keep_blocks_compact():
     """A block that straddles tiles still spans few tokens in each direction."""
     grid = (5, 11, 13)
-    order = token_order(grid, "tile", 64, "cpu")
+    order = token_order(grid, "tile", 64, "cpu").order
     spans = []
     for block in order.split(64):
         frame, rest = block // (11 * 13), block % (11 * 13)

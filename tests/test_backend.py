@@ -131,6 +131,33 @@ def test_dense_layers_stay_dense():
     assert sites[0].reason == "dense_layers names layer 0"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layers", ["3", "0-3", "-4", "0,7"])
+def test_dense_layers_that_are_not_there_are_said(caplog, layers):
+    """By ``explain`` and in the log; the layers that are there are still honoured."""
+    model, kwargs = wan(), wan_inputs()
+    config = Config(**SMALL, dense_layers=f"1,{layers}")
+    explanation = uta_fx.explain(model, **kwargs, config=config)
+    (note,) = explanation.notes
+    assert str(explanation).endswith(f"note: {note}")
+    assert note == (
+        f"dense_layers='1,{layers}' names layers that the graph does not have:"
+        " it has 3 of self-attention"
+    )
+    with caplog.at_level(logging.WARNING, logger="uta_fx.backend"):
+        sites = captured_graph(model, kwargs, config)["sites"]
+    assert note in caplog.text
+    assert sites[2].reason == "dense_layers names layer 1"
+
+
+@torch.no_grad()
+def test_dense_layers_concern_graphs_with_self_attention_alone():
+    """Another part of the model is compiled with the same options."""
+    config = Config(dense_layers="0-1,-1")
+    assert uta_fx.explain(nn.Linear(4, 4), torch.ones(4), config=config).notes == ()
+    assert uta_fx.explain(wan(), **wan_inputs(), config=config).notes == ()
+
+
 class Attention(nn.Module):
     """Self-attention over 256 tokens, with whatever a model may hand to SDPA."""
 
@@ -165,11 +192,22 @@ def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reaso
     """One sentence a site, from ``explain``; ``strict`` makes an error of it."""
     x = torch.randn(1, 256, 64).to(module.q.weight.dtype)
     (site,) = uta_fx.explain(module, x, config=Config(**SMALL | config)).sites
-    assert not site.sparse
+    assert not site.sparse and site.expected is ("min_tokens" not in config)
     assert re.match(reason, site.reason), site.reason
-    if "min_tokens" not in config:
+    if site.expected:
         with torch.no_grad(), pytest.raises(Exception, match=r"strict: .* stays dense"):
             compile_uta(module, strict=True, **config)(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"min_tokens": 385}, {"dense_layers": "0--1"}])
+def test_strict_is_about_what_a_user_would_expect_sparse(options):
+    """Cross-attention, short sites and layers named dense are no error."""
+    model, kwargs = wan(num_layers=2), wan_inputs()
+    output = compile_uta(model, strict=True, **options)(**kwargs)[0]
+    torch.testing.assert_close(output, model(**kwargs)[0])
+    sites = uta_fx.explain(model, **kwargs, config=Config(**SMALL | options)).sites
+    assert len(sites) == 4 and not any(site.expected for site in sites)
 
 
 @torch.no_grad()

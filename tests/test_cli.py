@@ -1,5 +1,6 @@
 """The command line: what it writes, and how it refuses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from uta_fx import pictures
+from uta_fx.bench import attention as bench
 from uta_fx.commands import app
 
 
@@ -48,6 +50,27 @@ def test_mistakes_end_in_one_sentence(arguments, message):
     assert result.returncode == 2
     assert result.stderr.startswith("uta-fx: ") and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bench_looks_at_its_output_before_it_times(tmp_path):
+    """A folder in the file's place, or no place at all: one sentence, and no table was begun."""
+    for output in (tmp_path, "/dev/null/x.json"):
+        result = run("bench", "--shape", "tiny", "--device", "cpu", "--output", str(output))
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.startswith(f"uta-fx: --output {output} cannot be written: ")
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bench_writes_what_it_timed(tmp_path):
+    """Checked against float64, then timed; a row for each candidate, in the table and the file."""
+    output = tmp_path / "tiny.json"
+    rows = bench.run(
+        ["tiny"], [0.3], device="cpu", dtype=torch.float32, rounds=2, compile=False, output=output
+    )
+    assert json.loads(output.read_text())["rows"] == rows
+    assert {"scores", "kernels", "operation"} < {row["what"] for row in rows}
+    # ceil(0.3 * 2 heads * 8 query blocks * 8 key blocks) are exact
+    assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
 
 
 def test_a_missing_package_names_its_extra():

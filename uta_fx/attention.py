@@ -66,7 +66,7 @@ def sparse_attention(
         )
     if grid is None and config.reorder in ("tile", "morton"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    return _reorder_and_attend(query, key, value, config, grid, scale)
+    return _attend(query, key, value, config, grid, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +86,36 @@ class SparseSite:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend; shapes as in ``sparse_attention``."""
-        return _reorder_and_attend(query, key, value, self.config, self.grid, self.scale)
+        return _attend(query, key, value, self.config, self.grid, self.scale)
 
 
-def operator_arguments(
+def reorder_tokens(
+    query: Tensor, key: Tensor, value: Tensor, config: Config, grid: Grid | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Bring tokens into the order in which they are blocked.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, L, D]``.
+        value: ``[B, H, L, Dv]``.
+        config: Settings.
+        grid: Frames, height and width of the tokens; None keeps their order.
+
+    Returns:
+        The three in the new order, and the index that brings the output back: int64 ``[L]``, None
+        where they keep their order.
+    """
+    if grid is None or config.reorder == "none":
+        return (query, key, value), None
+    order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
+    query, key, value = (x.index_select(2, order) for x in (query, key, value))
+    return (query, key, value), inverse
+
+
+def pool_blocks(
     query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
-) -> tuple[Any, ...]:
-    """Pool, select and aggregate: the arguments of ``uta::sparse_attention`` for one site.
+) -> Selection:
+    """Pool the blocks of one site: what a policy looks at.
 
     Args:
         query: ``[B, H, L, D]``, in the order in which tokens are blocked.
@@ -101,25 +124,37 @@ def operator_arguments(
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
     """
-    tail = config.tail_form()
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    selection = Selection(
+    return Selection(
         query=query,
         statistics=block_statistics(key, value, config.block_kv),
-        scale=scale,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
         block_q=config.block_q,
     )
+
+
+def operator_arguments(
+    selection: Selection, key: Tensor, value: Tensor, config: Config
+) -> tuple[Any, ...]:
+    """Select and aggregate: the arguments of ``uta::sparse_attention`` for one site.
+
+    Args:
+        selection: Of ``pool_blocks``.
+        key: ``[B, H, L, D]``, in the order in which tokens are blocked.
+        value: ``[B, H, L, Dv]``.
+        config: Settings; those that ``selection`` holds too are taken from there.
+    """
+    tail = config.tail_form()
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
-        query, key, value, *list_blocks(exact), *representatives,
-        scale, tail.mass_weight, config.block_q, config.block_kv,
+        selection.query, key, value, *list_blocks(exact), *representatives,
+        selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
 
 
-def _reorder_and_attend(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,12 +162,10 @@ def _reorder_and_attend(
     grid: Grid | None,
     scale: float | None,
 ) -> Tensor:
-    order = None
-    if grid is not None and config.reorder != "none":
-        order = token_order(grid, config.reorder, config.block_kv, query.device)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    output, _ = ops.sparse_attention(*operator_arguments(query, key, value, config, scale))
-    return output if order is None else output.index_select(2, order.argsort())
+    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
+    selection = pool_blocks(query, key, value, config, scale)
+    output, _ = ops.sparse_attention(*operator_arguments(selection, key, value, config))
+    return output if inverse is None else output.index_select(2, inverse)
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:

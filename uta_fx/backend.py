@@ -63,9 +63,12 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     sites = [site for _, site in pairs]
     for site in sites:
         logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
-    refused = [site for site in sites if not site.sparse and _was_wanted(site, config)]
+    refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
+    note = note_on_layers(sites, config)
+    if note is not None:
+        logger.warning(note)
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -91,10 +94,19 @@ def plan_of(config: Config) -> Plan:
     )
 
 
-def _was_wanted(site: Site, config: Config) -> bool:
-    """Whether a site that stays dense is one that the user would expect to be sparse."""
-    long = isinstance(site.shape[-2], str) or site.shape[-2] >= config.min_tokens
-    return site.kind != "cross" and long and not site.reason.startswith("dense_layers")
+def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:
+    """A sentence where ``dense_layers`` names layers that the graph of these sites does not have.
+
+    No error: a graph may be one block of a model, or what is left of it where a guidance skips
+    layers. None also for a graph without self-attention.
+    """
+    layers = sum(site.kind == "self" for site in sites)
+    if layers == 0 or config.dense_layers_fit(layers):
+        return None
+    return (
+        f"dense_layers={config.dense_layers!r} names layers that the graph does not have:"
+        f" it has {layers} of self-attention"
+    )
 
 
 def _compile(

@@ -213,9 +213,11 @@ def bench(
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
     block_q: Annotated[int, typer.Option(help="Query tokens in a block.")] = DEFAULTS.block_q,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are printed.")] = 15,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 15,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+    ] = None,
 ) -> None:
     """Time the attention operation against the best dense kernel, at shapes of real models.
 
@@ -225,6 +227,8 @@ def bench(
     from uta_fx.bench.attention import DEFAULT_SHAPES, run
 
     target = _device(device)
+    if output is not None:
+        _check_file(output)
     run(
         shape or DEFAULT_SHAPES,
         density or (0.1, 0.2, 0.25),
@@ -282,6 +286,19 @@ def _check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"--output {folder} cannot be written: {error.strerror}") from None
+
+
+def _check_file(file: Path) -> None:
+    """As ``_check_folder``; a file that was not there is not there afterwards."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        with file.open("ab"):
+            pass
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise OSError(f"--output {file} cannot be written: {error.strerror}") from None
 
 
 def _publish(folder: Path, name: str, write: Callable[[Path], object]) -> Path:

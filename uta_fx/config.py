@@ -32,6 +32,8 @@ class Config:
         grid: Frames, height and width of the video tokens; None reads it from the graph.
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
+            A layer is a self-attention call of the graph. Those that a graph does not have are
+            logged, not refused: it may be a part of the model.
         dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
             ``uta_fx.enable``, which sees the schedule.
         inner: Name of the ``torch.compile`` backend that gets the rewritten graph.
@@ -127,6 +129,11 @@ class Config:
             if first <= index <= last:
                 return True
         return False
+
+    def dense_layers_fit(self, layers: int) -> bool:
+        """Whether ``dense_layers`` names none but layers of a graph that has ``layers``."""
+        ends = [end for ends in _parse_ranges(self.dense_layers) for end in ends]
+        return all(-layers <= end < layers for end in ends)
 
 
 def _number(config: Config, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.backend import plan_of
+from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import understand
@@ -21,10 +21,12 @@ class Explanation:
     Attributes:
         sites: In the order of execution.
         graphs: Into how many graphs the model breaks.
+        notes: What is odd about the configuration, a sentence each.
     """
 
     sites: tuple[Site, ...]
     graphs: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("site", "kind", "B, H, L, D", "keys", "grid", "decision", "reason")
@@ -49,6 +51,7 @@ class Explanation:
         sparse = sum(site.sparse for site in self.sites)
         plural = "graph" if self.graphs == 1 else "graphs"
         lines.append(f"{sparse} of {len(rows)} sites sparse, {self.graphs} {plural}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -70,17 +73,19 @@ def explain(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    plan = plan_of(config or Config())
-    sites: list[Site] = []
-    graphs = 0
+    config = config or Config()
+    graphs: list[list[Site]] = []
 
     def record(gm: GraphModule, _: list[torch.Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        sites.extend(site for _, site in understand(gm, plan))
+        graphs.append([site for _, site in understand(gm, plan_of(config))])
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
     with torch.no_grad():
         torch.compile(model, backend=record, dynamic=False)(*args, **kwargs)
-    return Explanation(tuple(sites), graphs)
+    notes = filter(None, (note_on_layers(sites, config) for sites in graphs))
+    return Explanation(
+        sites=tuple(site for sites in graphs for site in sites),
+        graphs=len(graphs),
+        notes=tuple(dict.fromkeys(notes)),  # each once
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +15,40 @@ Grid = tuple[int, int, int]
 ORDERS = ("auto", "none", "tile", "morton")
 
 
-def token_order(grid: Grid, order: str, block: int, device: torch.device | str) -> Tensor:
-    """Raster index of each token in the new order.
+class TokenOrder(NamedTuple):
+    """A permutation of the tokens and the way back, both int64 ``[frames * height * width]``.
+
+    Attributes:
+        order: Raster index of each token in the new order: ``x.index_select(dim, order)`` brings
+            tokens into it.
+        inverse: Place in the new order of each token in raster order:
+            ``x.index_select(dim, inverse)`` brings tokens back.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+
+def token_order(grid: Grid, order: str, block: int, device: torch.device | str) -> TokenOrder:
+    """The order in which tokens are blocked.
 
     Args:
         grid: Frames, height and width in tokens; raster order runs over width first.
         order: ``"tile"`` (``"auto"`` is the same) or ``"morton"``.
         block: Tokens in a block, a power of two.
         device: Where the result lives.
-
-    Returns:
-        int64 ``[frames * height * width]``, a permutation: ``x.index_select(dim, order)`` brings
-        tokens into the new order, ``argsort`` of it brings them back.
     """
-    rank = _morton_rank(grid, device) if order == "morton" else _tile_rank(grid, block, device)
-    return rank.argsort()
+    # [F, 1, 1], [1, H, 1], [1, 1, W]: what depends on one coordinate is computed along one axis
+    axes = [
+        torch.arange(length, device=device).view([-1 if d == dim else 1 for d in range(3)])
+        for dim, length in enumerate(grid)
+    ]
+    place = _morton_place(axes, grid) if order == "morton" else _tile_place(axes, grid, block)
+    raster = torch.arange(math.prod(grid), device=device)
+    # scattered, both lie in memory: Inductor would repeat the arithmetic of place for every element
+    # that is gathered by it
+    forward = torch.empty_like(raster).scatter(0, place.flatten(), raster)
+    return TokenOrder(forward, torch.empty_like(raster).scatter(0, forward, raster))
 
 
 def tile_shape(grid: Grid, block: int) -> Grid:
@@ -50,31 +72,43 @@ def tile_shape(grid: Grid, block: int) -> Grid:
     return min(tiles, key=cost)
 
 
-def _tile_rank(grid: Grid, block: int, device: torch.device | str) -> Tensor:
-    """Position of each token when tiles follow one another as an ox ploughs.
+def _tile_place(axes: Sequence[Tensor], grid: Grid, block: int) -> Tensor:
+    """Tokens before each token, ``[F, H, W]``, when tiles follow one another as an ox ploughs.
 
     Where tiles do not divide the grid those at the border hold fewer tokens, and blocks straddle
     tiles: since consecutive tiles are neighbours, such a block is still compact.
     """
-    tile = tile_shape(grid, block)
-    counts = [-(-length // side) for length, side in zip(grid, tile, strict=True)]
-    axes = [torch.arange(length, device=device) for length in grid]
-    outer = [axis // side for axis, side in zip(axes, tile, strict=True)]
-    inner = [axis % side for axis, side in zip(axes, tile, strict=True)]
-    frame, row, column = (
-        axis.view([-1 if d == dim else 1 for d in range(3)]) for dim, axis in enumerate(outer)
-    )
-    row = torch.where(frame % 2 == 1, counts[1] - 1 - row, row)
-    column = torch.where((frame * counts[1] + row) % 2 == 1, counts[2] - 1 - column, column)
-    within = (inner[0][:, None, None] * tile[1] + inner[1][:, None]) * tile[2] + inner[2]
-    return (((frame * counts[1] + row) * counts[2] + column) * block + within).flatten()
+    sides = tile_shape(grid, block)
+    tile = [axis // side for axis, side in zip(axes, sides, strict=True)]
+    inner = [axis % side for axis, side in zip(axes, sides, strict=True)]
+    first = [axis - offset for axis, offset in zip(axes, inner, strict=True)]
+    size = [_extent(*along) for along in zip(axes, sides, grid, strict=True)]
+    rows = -(-grid[1] // sides[1])
+    upward = tile[0] % 2 == 1
+    row = tile[0] * rows + torch.where(upward, rows - 1 - tile[1], tile[1])  # in order of visit
+    rows_before = torch.where(upward, grid[1] - first[1] - size[1], first[1])
+    columns_before = torch.where(row % 2 == 1, grid[2] - first[2] - size[2], first[2])
+    before = (first[0] * grid[1] + size[0] * rows_before) * grid[2]
+    before = before + size[0] * size[1] * columns_before
+    return before + (inner[0] * size[1] + inner[1]) * size[2] + inner[2]
 
 
-def _morton_rank(grid: Grid, device: torch.device | str) -> Tensor:
-    """Interleaved bits of the coordinates: the Z-order curve in three dimensions."""
-    axes = torch.meshgrid(*(torch.arange(length, device=device) for length in grid), indexing="ij")
-    rank = torch.zeros_like(axes[0])
+def _morton_place(axes: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Tokens before each token, ``[F, H, W]``, on the Z-order curve in three dimensions.
+
+    The curve halves a cell by frames, then by rows, then by columns, and visits the lower half
+    first: a token in the upper half comes after all tokens of the lower one.
+    """
+    before = torch.zeros((), dtype=torch.int64, device=axes[0].device)
     for bit in range(max(grid).bit_length()):
-        for place, axis in enumerate(reversed(axes)):
-            rank = rank | ((axis >> bit & 1) << (3 * bit + place))
-    return rank.flatten()
+        cell = [_extent(axis, 2 << bit, length) for axis, length in zip(axes, grid, strict=True)]
+        half = [_extent(axis, 1 << bit, length) for axis, length in zip(axes, grid, strict=True)]
+        frames, rows, columns = (axis & 1 << bit for axis in axes)  # 0 in a lower half, or its side
+        before = before + frames * cell[1] * cell[2]
+        before = before + half[0] * (rows * cell[2] + half[1] * columns)
+    return before
+
+
+def _extent(axis: Tensor, side: int, length: int) -> Tensor:
+    """How many of ``length`` coordinates lie in the same cell of ``side`` as each of ``axis``."""
+    return (length - axis // side * side).clamp(max=side)

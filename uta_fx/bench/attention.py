@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
-from uta_fx.attention import operator_arguments
+from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.kernels import ops, reference
-from uta_fx.order import Grid, token_order
-from uta_fx.statistics import BlockStatistics, block_statistics
+from uta_fx.order import Grid
+from uta_fx.policies import LowDelta
 
 SAMPLED_HEADS = 2
 SAMPLED_BLOCKS = 3  # query blocks of each sampled head: the first, one in the middle, the last
@@ -94,7 +94,7 @@ def run(
         config: Everything else; None for the defaults.
         device: Where to run; dense baselines that it does not have are left out.
         dtype: Of query, key and value.
-        rounds: Timed rounds; the median is reported.
+        rounds: Timed rounds, at least 2; the median is reported.
         compile: Compile the whole operation; False runs it eagerly.
         output: JSON file to write; None for none.
 
@@ -185,12 +185,14 @@ def _run_shape(
     candidates: dict[tuple[str, float | None], Callable[[], Any]] = {
         (f"dense {name}", None): call for name, call in _baselines(query, key, value).items()
     }
+    ordered, _ = reorder_tokens(query, key, value, config, shape.grid)
+    selection = pool_blocks(*ordered, config, scale)
     kept: dict[float, float] = {}
     errors: dict[float, float] = {}
     for density in densities:
         settings = dataclasses.replace(config, density=density)
-        ordered, pooled = block_order(query, key, value, shape.grid, settings)
-        arguments = operator_arguments(*ordered, settings, scale)
+        at_density = dataclasses.replace(selection, density=density)
+        arguments = operator_arguments(at_density, *ordered[1:], settings)
         _check_attention(arguments)
         blocks = -(-shape.length // settings.block_kv)
         kept[density] = arguments[4].double().mean().item() / blocks
@@ -201,9 +203,9 @@ def _run_shape(
         errors[density] = _relative_error(operation(query, key, value), query, key, value, scale)
         candidates["kernels", density] = _bind(ops.sparse_attention, *arguments)
         candidates["operation", density] = _bind(operation, query, key, value)
-    pooled_arguments = scores_arguments(ordered[0], pooled, scale, config.block_q)
-    _check_scores(pooled_arguments)
-    candidates["scores", None] = _bind(ops.block_scores, *pooled_arguments)
+    scores_arguments = LowDelta().arguments(selection)
+    _check_scores(scores_arguments)
+    candidates["scores", None] = _bind(ops.block_scores, *scores_arguments)
 
     times = time_interleaved(candidates, rounds, device)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
@@ -297,24 +299,6 @@ def _operation(config: uta_fx.Config, grid: Grid) -> Callable[[Tensor, Tensor, T
     return operation
 
 
-def block_order(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, config: uta_fx.Config
-) -> tuple[tuple[Tensor, Tensor, Tensor], BlockStatistics]:
-    """Tensors in block order, and the statistics of their key blocks."""
-    if config.reorder != "none":
-        order = token_order(grid, config.reorder, config.block_kv, query.device)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
-    return (query, key, value), block_statistics(key, value, config.block_kv)
-
-
-def scores_arguments(
-    query: Tensor, pooled: BlockStatistics, scale: float, block_q: int
-) -> list[Any]:
-    """Arguments of ``uta::block_scores``, as ``low_delta`` makes them."""
-    mean, variance = pooled.key_mean.to(query.dtype), pooled.key_variance.to(query.dtype)
-    return [query, mean, variance, pooled.log_size, scale, 1.0, 1.0, block_q]
-
-
 def _sampled_rows(length: int, block: int) -> tuple[list[int], Tensor]:
     """A few query blocks, the ragged last one among them, and their rows."""
     blocks = -(-length // block)
@@ -361,7 +345,7 @@ def _check_attention(arguments: Sequence[Any]) -> None:
         _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit)
 
 
-def _check_scores(arguments: list[Any]) -> None:
+def _check_scores(arguments: Sequence[Any]) -> None:
     """Compare sampled rows of scores with float64.
 
     ``(s q)^2`` is rounded to the query's dtype: half a unit of sigma2, once as a factor of the

@@ -11,14 +11,9 @@ from typing import Any
 import torch
 
 import uta_fx
-from uta_fx.attention import operator_arguments
-from uta_fx.bench.attention import (
-    SHAPES,
-    block_order,
-    scores_arguments,
-    structured_inputs,
-    time_interleaved,
-)
+from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.bench.attention import SHAPES, structured_inputs, time_interleaved
+from uta_fx.policies import LowDelta
 
 KERNELS = ("listed", "tail", "scores")
 
@@ -49,14 +44,15 @@ def tune(
     site, tile = SHAPES[shape], triton_attention.Tile
     config = uta_fx.Config(density=density, block_q=block_q, block_kv=block_kv)
     inputs = structured_inputs(site, "cuda", torch.bfloat16)
-    ordered, pooled = block_order(*inputs, site.grid, config)
-    scale = site.dim**-0.5
-    arguments = operator_arguments(*ordered, config, scale)
+    ordered, _ = reorder_tokens(*inputs, config, site.grid)
+    selection = pool_blocks(*ordered, config, scale=None)
+    arguments = operator_arguments(selection, *ordered[1:], config)
     visited = 4 * site.dim * block_q * block_kv * arguments[4].double().sum().item()
     no_tail: list[Any] = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
     no_list: list[Any] = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
-    scores = scores_arguments(ordered[0], pooled, scale, block_q)
-    pairs = 2 * site.batch * site.heads * site.length * pooled.key_mean.shape[2] * site.dim
+    scores = LowDelta().arguments(selection)
+    blocks = len(selection.statistics.size)
+    pairs = 2 * site.batch * site.heads * site.length * blocks * site.dim
 
     def tiles(block_m: Iterable[int], block_n: Iterable[int], stages: Iterable[int]) -> list[Any]:
         return [

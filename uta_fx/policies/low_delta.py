@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -35,10 +36,10 @@ class LowDelta:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
-    def select(self, selection: Selection) -> Tensor:
-        """Boolean ``[B, H, Nq, Nk]``."""
+    def arguments(self, selection: Selection) -> tuple[Any, ...]:
+        """The arguments of ``uta::block_scores``."""
         statistics, query = selection.statistics, selection.query
-        scores = block_scores(
+        return (
             query,
             statistics.key_mean.to(query.dtype),
             statistics.key_variance.to(query.dtype),
@@ -48,4 +49,8 @@ class LowDelta:
             self.power,
             selection.block_q,
         )
+
+    def select(self, selection: Selection) -> Tensor:
+        """Boolean ``[B, H, Nq, Nk]``."""
+        scores = block_scores(*self.arguments(selection))
         return spend_budget(scores, selection.density, selection.budget)
