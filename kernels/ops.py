@@ -1,4 +1,7 @@
-"""``uta::sparse_attention`` and ``uta::block_scores``: schemas, shape rules and device dispatch.
+"""The operators: schemas, shape rules and device dispatch.
+
+``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention, and
+``uta::sparse_attention`` attends to listed blocks and a tail.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -29,6 +32,12 @@ _LIBRARY.define(
     " float scale, float variance_weight, float variance_power, int block_q) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+_LIBRARY.define(
+    "block_statistics(Tensor key, Tensor value, int block_kv) -> (Tensor key_mean,"
+    " Tensor key_variance, Tensor value_mean, Tensor value_variance, Tensor covariance)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -57,6 +66,16 @@ def block_scores(query: Tensor, *args: Any) -> Tensor:
     return torch.ops.uta.block_scores.default(query, *args)
 
 
+def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
+    """Call ``uta::block_statistics``; arguments and results as in ``reference.block_statistics``.
+
+    On the CPU it is the reference itself, which a compiler can trace and fuse.
+    """
+    if key.device.type == "cpu":
+        return _cpu_block_statistics(key, value, block_kv)
+    return torch.ops.uta.block_statistics.default(key, value, block_kv)
+
+
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The output, with the strides of ``empty_like(query)``, and the log-sum-exp, uninitialised."""
     if value.shape[-1] == query.shape[-1]:
@@ -83,15 +102,11 @@ def check_sparse_attention(
     block_kv: int,
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_query(query, block_q)
-    if block_kv not in BLOCK_SIZES:
-        raise ValueError(f"block_kv must be one of {BLOCK_SIZES}, got {block_kv}")
+    _check_blocked("query", query, "block_q", block_q)
+    _check_block_size("block_kv", block_kv)
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = key.shape[-2], value.shape[-1]
-    if not MIN_HEAD_DIM <= dim_v <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"value must have a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim_v}"
-        )
+    _check_head_dim("value", value)
     blocks_q, blocks_kv = -(-length_q // block_q), -(-length_kv // block_kv)
     per_block = tail_key.dim() == 4
     lead = (batch, heads) if per_block else (batch, heads, blocks_q)
@@ -152,7 +167,7 @@ def check_block_scores(
     block_q: int,
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_query(query, block_q)
+    _check_blocked("query", query, "block_q", block_q)
     batch, heads, _, dim = query.shape
     blocks = key_mean.shape[-2]
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
@@ -169,18 +184,36 @@ def check_block_scores(
         _check_device(name, tensor, query)
 
 
-def _check_query(query: Tensor, block_q: int) -> None:
-    if query.dim() != 4:
-        raise ValueError(f"query must be [B, H, L, D], got {query.dim()} dimensions")
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must be float32, float16 or bfloat16, got {query.dtype}")
-    if not MIN_HEAD_DIM <= query.shape[-1] <= MAX_HEAD_DIM:
+def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("key", key, "block_kv", block_kv)
+    _check_shape("value", value, (*key.shape[:3], value.shape[-1]))
+    _check_head_dim("value", value)
+    _check_dtype("value", value, key.dtype)
+    _check_device("value", value, key)
+
+
+def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
+    """A tensor ``[B, H, L, D]`` that is cut into blocks."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    _check_head_dim(name, tensor)
+    _check_block_size(block_name, block)
+
+
+def _check_head_dim(name: str, tensor: Tensor) -> None:
+    if not MIN_HEAD_DIM <= tensor.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"query must have a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM},"
-            f" got {query.shape[-1]}"
+            f"{name} must have a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM},"
+            f" got {tensor.shape[-1]}"
         )
-    if block_q not in BLOCK_SIZES:
-        raise ValueError(f"block_q must be one of {BLOCK_SIZES}, got {block_q}")
+
+
+def _check_block_size(name: str, block: int) -> None:
+    if block not in BLOCK_SIZES:
+        raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {block}")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -193,9 +226,11 @@ def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
 
 
-def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.device != query.device:
-        raise TypeError(f"{name} must be on {query.device} as query is, got {tensor.device}")
+def _check_device(name: str, tensor: Tensor, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise TypeError(
+            f"{name} must be on {first.device} as the first argument is, got {tensor.device}"
+        )
 
 
 def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -212,6 +247,13 @@ def _cpu_block_scores(*args: Any) -> Tensor:
     return reference.block_scores(*args)
 
 
+def _cpu_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
+    from uta_fx.kernels import reference
+
+    check_block_statistics(key, value, block_kv)
+    return reference.block_statistics(key, value, block_kv)
+
+
 def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import triton_attention
 
@@ -224,6 +266,13 @@ def _cuda_block_scores(*args: Any) -> Tensor:
 
     check_block_scores(*args)
     return triton_scores.block_scores(*args)
+
+
+def _cuda_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
+    from uta_fx.kernels import triton_statistics
+
+    check_block_statistics(key, value, block_kv)
+    return triton_statistics.block_statistics(key, value, block_kv)
 
 
 def _fake_sparse_attention(
@@ -240,21 +289,31 @@ def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(shape, dtype=torch.float32)
 
 
+def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
+    check_block_statistics(key, value, block_kv)
+    (batch, heads, length, dim), dim_v = key.shape, value.shape[-1]
+    blocks = -(-length // block_kv)
+    shapes = ((blocks, dim), (blocks, dim), (blocks, dim_v), (blocks,), (dim, dim_v))
+    mean, variance, value_mean, value_variance, covariance = (
+        key.new_empty((batch, heads, *shape), dtype=torch.float32) for shape in shapes
+    )
+    return mean, variance, value_mean, value_variance, covariance
+
+
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise RuntimeError(
-        "uta::sparse_attention is forward-only: run the model under torch.no_grad() or"
+        "the operators of uta are forward-only: run the model under torch.no_grad() or"
         " torch.inference_mode()"
     )
 
 
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
-_LIBRARY.impl("sparse_attention", _cpu_sparse_attention, "CPU")
-_LIBRARY.impl("sparse_attention", _cuda_sparse_attention, "CUDA")
-_LIBRARY.impl("block_scores", _cpu_block_scores, "CPU")
-_LIBRARY.impl("block_scores", _cuda_block_scores, "CUDA")
-for _name, _fake in (
-    ("uta::sparse_attention", _fake_sparse_attention),
-    ("uta::block_scores", _fake_block_scores),
+for _name, _cpu, _cuda, _fake in (
+    ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
+    ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
+    ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
 ):
-    torch.library.register_fake(_name, _fake, lib=_LIBRARY)
-    torch.library.register_autograd(_name, _refuse_gradient, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _cpu, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)

@@ -133,11 +133,53 @@ def block_scores(
     scores = logits.softmax(-1)
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
-    whole = query.shape[-2] // block_q * block_q
-    parts = [scores[:, :, :whole].unflatten(2, (-1, block_q)).mean(3)] if whole else []
-    if whole < query.shape[-2]:
-        parts.append(scores[:, :, whole:].mean(2, keepdim=True))
-    return torch.cat(parts, 2)
+    return torch.cat([rows.mean(3) for rows in split_blocks(scores, block_q)], 2)
+
+
+def block_statistics(
+    key: Tensor, value: Tensor, block_kv: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means and variances of the blocks of keys and values, over their true tokens.
+
+        key_mean_b       = mean of the keys of block b               value_mean_b alike
+        key_variance_bc  = mean of (k_jc - key_mean_bc)^2 over the block's tokens j
+        value_variance_b = mean of |v_j - value_mean_b|^2 over them: all channels together
+        covariance       = mean of (k_j - key_mean_b(j))^T (v_j - value_mean_b(j)) over all tokens
+
+    Args:
+        key: ``[B, H, L, D]``.
+        value: ``[B, H, L, Dv]``.
+        block_kv: Keys in a block; the last one may be ragged.
+
+    Returns:
+        ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]``, ``value_mean`` ``[B, H, Nk, Dv]``,
+        ``value_variance`` ``[B, H, Nk]`` and ``covariance`` ``[B, H, D, Dv]``, with
+        ``Nk = ceil(L / block_kv)``; float32 (float64 for float64 inputs).
+    """
+    key, value = key.to(_accumulator(key)), value.to(_accumulator(value))
+    pooled = []
+    covariance = key.new_zeros((*key.shape[:2], key.shape[-1], value.shape[-1]))
+    for keys, values in zip(
+        split_blocks(key, block_kv), split_blocks(value, block_kv), strict=True
+    ):
+        key_variance, key_mean = torch.var_mean(keys, dim=3, correction=0)
+        value_variance, value_mean = torch.var_mean(values, dim=3, correction=0)
+        pooled.append((key_mean, key_variance, value_mean, value_variance.sum(-1)))
+        deviation = (keys - key_mean[:, :, :, None]).flatten(2, 3)
+        # deviations of keys sum to zero in a block: the values' means need not be taken off
+        covariance = covariance + deviation.transpose(-1, -2) @ values.flatten(2, 3)
+    means = (torch.cat(parts, 2) for parts in zip(*pooled, strict=True))
+    key_mean, key_variance, value_mean, value_variance = means
+    return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
+
+
+def split_blocks(x: Tensor, block: int) -> list[Tensor]:
+    """``[B, H, L, D]`` as its whole blocks ``[B, H, n, block, D]`` and its ragged one, if any."""
+    whole = x.shape[2] // block * block
+    parts = [x[:, :, :whole].unflatten(2, (-1, block))] if whole else []
+    if whole < x.shape[2]:
+        parts.append(x[:, :, None, whole:])
+    return parts
 
 
 def listed_blocks(block_ids: Tensor, block_counts: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

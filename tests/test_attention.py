@@ -260,7 +260,7 @@ def test_bad_inputs_are_named():
         sparse_attention(q, k[:, :, :100], v)
     with pytest.raises(ValueError, match="value must be"):
         sparse_attention(q, k, v[0])
-    with pytest.raises(TypeError, match="query must be float32, float16 or bfloat16"):
+    with pytest.raises(TypeError, match="key must be float32, float16 or bfloat16"):
         sparse_attention(q.double(), k.double(), v.double())
     with pytest.raises(RuntimeError, match="forward-only"):
         sparse_attention(q.requires_grad_(), k, v, grid=GRID).sum().backward()

@@ -1,4 +1,4 @@
-"""uta::sparse_attention and uta::block_scores on the CPU, against their float64 reference."""
+"""The operators on the CPU, against their float64 reference."""
 
 import dataclasses
 
@@ -235,6 +235,7 @@ def test_registration(tail, dim_v):
     torch.library.opcheck(torch.ops.uta.sparse_attention.default, tuple(args))
     scores = (args[0], args[0][:, :, :4], args[0][:, :, :4].square(), torch.zeros(2, 3, 4))
     torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32))
+    torch.library.opcheck(torch.ops.uta.block_statistics.default, (args[1], args[2], 64))
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
@@ -249,3 +250,44 @@ def test_block_scores_are_the_mean_over_true_rows(power):
     assert scores.shape == (2, 3, 5, 5)
     torch.testing.assert_close(scores[:, :, 4], expected[:, :, 128:].mean(2))
     torch.testing.assert_close(scores[:, :, 1], expected[:, :, 32:64].mean(2))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 64, 75])
+def test_block_statistics_are_those_of_each_block(length):
+    """Block by block, over the true tokens alone; value head dims of their own."""
+    generator = torch.Generator().manual_seed(length)
+    k = torch.randn(2, 3, length, 16, generator=generator, dtype=torch.float64)
+    v = torch.randn(2, 3, length, 24, generator=generator, dtype=torch.float64) + 5
+    mean, variance, value_mean, value_variance, covariance = reference.block_statistics(k, v, 32)
+    total = torch.zeros(2, 3, 16, 24, dtype=torch.float64)
+    for block, start in enumerate(range(0, length, 32)):
+        keys, values = k[:, :, start : start + 32], v[:, :, start : start + 32]
+        n = keys.shape[2]
+        torch.testing.assert_close(mean[:, :, block], keys.sum(2) / n)
+        torch.testing.assert_close(variance[:, :, block], keys.var(2, correction=0))
+        torch.testing.assert_close(value_mean[:, :, block], values.sum(2) / n)
+        spread = (values - values.mean(2, keepdim=True)).square().sum((2, 3)) / n
+        torch.testing.assert_close(value_variance[:, :, block], spread)
+        deviation = keys - keys.mean(2, keepdim=True)
+        total += torch.einsum("bhnc,bhnd->bhcd", deviation, values)
+    torch.testing.assert_close(covariance, total / length)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": lambda k: k[0]}, ValueError, "key must be .* got 3 dimensions"),
+        ({"key": lambda k: k.long()}, TypeError, "key must be float32, float16 or bfloat16"),
+        ({"key": lambda k: k[..., :8]}, ValueError, "key must have a head dim from 16 to 128"),
+        ({"value": lambda v: v[:, :, 1:]}, ValueError, "value must have shape"),
+        ({"value": lambda v: v.half()}, TypeError, "value must be torch.float32"),
+        ({"block_kv": lambda _: 33}, ValueError, "block_kv must be one of"),
+    ],
+)
+def test_bad_arguments_of_block_statistics_are_named(change, error, message):
+    """Before anything is computed."""
+    arguments = {"key": torch.randn(1, 2, 40, 32), "value": torch.randn(1, 2, 40, 16)}
+    arguments["block_kv"] = 32
+    arguments |= {name: alter(arguments[name]) for name, alter in change.items()}
+    with pytest.raises(error, match=message):
+        ops.block_statistics(**arguments)

@@ -14,7 +14,7 @@ from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from uta_fx.kernels import triton_attention, triton_scores
+from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly without an error
@@ -344,15 +344,92 @@ def test_scores_of_every_second_row_are_those_of_a_strided_query():
     assert torch.equal(triton_scores.block_scores(every_second, *args[1:]), expected)
 
 
+def assert_statistics_are_accurate(key, value, block_kv):
+    """Every number errs by the roundings on its way, at most.
+
+    Float32 sums of n terms err by 2^-24 of the terms' absolute sum for each addition, and the
+    division once more. A deviation carries the mean's error and is rounded; a variance squares it.
+    Deviations are rounded to the dtype of the inputs before they are multiplied: half a unit each.
+    """
+    results = triton_statistics.block_statistics(key, value, block_kv)
+    exact = reference.block_statistics(key.double(), value.double(), block_kv)
+    assert all(x.dtype == torch.float32 and not x.isnan().any() for x in results)
+    additions = 2**-24 * (block_kv + 2)
+    largest_k, largest_v = (additions * x.double().abs().max() for x in (key, value))
+
+    def assert_within(got, expected, allowed):
+        assert ((got.double() - expected).abs() <= allowed).all()
+
+    k_mean, k_var, v_mean, v_var, covariance = exact
+    assert_within(results[0], k_mean, largest_k)
+    assert_within(results[2], v_mean, largest_v)
+    for got, variance, error, channels in ((results[1], k_var, largest_k, 1),
+                                           (results[3], v_var, largest_v, value.shape[-1])):  # fmt: skip
+        # mean of (x + e)^2 is off by 2 |e| times the mean deviation, at most its root, and e^2
+        allowed = 2 * error * (channels * variance).sqrt() + channels * error**2
+        terms = 2**-24 * (block_kv + channels + 4)
+        assert_within(got, variance, allowed + terms * variance)
+    unit = torch.finfo(key.dtype).eps + 2**-24 * (key.shape[2] + 8)
+    spread = [
+        torch.cat([(x - x.mean(3, keepdim=True)).abs().flatten(2, 3) for x in blocks], 2)
+        for blocks in (reference.split_blocks(x.double(), block_kv) for x in (key, value))
+    ]
+    products = spread[0].mT @ spread[1] / key.shape[2]
+    means = [x.mean(2) for x in spread]
+    allowed = unit * products + largest_k * means[1][:, :, None] + largest_v * means[0][..., None]
+    assert_within(results[4], covariance, allowed + largest_k * largest_v)
+
+
+STATISTICS_CASES = {  # length, head dims of keys and values, block_kv
+    "whole": (128, 32, 32, 32),
+    "ragged": (150, 32, 32, 64),
+    "tiny": (5, 16, 16, 16),
+    "padded_head_dims": (70, 40, 24, 32),
+    "large_blocks": (300, 64, 32, 128),
+}
+
+
+def statistics_inputs(length, dim, dim_v, dtype, heads=2):
+    """Keys and values that do not centre on zero."""
+    generator = torch.Generator().manual_seed(length)
+    key = torch.randn(2, heads, length, dim, generator=generator) + 3
+    value = torch.randn(2, heads, length, dim_v, generator=generator) - 2
+    return key.to(DEVICE, dtype), value.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STATISTICS_CASES.values(), ids=STATISTICS_CASES.keys())
+def test_statistics_err_by_their_roundings(case, dtype):
+    *sizes, block_kv = case
+    assert_statistics_are_accurate(*statistics_inputs(*sizes, dtype), block_kv)
+
+
+def test_statistics_of_many_blocks_share_programs(monkeypatch):
+    """Fewer programs than blocks: each adds several up, the last one fewer."""
+    monkeypatch.setattr(triton_statistics, "PROGRAMS", 8)
+    assert_statistics_are_accurate(*statistics_inputs(170, 16, 32, torch.float32), 16)
+
+
+def test_statistics_take_strided_and_poisoned_inputs():
+    key, value = statistics_inputs(75, 40, 24, torch.float32)
+    expected = triton_statistics.block_statistics(key, value, 32)
+    got = triton_statistics.block_statistics(poisoned(key), poisoned(value), 32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    layout = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value)]
+    got = triton_statistics.block_statistics(*layout, 32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 COMPILE = """
 import re
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from uta_fx.kernels import triton_attention, triton_scores
+from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
 OTHER = {"lse": "fp32", "tail_size": "fp32", "size": "fp32", "scores": "fp32", "ids": "i32",
-         "counts": "i32", "listed": "u8"}
+         "counts": "i32", "listed": "u8", "k_mean": "fp32", "k_var": "fp32", "v_mean": "fp32",
+         "v_var": "fp32", "cov": "fp32"}
 
 def shared(kernel, constants, tile):
     signature, values, aligned = {}, {}, {}
@@ -386,6 +463,10 @@ for dim in (64, 128):
         print(shared(triton_attention._tail_kernel, constants, tile))
     constants = {**head, "WEIGHTED": True, "POWER": "one"}
     print(shared(triton_scores._scores_kernel, constants, triton_scores._TILES[2, dim]))
+    constants = {"D": dim, "D_PADDED": dim, "DV": dim, "DV_PADDED": dim, "PRECISION": "ieee",
+                 "BLOCK_KV": 64}
+    tile = triton_attention.Tile(block_m=64, block_n=64, num_warps=8, num_stages=3)
+    print(shared(triton_statistics._statistics_kernel, constants, tile))
 """
 
 
@@ -396,7 +477,7 @@ def test_kernels_compile_for_hopper_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 12 and max(sizes) <= 227 * 1024
+    assert len(sizes) == 14 and max(sizes) <= 227 * 1024
 
 
 LARGE = [
@@ -421,6 +502,13 @@ def test_large_attention_is_as_accurate_as_eager(case, dtype):
 def test_large_scores_are_as_accurate_as_their_parts(dim, block_q):
     case = ScoresCase(length_q=4000, blocks=300, dim=dim, block_q=block_q)
     assert_scores_are_accurate(case.inputs(torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_large_statistics_err_by_their_roundings(dim, dtype):
+    assert_statistics_are_accurate(*statistics_inputs(9000, dim, dim, dtype, heads=5), 64)
 
 
 @pytest.mark.gpu

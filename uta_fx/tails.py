@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uta_fx.policies.base import Selection
-from uta_fx.statistics import block_covariance, block_covariances, query_means
+from uta_fx.statistics import block_covariances, query_means
 
 KINDS = ("none", "normalizer", "single", "bins", "block", "first_order", "gaussian")
 SLOPES = ("head", "query_block")
@@ -98,7 +98,7 @@ class Tail:
         if self.kind == "block":
             return blocks
         if self.slope == "head":
-            slope = block_covariance(key, value, statistics.key_mean, block_kv)
+            slope = statistics.covariance[:, :, None]
         else:
             slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
         return blocks._replace(

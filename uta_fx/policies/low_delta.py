@@ -13,26 +13,32 @@ from uta_fx.policies.base import Selection, spend_budget
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LowDelta:
-    """Score p * sigma2: pooled attention times in-block logit variance, averaged over query rows.
+    """Score p * sigma2 * nu: pooled attention, in-block logit variance, spread of the values.
 
     The low-delta idea of the UTA paper (section 3.3) made practical: a group of keys with equal
-    logits aggregates without error, and to second order the error of aggregating a block grows as
-    the share of attention it holds times the variance of its logits.
+    logits, or with equal values, aggregates without error, and to second order the error of
+    aggregating a block grows as the share of attention it holds (p) times the variance of its
+    logits (sigma2) times the deviation of its values (nu). p and sigma2 are those of each query
+    row, averaged over the rows of a query block.
 
     Attributes:
-        power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation; 0 selects
-            by pooled attention alone.
-        variance_weight: Share of sigma2 / 2 in the logits of p (the mass of a Gaussian block).
+        power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation; 0 leaves
+            the logits' spread out.
+        variance_weight: Share of sigma2 / 2 in the logits of p (the mass of a Gaussian block); 0.5
+            for the reason that ``Tail.variance_weight`` is.
+        value_power: Exponent of nu, the root of the values' variance summed over channels; 0 leaves
+            the values out.
 
     Raises:
         ValueError: A field is negative.
     """
 
     power: float = 1.0
-    variance_weight: float = 1.0
+    variance_weight: float = 0.5
+    value_power: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("power", "variance_weight"):
+        for name in ("power", "variance_weight", "value_power"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -53,4 +59,7 @@ class LowDelta:
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
         scores = block_scores(*self.arguments(selection))
+        if self.value_power:
+            spread = selection.statistics.value_variance ** (self.value_power / 2)
+            scores = scores * spread[:, :, None]
         return spend_budget(scores, selection.density, selection.budget)
