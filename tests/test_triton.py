@@ -363,8 +363,10 @@ def assert_statistics_are_accurate(key, value, block_kv):
     k_mean, k_var, v_mean, v_var, covariance = exact
     assert_within(results[0], k_mean, largest_k)
     assert_within(results[2], v_mean, largest_v)
-    for got, variance, error, channels in ((results[1], k_var, largest_k, 1),
-                                           (results[3], v_var, largest_v, value.shape[-1])):  # fmt: skip
+    for got, variance, error, channels in (
+        (results[1], k_var, largest_k, 1),
+        (results[3], v_var, largest_v, value.shape[-1]),
+    ):
         # mean of (x + e)^2 is off by 2 |e| times the mean deviation, at most its root, and e^2
         allowed = 2 * error * (channels * variance).sqrt() + channels * error**2
         terms = 2**-24 * (block_kv + channels + 4)

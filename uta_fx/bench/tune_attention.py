@@ -76,7 +76,7 @@ def tune(
         ),
         "scores": (
             4 * pairs,
-            tiles((128,), (32, 64), (2, 3)),
+            tiles((64, 128), (32, 64), (2, 3, 4)),
             lambda t: lambda: triton_scores.block_scores(*scores, tile=t),
         ),
     }
