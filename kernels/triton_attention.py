@@ -328,7 +328,7 @@ _LISTED_TILES = {
     (4, 16): Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
 }
 _TAIL_TILES = {
-    (2, 128): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (2, 128): Tile(block_m=64, block_n=64, num_warps=4, num_stages=1),
     (2, 64): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),

@@ -1,7 +1,8 @@
-"""Triton kernel of ``uta::block_statistics``: everything pooled from keys and values in one pass.
+"""Triton kernels of ``uta::block_statistics``: everything pooled from keys and values.
 
-A program takes a few consecutive blocks of one head: it reads each block once, writes its means and
-variances, and keeps the sum of their covariances, which the launcher adds up over programs.
+One kernel pools each block by itself; another goes through a few consecutive blocks of one head and
+keeps the sum of their covariances, which the launcher adds up over programs. Apart, the first is as
+fast as memory and the second is a matrix product that Triton can pipeline.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -15,22 +16,55 @@ from torch import Tensor
 
 from uta_fx.kernels.triton_attention import dot_precision
 
-PROGRAMS = 528  # how many are aimed at: four for each multiprocessor of an H100
+PROGRAMS = 528  # of the second kernel, about: four for each multiprocessor of an H100
 
 
 @triton.jit
-def _centre(x, inside, size):
-    """Float32 mean and deviations from it; deviations are zero where there is no token."""
-    x = x.to(tl.float32)
+def _pool(x, inside, size):
+    """Mean of the rows that are inside, and their variance, float32 for each column."""
+    x = x.to(tl.float32)  # [BLOCK_KV, D], zero outside
     mean = tl.sum(x, 0) / size
-    return mean, tl.where(inside[:, None], x - mean[None, :], 0.0)
+    deviation = tl.where(inside[:, None], x - mean[None, :], 0.0)
+    return mean, tl.sum(deviation * deviation, 0) / size
 
 
 @triton.jit
-def _statistics_kernel(
+def _pool_kernel(
     k_ptr, v_ptr,
     k_mean_ptr, k_var_ptr,  # float32 [B, H, Nk, D], contiguous
     v_mean_ptr, v_var_ptr,  # float32 [B, H, Nk, Dv] and [B, H, Nk], contiguous
+    k_sb, k_sh, k_sn,
+    v_sb, v_sh, v_sn,
+    heads, length,
+    BLOCK_KV: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Pool one block of keys and values."""
+    block = tl.program_id(0).to(tl.int64)  # 64-bit before they are multiplied by strides
+    batch_head = tl.program_id(1).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    n, d, dv = tl.arange(0, BLOCK_KV), tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
+    inside_d, inside_dv = d < D, dv < DV
+    row = block * BLOCK_KV + n
+    inside = row < length
+    size = tl.minimum(length - block * BLOCK_KV, BLOCK_KV).to(tl.float32)
+    k_ptrs = k_ptr + batch * k_sb + head * k_sh + row[:, None] * k_sn + d[None, :]
+    v_ptrs = v_ptr + batch * v_sb + head * v_sh + row[:, None] * v_sn + dv[None, :]
+    k = tl.load(k_ptrs, mask=inside[:, None] & inside_d[None, :], other=0.0)
+    v = tl.load(v_ptrs, mask=inside[:, None] & inside_dv[None, :], other=0.0)
+    k_mean, k_variance = _pool(k, inside, size)
+    v_mean, v_variance = _pool(v, inside, size)
+    place = batch_head * tl.num_programs(0) + block
+    tl.store(k_mean_ptr + place * D + d, k_mean, mask=inside_d)
+    tl.store(k_var_ptr + place * D + d, k_variance, mask=inside_d)
+    tl.store(v_mean_ptr + place * DV + dv, v_mean, mask=inside_dv)
+    tl.store(v_var_ptr + place, tl.sum(v_variance, 0))
+
+
+@triton.jit
+def _covariance_kernel(
+    k_ptr, v_ptr,
+    k_mean_ptr,  # float32 [B, H, Nk, D], contiguous
     cov_ptr,  # float32 [B, H, P, D, Dv], contiguous: one sum for each program
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
@@ -39,7 +73,7 @@ def _statistics_kernel(
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pool ``blocks_per_program`` blocks of one head."""
+    """Add up the covariances of ``blocks_per_program`` blocks of one head."""
     part = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
     batch, head = batch_head // heads, batch_head % heads
@@ -47,30 +81,21 @@ def _statistics_kernel(
     inside_d, inside_dv = d < D, dv < DV
     k_base = k_ptr + batch * k_sb + head * k_sh
     v_base = v_ptr + batch * v_sb + head * v_sh
+    mean_base = k_mean_ptr + batch_head * blocks * D
     first_block = part * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, blocks)
     covariance = tl.zeros([D_PADDED, DV_PADDED], tl.float32)
     for block in range(first_block, last_block):
-        first = tl.cast(block, tl.int64) * BLOCK_KV
-        inside = first + n < length
-        size = tl.minimum(length - first, BLOCK_KV).to(tl.float32)
-        k_ptrs = k_base + (first + n)[:, None] * k_sn + d[None, :]
-        v_ptrs = v_base + (first + n)[:, None] * v_sn + dv[None, :]
+        row = tl.cast(block, tl.int64) * BLOCK_KV + n
+        inside = row < length
+        k_ptrs = k_base + row[:, None] * k_sn + d[None, :]
+        v_ptrs = v_base + row[:, None] * v_sn + dv[None, :]
         k = tl.load(k_ptrs, mask=inside[:, None] & inside_d[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=inside[:, None] & inside_dv[None, :], other=0.0)
-        k_mean, k_deviation = _centre(k, inside, size)  # [D_PADDED], [BLOCK_KV, D_PADDED]
-        v_mean, v_deviation = _centre(v, inside, size)
-        row = batch_head * blocks + block
-        k_variance = tl.sum(k_deviation * k_deviation, 0) / size
-        v_variance = tl.sum(tl.sum(v_deviation * v_deviation, 1), 0) / size
-        tl.store(k_mean_ptr + row * D + d, k_mean, mask=inside_d)
-        tl.store(k_var_ptr + row * D + d, k_variance, mask=inside_d)
-        tl.store(v_mean_ptr + row * DV + dv, v_mean, mask=inside_dv)
-        tl.store(v_var_ptr + row, v_variance)
-        covariance = tl.dot(
-            tl.trans(k_deviation.to(k.dtype)), v_deviation.to(v.dtype), covariance,
-            input_precision=PRECISION,
-        )  # fmt: skip
+        mean = tl.load(mean_base + block * D + d, mask=inside_d, other=0.0)  # [D_PADDED]
+        # rows outside need no mask: their values are zero
+        deviation = (k.to(tl.float32) - mean[None, :]).to(k.dtype)  # [BLOCK_KV, D_PADDED]
+        covariance = tl.dot(tl.trans(deviation), v, covariance, input_precision=PRECISION)
     cov_base = cov_ptr + (batch_head * tl.num_programs(0) + part) * (D * DV)
     cov_mask = inside_d[:, None] & inside_dv[None, :]
     tl.store(cov_base + d[:, None] * DV + dv[None, :], covariance, mask=cov_mask)
@@ -79,9 +104,9 @@ def _statistics_kernel(
 def block_statistics(
     key: Tensor, value: Tensor, block_kv: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernel; arguments and results as in ``reference.block_statistics``.
+    """Launch the kernels; arguments and results as in ``reference.block_statistics``.
 
-    In 16 bits deviations are rounded to the key's dtype before they are multiplied.
+    In 16 bits deviations of keys are rounded to their dtype before they are multiplied.
     """
     batch, heads, length, dim = key.shape
     dim_v = value.shape[-1]
@@ -89,6 +114,11 @@ def block_statistics(
     per_program = triton.cdiv(blocks * batch * heads, PROGRAMS)
     parts = triton.cdiv(blocks, per_program)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    dims = {
+        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
+        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
+    }  # fmt: skip
+    strides = (*key.stride()[:3], *value.stride()[:3])
 
     def empty(*shape: int) -> Tensor:
         return key.new_empty((batch, heads, *shape), dtype=torch.float32)
@@ -97,14 +127,14 @@ def block_statistics(
     value_mean, value_variance = empty(blocks, dim_v), empty(blocks)
     sums = empty(parts, dim, dim_v)
     with torch.cuda.device_of(key):
-        _statistics_kernel[(parts, batch * heads)](
-            key, value, key_mean, key_variance, value_mean, value_variance, sums,
-            *key.stride()[:3], *value.stride()[:3],
-            heads, length, blocks, per_program,
-            BLOCK_KV=block_kv,
-            D=dim, D_PADDED=triton.next_power_of_2(dim),
-            DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v),
-            PRECISION=dot_precision(key.dtype),
-            num_warps=8 if max(dim, dim_v) > 64 else 4,
+        _pool_kernel[(blocks, batch * heads)](
+            key, value, key_mean, key_variance, value_mean, value_variance,
+            *strides, heads, length, BLOCK_KV=block_kv, **dims, num_warps=4,
+        )  # fmt: skip
+        _covariance_kernel[(parts, batch * heads)](
+            key, value, key_mean, sums,
+            *strides, heads, length, blocks, per_program,
+            BLOCK_KV=block_kv, **dims, PRECISION=dot_precision(key.dtype),
+            num_warps=8 if max(dim, dim_v) > 64 else 4, num_stages=3 if key.itemsize == 2 else 1,
         )  # fmt: skip
     return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length
