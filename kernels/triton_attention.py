@@ -329,7 +329,7 @@ _LISTED_TILES = {
 }
 _TAIL_TILES = {
     (2, 128): Tile(block_m=64, block_n=64, num_warps=4, num_stages=1),
-    (2, 64): Tile(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    (2, 64): Tile(block_m=64, block_n=32, num_warps=4, num_stages=1),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
     (4, 128): Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),

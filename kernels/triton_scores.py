@@ -120,7 +120,7 @@ def _scores_kernel(
 # least the block size that the caller asks for
 _TILES = {
     (2, 128): Tile(block_m=128, block_n=32, num_warps=4, num_stages=3),
-    (2, 64): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (2, 64): Tile(block_m=128, block_n=32, num_warps=4, num_stages=2),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
     (4, 128): Tile(block_m=64, block_n=32, num_warps=8, num_stages=1),

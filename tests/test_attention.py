@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from uta_fx import Config, sparse_attention
-from uta_fx.attention import list_blocks
+from uta_fx.attention import list_blocks, pool_blocks
 from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
 from uta_fx.statistics import block_statistics
@@ -231,6 +231,34 @@ def test_statistics_are_over_true_tokens(length):
         k[:, :, -(length % 32 or 32) :].var(2, correction=0),
     )
     torch.testing.assert_close(statistics.value_mean[:, :, 0], v[:, :, :32].mean(2))
+
+
+@pytest.mark.parametrize("value_power", [0.0, 1.0])
+@pytest.mark.parametrize(("power", "variance_weight"), [(1.0, 0.0), (0.5, 1.0)])
+def test_low_delta_keeps_the_largest_expected_errors(power, variance_weight, value_power):
+    """Its rule, stated row by row and block by block in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 100, 16, generator=generator).unbind()
+    config = Config(density=0.4, budget="row", block_q=16, block_kv=16)
+    policy = LowDelta(power=power, variance_weight=variance_weight, value_power=value_power)
+    exact = policy.select(pool_blocks(q, k, v, config, scale=None))
+    for head, block in itertools.product(range(2), range(7)):
+        pairs = [
+            (keys.double(), values.double())
+            for keys, values in zip(k[0, head].split(16), v[0, head].split(16), strict=True)
+        ]
+        scores = torch.zeros(7, dtype=torch.float64)
+        for query in q[0, head, 16 * block : 16 * (block + 1)].double() / 4:
+            mass, error = [], []
+            for keys, values in pairs:
+                sigma2 = (query**2 * keys.var(0, correction=0)).sum()
+                logit = query @ keys.mean(0) + math.log(len(keys)) + variance_weight * sigma2 / 2
+                spread = values.var(0, correction=0).sum().sqrt()
+                mass.append(logit.exp())
+                error.append(sigma2**power * spread**value_power)
+            scores += torch.stack(mass) / sum(mass) * torch.stack(error)
+        kept = exact[0, head, block].nonzero().flatten().tolist()
+        assert len(kept) == 3 and sorted(scores.topk(3).indices.tolist()) == kept
 
 
 @pytest.mark.parametrize("policy", [LowDelta(power=0.5), TopK()])

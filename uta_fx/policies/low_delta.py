@@ -24,8 +24,8 @@ class LowDelta:
     Attributes:
         power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation; 0 leaves
             the logits' spread out.
-        variance_weight: Share of sigma2 / 2 in the logits of p (the mass of a Gaussian block).
-            Costs a sixth of the scores' time and is worth 0.1 dB (``docs/measured.md``).
+        variance_weight: Share of sigma2 / 2 in the logits of p (the mass of a Gaussian block); any
+            but 0 costs a sixth more time and gains nothing in the picture (``docs/measured.md``).
         value_power: Exponent of nu, the root of the values' variance summed over channels; 0 leaves
             the values out.
 
