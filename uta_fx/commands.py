@@ -176,10 +176,10 @@ def study(
     """Measure what every tail, budget, token order and density is worth in the generated picture.
 
     Generates the same prompts and seeds dense and in every combination; writes quality.md and
-    quality.json. Takes minutes on a GPU and hours on a CPU.
+    quality.json as it goes. Takes minutes on a GPU and hours on a CPU.
     """
     from uta_fx.moving_shapes import held_out_scenes, load_pipeline
-    from uta_fx.study.quality import configurations, markdown, measure, write_json
+    from uta_fx.study.quality import Score, configurations, markdown, measure, write_json
 
     _check_folder(output)
     target = _device(device)
@@ -187,20 +187,24 @@ def study(
     pipeline = load_pipeline(target)
     texts = [scene.prompt for scene in held_out_scenes(prompts)]
     configs = configurations(Config(policy=policy))
-    scores = []
+    scores: list[Score] = []
+
+    def table() -> str:
+        return (
+            f"{prompts} prompts, {steps} steps, policy {policy}, {_name(target)}, torch"
+            f" {torch.__version__}: PSNR against dense in dB (probe agreement;"
+            f" dense {scores[0].dense_agreement:.0%})\n\n{markdown(scores)}\n"
+        )
+
     with _bar() as bar:
         task = bar.add_task("configurations", total=len(configs))
         for score in measure(pipeline, texts, configs, steps=steps, seed=seed):
             scores.append(score)
+            # an interrupted study keeps what it has measured
+            _publish(output, "quality.md", lambda path: path.write_text(table()))
+            _publish(output, "quality.json", lambda path: write_json(path, scores))
             bar.update(task, advance=1, description=score.label)
-    text = (
-        f"{prompts} prompts, {steps} steps, policy {policy}, {_name(target)}, torch"
-        f" {torch.__version__}: PSNR against dense in dB (probe agreement;"
-        f" dense {scores[0].dense_agreement:.0%})\n\n{markdown(scores)}\n"
-    )
-    print(text)
-    _publish(output, "quality.md", lambda path: path.write_text(text))
-    _publish(output, "quality.json", lambda path: write_json(path, scores))
+    print(table())
 
 
 @app.command()

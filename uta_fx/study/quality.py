@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from uta_fx.config import Config
 from uta_fx.generate import psnr
@@ -38,19 +39,31 @@ class Score:
 
 
 def configurations(base: Config) -> list[tuple[str, Config]]:
-    """The whole table: tails x {row, site} x {raster, tile} x densities x dense_until."""
+    """The whole table: tails x {row, site} x {raster, tile} x densities x dense_until.
+
+    After it what most public systems do: pooled top-k, equal rows, one representative for each
+    skipped block or none.
+    """
+    forms: list[dict[str, Any]] = [
+        {"policy": base.policy, "tail": tail, "budget": budget, "reorder": reorder}
+        for tail, budget, reorder in itertools.product(KINDS, ("row", "site"), ("none", "tile"))
+    ]
+    forms += [
+        {"policy": "topk", "tail": tail, "budget": "row", "reorder": "tile"}
+        for tail in ("block", "none")
+    ]
     return [
         (
-            f"{tail}, {budget}, {'raster' if reorder == 'none' else reorder}",
-            dataclasses.replace(
-                base, tail=tail, budget=budget, reorder=reorder, density=density,
-                dense_until=dense_until,
-            ),
+            _label(form),
+            dataclasses.replace(base, **form, density=density, dense_until=dense_until),
         )
-        for tail, budget, reorder, density, dense_until in itertools.product(
-            KINDS, ("row", "site"), ("none", "tile"), DENSITIES, DENSE_UNTIL
-        )
-    ]  # fmt: skip
+        for form, density, dense_until in itertools.product(forms, DENSITIES, DENSE_UNTIL)
+    ]
+
+
+def _label(form: dict[str, Any]) -> str:
+    order = "raster" if form["reorder"] == "none" else form["reorder"]
+    return f"{form['policy']}, {form['tail']}, {form['budget']}, {order}"
 
 
 def measure(
@@ -93,7 +106,7 @@ def measure(
 def markdown(scores: Sequence[Score]) -> str:
     """One row for each label, one column for each density and dense_until: PSNR in dB."""
     columns = sorted({(s.config.density, s.config.dense_until) for s in scores})
-    header = ["tail, budget, order"] + [
+    header = ["policy, tail, budget, order"] + [
         f"density {density}, {'all sparse' if not until else f'first {until:.0%} dense'}"
         for density, until in columns
     ]

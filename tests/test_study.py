@@ -1,0 +1,57 @@
+"""The study: many configurations of one traced model, measured against dense."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from uta_fx import Config
+from uta_fx.moving_shapes import held_out_scenes
+from uta_fx.moving_shapes.pipeline import MovingShapesPipeline, PromptEncoder
+from uta_fx.study.quality import configurations, markdown, measure, write_json
+from uta_fx.tails import KINDS
+
+
+def test_the_table_holds_every_combination_and_the_baselines():
+    """Tails x budgets x orders, and pooled top-k with equal rows, at two densities and starts."""
+    configs = configurations(Config())
+    assert len(configs) == (len(KINDS) * 2 * 2 + 2) * 4
+    assert len({config for _, config in configs}) == len(configs)
+    assert ("topk, block, row, tile", Config(policy="topk", tail="block", budget="row",
+            reorder="tile", density=0.1, dense_until=0.2)) in configs  # fmt: skip
+
+
+def test_a_study_measures_and_leaves_the_pipeline_as_it_was(tmp_path):
+    """All exact is dense to rounding, sparse is not, a dense start is better; one graph for all."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 4, 4), in_channels=3, out_channels=3, text_dim=128, freq_dim=32,
+        num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2,
+        cross_attn_norm=True, rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+    pipeline = MovingShapesPipeline(
+        transformer, PromptEncoder().eval(), FlowMatchEulerDiscreteScheduler()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    base = Config(density=1.0)
+    configs = [
+        ("all exact", base),
+        ("sparse", dataclasses.replace(base, density=0.1)),
+        ("dense start", dataclasses.replace(base, density=0.1, dense_until=0.5)),
+    ]
+    prompts = [scene.prompt for scene in held_out_scenes(1)]
+    scores = list(measure(pipeline, prompts, configs, steps=2, seed=0))
+    exact, sparse, started = (score.psnr for score in scores)
+    assert exact > 80 > started > sparse
+    assert "forward" not in vars(pipeline.transformer)
+    table = markdown(scores).splitlines()
+    assert len(table) == 5 and "first 50% dense" in table[0] and "-" in table[2]
+    write_json(tmp_path / "scores.json", scores)
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["label"] for row in rows] == ["all exact", "sparse", "dense start"]
+    assert rows[1]["density"] == "0.1" and rows[1]["psnr"] == sparse
