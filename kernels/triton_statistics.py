@@ -129,12 +129,12 @@ def block_statistics(
     with torch.cuda.device_of(key):
         _pool_kernel[(blocks, batch * heads)](
             key, value, key_mean, key_variance, value_mean, value_variance,
-            *strides, heads, length, BLOCK_KV=block_kv, **dims, num_warps=4,
+            *strides, heads, length, BLOCK_KV=block_kv, **dims, num_warps=2,
         )  # fmt: skip
         _covariance_kernel[(parts, batch * heads)](
             key, value, key_mean, sums,
             *strides, heads, length, blocks, per_program,
             BLOCK_KV=block_kv, **dims, PRECISION=dot_precision(key.dtype),
-            num_warps=8 if max(dim, dim_v) > 64 else 4, num_stages=3 if key.itemsize == 2 else 1,
+            num_warps=4, num_stages=2 if key.itemsize == 2 else 1,
         )  # fmt: skip
     return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length

@@ -465,7 +465,7 @@ for dim in (64, 128):
     print(shared(triton_scores._scores_kernel, constants, triton_scores._TILES[2, dim]))
     constants = {"D": dim, "D_PADDED": dim, "DV": dim, "DV_PADDED": dim, "PRECISION": "ieee",
                  "BLOCK_KV": 64}
-    tile = triton_attention.Tile(block_m=64, block_n=64, num_warps=8, num_stages=3)
+    tile = triton_attention.Tile(block_m=64, block_n=64, num_warps=4, num_stages=2)
     print(shared(triton_statistics._pool_kernel, constants, tile))
     print(shared(triton_statistics._covariance_kernel, constants, tile))
 """
