@@ -16,12 +16,14 @@ class Site:
 
     Attributes:
         name: Path of the module that makes the call, or the node's name.
-        kind: ``"self"``, ``"cross"`` or ``"unknown"``.
+        kind: ``"self"``, ``"joint"`` (video and text in one sequence), ``"cross"``, ``"unknown"``.
         shape: Batch, heads, query length and head dim; a symbolic size is given as text.
         length_kv: Key length.
         dtype: Of the query.
-        layer: Index among the self-attention sites of the graph; None for other sites.
-        grid: Frames, height and width of the tokens, where known.
+        layer: Index among the self- and joint attention sites of the graph that have at least
+            ``min_tokens``; None for other sites.
+        grid: Frames, height and width of the video tokens, where known.
+        text: Tokens before and after the video of a joint site, where known.
         sparse: Whether it is rewritten.
         reason: One sentence: why it is sparse, or why it stays dense.
     """
@@ -33,6 +35,7 @@ class Site:
     dtype: torch.dtype
     layer: int | None
     grid: Grid | None
+    text: tuple[int | str, int | str] | None
     sparse: bool
     reason: str
 

@@ -12,10 +12,12 @@ from torch.fx import GraphModule
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.find_calls import Call, find_calls
-from uta_fx.passes.read_grid import read_grid
+from uta_fx.passes.locate_video import Video, locate_video
+from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import Grid, Site, value_of
+from uta_fx.passes.trace_axes import Size, Trace, same
 
-Replacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Replacement = Callable[..., torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,15 +25,16 @@ class Plan:
     """What the passes are told, without knowing of policies and tails.
 
     Attributes:
-        replacement: Makes the function of q, k and v that takes the place of a call, from the
-            site's grid and the call's scale (None for torch's default).
-        min_tokens: Sites with fewer tokens stay dense.
+        replacement: Makes what takes the place of a call, a function of q, k, v and, where there
+            is one, the mask: from the site's grid, the call's scale (None for torch's default) and,
+            of a joint site, the first video token and how many there are.
+        min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         is_dense_layer: Of a layer's index and the number of layers.
     """
 
-    replacement: Callable[[Grid | None, float | None], Replacement]
+    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None], Replacement]
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
@@ -39,43 +42,61 @@ class Plan:
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
-    """Describe and decide every attention call of the graph, which stays as it is.
-
-    Raises:
-        ValueError: ``plan.grid`` fits no self-attention of at least ``min_tokens``.
-    """
-    calls = [(call, classify_call(call)) for call in find_calls(gm)]
-    layers = [call for call, kind in calls if kind == "self"]
+    """Describe and decide every attention call of the graph, which stays as it is."""
+    trace = Trace(gm)
+    calls = [(call, classify_call(call, trace)) for call in find_calls(gm)]
+    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
     sites = []
     for call, kind in calls:
-        query, key = value_of(call.query), value_of(call.key)
-        layer = layers.index(call) if kind == "self" else None
-        grid = _grid_of(gm, plan, query) if kind == "self" else None
-        objection = (
-            _objection_to_arguments(call, query, key)
-            or _objection_to_kind(kind)
-            or _objection_to_size(query, plan)
-            or _objection_to_grid(grid, query, plan)
-        )
-        if objection is None and plan.is_dense_layer(layer or 0, len(layers)):
-            objection = f"dense_layers names layer {layer}"
-        sites.append(
-            (
-                call,
-                Site(
-                    name=call.path,
-                    kind=kind,
-                    shape=tuple(_plain(size) for size in query.shape),
-                    length_kv=_plain(key.shape[-2]) if key.dim() > 1 else "?",
-                    dtype=query.dtype,
-                    layer=layer,
-                    grid=grid,
-                    sparse=objection is None,
-                    reason=objection or "self-attention over video tokens",
-                ),
-            )
-        )
+        layer = layers.index(call) if call in layers else None
+        site = _describe(call, kind, layer, trace, plan)
+        if site.sparse and plan.is_dense_layer(layer or 0, len(layers)):
+            reason = f"dense_layers names layer {layer}"
+            site = dataclasses.replace(site, sparse=False, reason=reason)
+        sites.append((call, site))
     return sites
+
+
+def _is_layer(call: Call, kind: str, plan: Plan) -> bool:
+    """Whether a call counts as a layer of the model: not the few tokens of a text refiner."""
+    tokens = value_of(call.query).shape[-2]
+    return kind in ("self", "joint") and not (isinstance(tokens, int) and tokens < plan.min_tokens)
+
+
+def _describe(call: Call, kind: str, layer: int | None, trace: Trace, plan: Plan) -> Site:
+    query, key = value_of(call.query), value_of(call.key)
+    video: Video | str = ""
+    if kind in ("self", "joint"):
+        video = locate_video(trace, trace.axis(call.query, -2), plan.grid)
+    known = video if isinstance(video, Video) else None
+    objection = (
+        _objection_to_arguments(call, query, key)
+        or _objection_to_kind(kind)
+        or _objection_to_size(known.tokens if known else query.shape[-2], kind, plan)
+        or _objection_to_video(video, kind, plan)
+        or _objection_to_mask(call, known)
+    )
+    text = None
+    if known and not same(known.tokens, query.shape[-2]):
+        text = (_plain(known.before), _plain(known.after))
+    return Site(
+        name=call.path,
+        kind=kind,
+        shape=tuple(_plain(size) for size in query.shape),
+        length_kv=_plain(key.shape[-2]) if key.dim() > 1 else "?",
+        dtype=query.dtype,
+        layer=layer,
+        grid=known.grid if known else None,
+        text=text,
+        sparse=objection is None,
+        reason=objection or _MERITS[kind],
+    )
+
+
+_MERITS = {
+    "self": "self-attention over video tokens",
+    "joint": "joint attention: video tokens sparse, text exact for all and dense",
+}
 
 
 def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> None:
@@ -86,9 +107,15 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     for call, site in sites:
         if not site.sparse:
             continue
+        video = None
+        if site.text is not None:
+            assert site.grid is not None and isinstance(site.text[0], int)
+            video = (site.text[0], math.prod(site.grid))
+        masks = () if call.attn_mask is None else (call.attn_mask,)
         with gm.graph.inserting_before(call.node):
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale), (call.query, call.key, call.value)
+                plan.replacement(site.grid, call.scale, video),
+                (call.query, call.key, call.value, *masks),
             )
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
         call.node.replace_all_uses_with(sparse)
@@ -97,24 +124,10 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     gm.recompile()
 
 
-def _grid_of(gm: GraphModule, plan: Plan, query: torch.Tensor) -> Grid | None:
-    if query.dim() != 4:
-        return None
-    try:
-        tokens, batch = int(query.shape[2]), int(query.shape[0])
-    except RuntimeError:
-        return None  # a size known only at run time
-    if plan.grid is not None:
-        return plan.grid if math.prod(plan.grid) == tokens else None
-    return read_grid(gm, batch, tokens)
-
-
 def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the operator cannot stand for this call, or None."""
     if query.dim() != 4 or key.dim() != 4:
         return f"query has {query.dim()} dimensions, not the 4 of [B, H, L, D]"
-    if call.attn_mask is not None:
-        return "has an attention mask"
     if call.is_causal is not False:
         return "is causal"
     if call.dropout_p != 0.0:
@@ -133,31 +146,42 @@ def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) 
 
 def _objection_to_kind(kind: str) -> str | None:
     if kind == "cross":
-        return "cross-attention: queries and keys are projected from different tensors"
+        return "cross-attention: queries and keys are different tokens"
     if kind == "unknown":
         return "the graph does not show that queries and keys are projected from one tensor"
     return None
 
 
-def _objection_to_size(query: torch.Tensor, plan: Plan) -> str | None:
+def _objection_to_size(tokens: Size, kind: str, plan: Plan) -> str | None:
     try:
-        tokens = int(query.shape[2])
+        tokens = int(tokens)
     except RuntimeError:
-        return "its length is known only at run time"
+        # where there is text beside the video, the video's length may be known all the same
+        return "its length is known only at run time" if kind == "self" else None
     if tokens < plan.min_tokens:
         return f"{tokens} tokens are fewer than min_tokens={plan.min_tokens}"
     return None
 
 
-def _objection_to_grid(grid: Grid | None, query: torch.Tensor, plan: Plan) -> str | None:
-    if grid is not None or not plan.needs_grid:
+def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None:
+    if isinstance(video, str):
+        # a video in its own order needs no grid where all tokens are of one origin
+        return video if plan.needs_grid or plan.grid is not None or kind == "joint" else None
+    try:
+        int(video.before)
+    except RuntimeError:
+        return "how many tokens lie before the video is known only at run time"
+    return None
+
+
+def _objection_to_mask(call: Call, video: Video | None) -> str | None:
+    if call.attn_mask is None:
         return None
-    tokens = int(query.shape[2])
-    if plan.grid is not None:
-        sides = " x ".join(map(str, plan.grid))
-        return f"grid {sides} = {math.prod(plan.grid)} does not match its {tokens} tokens"
-    return f"no patch embedding in the graph makes its {tokens} tokens; give grid"
+    if video is None or same(video.tokens, value_of(call.query).shape[-2]):
+        return "has an attention mask over its video tokens"
+    before, tokens = int(video.before), int(video.tokens)
+    return hides(call.attn_mask, before, before + tokens)
 
 
-def _plain(size: int | torch.SymInt) -> int | str:
+def _plain(size: Size) -> int | str:
     return size if isinstance(size, int) else str(size)
