@@ -17,10 +17,10 @@ def classify_call(call: Call, trace: Trace) -> str:
     differ. Tokens that differ without being projected in this graph leave the call unknown: the
     graph may be a part of a model, with queries and keys handed in.
     """
-    tokens = trace.axis(call.query, -2)
-    if equal(tokens, trace.axis(call.key, -2)):
+    tokens = trace.axis(call.query.node, call.query.token_dim)
+    if equal(tokens, trace.axis(call.key.node, call.key.token_dim)):
         return "self" if _have_one_origin(trace, tokens) else "joint"
-    return "cross" if _is_projected(call.query) and _is_projected(call.key) else "unknown"
+    return "cross" if _is_projected(call.query.node) and _is_projected(call.key.node) else "unknown"
 
 
 def _have_one_origin(trace: Trace, axis: Axis) -> bool:

@@ -40,6 +40,38 @@ class Site:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of an attention call in any layout, seen as ``[B, H, L, D]``.
+
+    Attributes:
+        node: The tensor.
+        order: Which of its dimensions each of the four is; None for one that it lacks, of size 1.
+            An operand that cannot be seen so has its own dimensions here.
+    """
+
+    node: Node
+    order: tuple[int | None, ...]
+
+    @property
+    def shape(self) -> tuple[int | torch.SymInt, ...]:
+        """Sizes of the four."""
+        sizes = value_of(self.node).shape
+        return tuple(1 if dim is None else sizes[dim] for dim in self.order)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return value_of(self.node).dtype
+
+    @property
+    def token_dim(self) -> int:
+        """The tensor's dimension that holds tokens."""
+        dim = self.order[-2]
+        assert dim is not None
+        return dim
+
+
 def value_of(node: Node) -> torch.Tensor:
     """The node's fake tensor: ``val`` after export, ``example_value`` inside Dynamo.
 

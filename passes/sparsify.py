@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
+from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
 from uta_fx.passes.read_mask import hides
-from uta_fx.passes.site import Grid, Site, value_of
+from uta_fx.passes.site import Grid, Operand, Site, value_of
 from uta_fx.passes.trace_axes import Size, Trace, same
 
 Replacement = Callable[..., torch.Tensor]
@@ -42,7 +43,8 @@ class Plan:
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
-    """Describe and decide every attention call of the graph, which stays as it is."""
+    """Describe and decide every attention call of the graph, which goes on to compute the same."""
+    expand_multi_head(gm)
     trace = Trace(gm)
     calls = [(call, classify_call(call, trace)) for call in find_calls(gm)]
     layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
@@ -59,18 +61,19 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
 
 def _is_layer(call: Call, kind: str, plan: Plan) -> bool:
     """Whether a call counts as a layer of the model: not the few tokens of a text refiner."""
-    tokens = value_of(call.query).shape[-2]
+    tokens = call.query.shape[-2]
     return kind in ("self", "joint") and not (isinstance(tokens, int) and tokens < plan.min_tokens)
 
 
 def _describe(call: Call, kind: str, layer: int | None, trace: Trace, plan: Plan) -> Site:
-    query, key = value_of(call.query), value_of(call.key)
+    query, key = call.query, call.key
     video: Video | str = ""
     if kind in ("self", "joint"):
-        video = locate_video(trace, trace.axis(call.query, -2), plan.grid)
+        video = locate_video(trace, trace.axis(query.node, query.token_dim), plan.grid)
     known = video if isinstance(video, Video) else None
     objection = (
-        _objection_to_arguments(call, query, key)
+        call.objection
+        or _objection_to_arguments(call)
         or _objection_to_kind(kind)
         or _objection_to_size(known.tokens if known else query.shape[-2], kind, plan)
         or _objection_to_video(video, kind, plan)
@@ -83,7 +86,7 @@ def _describe(call: Call, kind: str, layer: int | None, trace: Trace, plan: Plan
         name=call.path,
         kind=kind,
         shape=tuple(_plain(size) for size in query.shape),
-        length_kv=_plain(key.shape[-2]) if key.dim() > 1 else "?",
+        length_kv=_plain(key.shape[-2]),
         dtype=query.dtype,
         layer=layer,
         grid=known.grid if known else None,
@@ -113,10 +116,11 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             video = (site.text[0], math.prod(site.grid))
         masks = () if call.attn_mask is None else (call.attn_mask,)
         with gm.graph.inserting_before(call.node):
+            operands = [_canonical(gm.graph, x) for x in (call.query, call.key, call.value)]
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale, video),
-                (call.query, call.key, call.value, *masks),
+                plan.replacement(site.grid, call.scale, video), (*operands, *masks)
             )
+            sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
         call.node.replace_all_uses_with(sparse)
         gm.graph.erase_node(call.node)
@@ -124,10 +128,35 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     gm.recompile()
 
 
-def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) -> str | None:
+def _canonical(graph: Graph, operand: Operand) -> Node:
+    """The operand as ``[B, H, L, D]``."""
+    node = operand.node
+    dims = [dim for dim in operand.order if dim is not None]
+    if dims != sorted(dims):
+        node = graph.call_method("permute", (node, dims))
+    for place, dim in enumerate(operand.order):
+        if dim is None:
+            node = graph.call_method("unsqueeze", (node, place))
+    return node
+
+
+def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
+    """The output as the call's own node has it: order of dimensions and dtype."""
+    for dim in {0, 1, 2, 3} - set(call.output):
+        node = graph.call_method("squeeze", (node, dim))
+    kept = sorted(call.output)
+    order = [kept.index(dim) for dim in call.output]
+    if order != sorted(order):
+        node = graph.call_method("permute", (node, order))
+    dtype = value_of(call.node).dtype
+    return node if dtype == call.query.dtype else graph.call_method("to", (node, dtype))
+
+
+def _objection_to_arguments(call: Call) -> str | None:
     """Why the operator cannot stand for this call, or None."""
-    if query.dim() != 4 or key.dim() != 4:
-        return f"query has {query.dim()} dimensions, not the 4 of [B, H, L, D]"
+    query, key, value = call.query, call.key, call.value
+    if len(query.order) != 4 or len(key.order) != 4:
+        return f"query has {len(query.order)} dimensions, not the 4 of [B, H, L, D]"
     if call.is_causal is not False:
         return "is causal"
     if call.dropout_p != 0.0:
@@ -138,7 +167,13 @@ def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) 
         return "its scale is computed in the graph"
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is not float32, float16 or bfloat16"
-    for name, dim in (("query", query.shape[-1]), ("value", value_of(call.value).shape[-1])):
+    if not query.dtype == key.dtype == value.dtype:
+        return f"its tensors differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if call.enable_gqa is False and not all(
+        same(a, b) for x in (key, value) for a, b in zip(query.shape[:2], x.shape[:2], strict=True)
+    ):
+        return "its tensors differ in batch or heads"
+    for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
             return f"{name} head dim {dim} is not from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     return None
@@ -177,8 +212,10 @@ def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None
 def _objection_to_mask(call: Call, video: Video | None) -> str | None:
     if call.attn_mask is None:
         return None
-    if video is None or same(video.tokens, value_of(call.query).shape[-2]):
+    if video is None or same(video.tokens, call.query.shape[-2]):
         return "has an attention mask over its video tokens"
+    if None in call.query.order:
+        return "has an attention mask of three dimensions"
     before, tokens = int(video.before), int(video.tokens)
     return hides(call.attn_mask, before, before + tokens)
 

@@ -650,6 +650,15 @@ def _reduction(trace: Trace, node: Node) -> Axes:
     return tuple(axes)
 
 
+def _attribute(trace: Trace, node: Node) -> Axes | None:
+    """``x.mT``, ``x.T``; parts of complex numbers keep the shape."""
+    axes = trace.of(argument(node, 0, "input"))
+    name = argument(node, 1, "other") if name_of(node) == "getattr" else name_of(node)
+    if name in ("mT", "mH", "T", "H"):
+        return (*axes[:-2], axes[-1], axes[-2]) if name[0] == "m" else axes[::-1]
+    return axes if name in ("real", "imag", "data") else None
+
+
 def _outer(trace: Trace, node: Node) -> Axes:
     return (trace.of(argument(node, 0, "input"))[0], trace.of(argument(node, 1, "other"))[0])
 
@@ -756,6 +765,7 @@ for _rule, _names in (
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",
     ),
     (_fresh, "arange zeros ones empty full rand randn tensor linspace embedding eye"),
+    (_attribute, "getattr mT mH"),
     (_outer, "outer ger"),
     (_meshgrid, "meshgrid"),
     (_complex, "view_as_complex view_as_real"),

@@ -433,7 +433,7 @@ MODELS = (
             }
         ),
         sites=lambda c: {
-            "joint": c.num_layers,
+            "joint": c.num_layers, "cross": c.num_layers // c.cross_attn_interval + c.LFE_depth,
         },
     ),
     Model(
