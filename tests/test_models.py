@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from uta_fx.backend import sparsify
+from uta_fx.explain import FULL_CAPTURE
 from uta_fx.study.models import MODELS, SMALL
 
 
@@ -35,9 +36,7 @@ def run_variants(model, arguments, configs):
         return lambda *args: graphs[variant](*args)
 
     outputs = []
-    # as with fullgraph=True, which no model has to be capable of
-    patch = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
-    with torch.no_grad(), torch._dynamo.config.patch(patch):
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
         compiled = torch.compile(model, backend=backend, dynamic=False)
         for variant in range(len(configs) + 1):  # noqa: B007 (read by the compiled graphs)
             outputs.append(flat(compiled(**arguments(), return_dict=False)))

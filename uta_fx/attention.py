@@ -110,15 +110,20 @@ class SparseSite:
         """Attend; shapes and meaning as in ``sparse_attention``."""
         if self.video is None:
             return self._attend_to_video(query, key, value)[0]
-        start, stop = self.video[0], sum(self.video)
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        text_q, text_k, text_v = (_outside(x, start, stop, 2) for x in (query, key, value))
+        # one set of numbers for all: a graph need not know that lengths of a run are equal
+        sizes = [*self.video, query.shape[2] - sum(self.video)]
+        start = sizes[0]
+        before_q, q, after_q = query.split(sizes, 2)
+        (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+        # one row of video too: a graph need not know that there is any text
+        others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
         row = rows = None
         if attn_mask is not None:
-            several = attn_mask.shape[-2] != 1
-            row = _outside(attn_mask, start, stop, -1)
-            row = row[..., start : start + 1, :] if several else row
-            rows = _outside(attn_mask, start, stop, -2) if several else attn_mask
+            row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+            if attn_mask.shape[-2] != 1:
+                row = row[..., start : start + 1, :]
+                before, video_rows, after = attn_mask.split(sizes, -2)
+                rows = torch.cat([before, video_rows[..., :1, :], after], -2)
 
         output, lse = self._attend_to_video(q, k, v)
         text, text_lse = self._attend_to_text(q, text_k, text_v, row)
@@ -126,9 +131,9 @@ class SparseSite:
         share = (text_lse - lse).sigmoid()[..., None]
         output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
         others = F.scaled_dot_product_attention(
-            text_q, key, value, attn_mask=rows, scale=self.scale
+            others_q, key, value, attn_mask=rows, scale=self.scale
         )
-        return torch.cat([others[:, :, :start], output, others[:, :, start:]], 2)
+        return torch.cat([others[:, :, :start], output, others[:, :, start + 1 :]], 2)
 
     def _attend_to_video(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
@@ -171,10 +176,10 @@ class SparseSite:
         )  # fmt: skip
 
 
-def _outside(x: Tensor, start: int, stop: int, dim: int) -> Tensor:
-    """All of ``x`` but ``[start, stop)`` along ``dim``."""
-    after = x.narrow(dim, stop, x.shape[dim] - stop)
-    return torch.cat([x.narrow(dim, 0, start), after], dim) if start else after
+def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
+    """What lies around the video along ``dim``, and the video."""
+    before, video, after = x.split(sizes, dim)
+    return torch.cat([before, after], dim), video
 
 
 def operator_arguments(

@@ -1,11 +1,14 @@
 """Every video transformer of diffusers in a size that traces in seconds, and what is in each.
 
-``python -m uta_fx.study.models`` prints the table of ``docs/models.md``.
+``python -m uta_fx.study.models > docs/models.md`` makes the table in the documentation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from uta_fx._optional import require
 from uta_fx.config import Config
+from uta_fx.explain import Explanation, explain
 
 GRID = (4, 6, 8)
 VIDEO = 4 * 6 * 8
@@ -68,6 +72,12 @@ class Model:
         """Seeded inputs, the same at every call."""
         generator = torch.Generator().manual_seed(0)
         return self.inputs(lambda *shape: torch.randn(*shape, generator=generator))
+
+    def explain(self) -> Explanation:
+        """What the backend would do to it."""
+        torch._dynamo.reset()
+        config = dataclasses.replace(SMALL, grid=self.grid)
+        return explain(self.build(), config=config, **self.arguments())
 
 
 def _time(batch: int = 1) -> Tensor:
@@ -799,3 +809,50 @@ MODELS = (
     ),
 )
 # fmt: on
+
+
+HEADER = """# What is found in the models of diffusers {version}
+
+Small random configurations of every video transformer, and some image relatives: their attention
+calls by kind, how many become sparse, and why the others stay dense (cross-attention always does).
+*self*: tokens of one origin among themselves; *joint*: video and text, history or conditioning in
+one sequence; *cross*: queries and keys are different tokens. Where tokens come packed and nothing
+in the graph says how they lie, a grid is given (`Config.grid`). Made by
+`python -m uta_fx.study.models`.
+
+| model | graphs | attention calls | sparse | grid | left dense |
+|---|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The document, in Markdown; takes a minute or two."""
+    diffusers = require("diffusers", extra="diffusers")
+    rows = [_row(model, model.explain()) for model in MODELS]
+    return HEADER.format(version=diffusers.__version__) + "\n".join(rows)
+
+
+def _row(model: Model, found: Explanation) -> str:
+    kinds = Counter(site.kind for site in found.sites)
+    sparse = [site for site in found.sites if site.sparse]
+    grid = "-"
+    if sparse:
+        grid = "given" if model.grid else "read"
+    reasons = Counter(
+        # lengths differ, the reason does not
+        (site.kind, re.sub(r"^[0-9]+ tokens are", "tokens are", site.reason.split(":")[0]))
+        for site in found.sites
+        if not site.sparse and site.kind != "cross"
+    )
+    dense = [f"{count} {kind}: {reason}" for (kind, reason), count in reasons.items()]
+    calls = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    left = "; ".join(dense + ([model.note] if model.note else []))
+    return (
+        f"| {model.name} | {found.graphs} | {calls or 'none'} | {len(sparse)} | {grid} |"
+        f" {left or '-'} |"
+    )
+
+
+if __name__ == "__main__":
+    torch._logging.set_logs(all=logging.CRITICAL)
+    print(table())
