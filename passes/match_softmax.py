@@ -10,13 +10,10 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.site import Operand, value_of
-from uta_fx.passes.trace_axes import argument, name_of
+from uta_fx.passes.trace_axes import VIEWS, argument, name_of
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous")
-_VIEWS = ("transpose", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
-          "expand", "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "slice",
-          "contiguous", "to")  # fmt: skip
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 _NEAR = (*_CASTS, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp", "tanh",
          "view", "reshape", "transpose", "permute", "unflatten", "flatten", "expand",
@@ -265,14 +262,14 @@ def _check_writes(first: _Product, last: Node, objections: list[str]) -> None:
 def _aliases(node: Node) -> set[Node]:
     """Nodes that may share memory with one: what it is a view of, and the views of that."""
     base = node
-    while name_of(base) in _VIEWS and isinstance(argument(base, 0, "input"), Node):
+    while name_of(base) in VIEWS and isinstance(argument(base, 0, "input"), Node):
         base = argument(base, 0, "input")
     found, stack = set[Node](), [base]
     while stack:
         current = stack.pop()
         if current not in found:
             found.add(current)
-            stack.extend(user for user in current.users if name_of(user) in _VIEWS)
+            stack.extend(user for user in current.users if name_of(user) in VIEWS)
     return found
 
 

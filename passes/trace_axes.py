@@ -18,6 +18,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size = int | torch.SymInt
 
+# operations whose output may share memory with their input
+VIEWS = (
+    "transpose", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
+    "expand", "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "slice",
+    "contiguous", "to", "split_with_sizes", "detach", "alias", "movedim", "mT",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -108,6 +115,10 @@ class Trace:
         if isinstance(value, torch.Tensor):
             if node.op not in ("call_function", "call_method"):
                 return self._leaves(node, value.shape)
+            if node.target in ("copy_", torch.ops.aten.copy_.default):
+                target, source, *_ = _all(node)
+                _write(self, node, target, Ellipsis, source)
+                return self.of(target)
             return self._checked(node, _apply(self, node), value.shape)
         if isinstance(value, (tuple, list)) and node.op in ("call_function", "call_method"):
             parts = _apply(self, node)
@@ -118,8 +129,12 @@ class Trace:
                 for i, part in enumerate(value)
             ]
         if name_of(node) == "setitem":
-            _write(self, node)
+            _write(self, node, *_all(node))
         return None
+
+    def set(self, node: Node, axes: Axes) -> None:
+        """Describe anew a tensor that was written to."""
+        self._axes[node] = axes
 
     def _checked(self, node: Node, axes: Axes | None, shape: Sequence[Size], part: int = 0) -> Axes:
         """The axes that a rule gave, wherever they have the length that the tensor has."""
@@ -350,8 +365,8 @@ def _apply(trace: Trace, node: Node) -> Any:
     rule = _RULES.get(name_of(node))
     try:
         return rule(trace, node) if rule else None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return None  # arguments in a form that the rule does not know
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # arguments in a form, or sizes, that the rule does not know
 
 
 def _pointwise(trace: Trace, node: Node) -> Axes | None:
@@ -687,9 +702,8 @@ def _complex(trace: Trace, node: Node) -> Axes:
     return (*axes, trace.leaf(node, len(axes), 2))
 
 
-def _write(trace: Trace, node: Node) -> None:
+def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> None:
     """``x[index] = value``: an axis keeps its sources only where the value has some of them."""
-    target, index, value = _all(node)
     if not isinstance(value, Node) or not isinstance(_value(value), torch.Tensor):
         return
     axes, written = trace.of(target), trace.of(value)
@@ -698,20 +712,34 @@ def _write(trace: Trace, node: Node) -> None:
         entries.append(Ellipsis)
     hole = entries.index(Ellipsis)
     entries[hole : hole + 1] = [slice(None)] * (len(axes) - len(entries) + 1)
-    if not all(isinstance(entry, (slice, int)) for entry in entries):
-        trace._axes[target] = trace._leaves(node, _shape(target), opaque=True)
-        return
-    kept = []
+    known = all(isinstance(entry, (slice, int)) for entry in entries)
+    lost: set[int] = set()
     place = len(written) - sum(isinstance(entry, slice) for entry in entries)
-    for dim, (axis, entry) in enumerate(zip(axes, entries, strict=True)):
-        if isinstance(entry, slice):
+    for dim, entry in enumerate(entries[: len(axes)]):
+        if not known:
+            lost.add(dim)
+        elif isinstance(entry, slice):
             if place >= 0 and not same(length(written[place]), 1):
-                part = _sliced(trace, value, axis, entry, place)
+                part = _sliced(trace, value, axes[dim], entry, place)
                 if not related(part, written[place]):
-                    axis = trace.leaf(node, dim, length(axis))
+                    lost.add(dim)
             place += 1
-        kept.append(axis)
-    trace._axes[target] = tuple(kept)
+    sources = {number for dim in lost for run in axes[dim] for number, _ in run.spans}
+    changed: Any = target
+    while isinstance(changed, Node):
+        trace.set(
+            changed,
+            tuple(
+                trace.leaf(node, dim, length(axis), opaque=True)
+                if any(number in sources for run in axis for number, _ in run.spans)
+                else axis
+                for dim, axis in enumerate(trace.of(changed))
+            ),
+        )
+        # and what it is a view of
+        changed = argument(changed, 0, "input") if name_of(changed) in VIEWS else None
+        if isinstance(changed, Node) and not isinstance(_value(changed), torch.Tensor):
+            changed = argument(changed, 0, "input")
 
 
 _ALIASES = {

@@ -148,6 +148,12 @@ def written(q, text):
     return x
 
 
+def written_through_a_view(q, text):
+    x = torch.cat([q, text], 1)
+    x.transpose(1, 2)[:, :, :TEXT].copy_(text.mT)
+    return x
+
+
 def reversed_(q, text):
     return torch.cat([q, text], 1).flip(1)
 
@@ -182,6 +188,7 @@ class Sequence(nn.Module):
         (after, (TEXT, 0)),
         (scattered, None),
         (written, None),
+        (written_through_a_view, None),
         (reversed_, None),
     ],
 )
