@@ -13,8 +13,7 @@ def sparsify_program(program: ExportedProgram, plan: Plan) -> tuple[ExportedProg
     """Run the backend's passes on an exported program.
 
     Args:
-        program: From ``torch.export.export``, before any decomposition: attention must still be
-            ``aten.scaled_dot_product_attention``.
+        program: From ``torch.export.export``, before any decomposition.
         plan: What the passes are told.
 
     Returns:

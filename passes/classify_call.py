@@ -1,39 +1,38 @@
-"""Tell self-attention from cross-attention by where queries and keys are projected from."""
+"""Tell self-attention, joint attention and cross-attention apart by where tokens come from."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from uta_fx.passes.find_calls import Call
-
-_PROJECTIONS = (
-    F.linear,
-    torch._C._nn.linear,
-    torch.ops.aten.linear.default,
-    torch.ops.aten.addmm.default,
-)
+from uta_fx.passes.trace_axes import Axis, Trace, equal, name_of
 
 
-def classify_call(call: Call) -> str:
-    """``"self"``, ``"cross"`` or ``"unknown"``.
+def classify_call(call: Call, trace: Trace) -> str:
+    """``"self"``, ``"joint"``, ``"cross"`` or ``"unknown"``.
 
-    Lengths do not tell: the text of a cross-attention can be as long as the video. Queries and keys
-    of a self-attention are projected from the same tensor; those of a cross-attention are not.
-    A query or key behind no linear projection leaves the call unknown, as does one of several.
+    Lengths do not tell: the text of a cross-attention can be as long as the video. The tokens of
+    queries and keys of a self-attention come into being at the same place; in a joint attention
+    they do too, but at several, one after another: video and text. Those of a cross-attention
+    differ. Tokens that differ without being projected in this graph leave the call unknown: the
+    graph may be a part of a model, with queries and keys handed in.
     """
-    sources = [_projected_from(node) for node in (call.query, call.key)]
-    if any(len(source) != 1 for source in sources):
-        return "unknown"
-    return "self" if sources[0] == sources[1] else "cross"
+    tokens = trace.axis(call.query.node, call.query.token_dim)
+    if equal(tokens, trace.axis(call.key.node, call.key.token_dim)):
+        return "self" if _have_one_origin(trace, tokens) else "joint"
+    return "cross" if _is_projected(call.query.node) and _is_projected(call.key.node) else "unknown"
 
 
-def _projected_from(node: Node) -> set[Node]:
-    """Inputs of the nearest linear projections upstream."""
-    sources: set[Node] = set()
+def _have_one_origin(trace: Trace, axis: Axis) -> bool:
+    """Whether tokens are one run, or all of what one patch embedding made."""
+    return len(axis) == 1 or any(
+        stretch.end - stretch.start == len(axis) and len(stretch.source.sides) > 1
+        for stretch in trace.stretches(axis)
+    )
+
+
+def _is_projected(node: Node) -> bool:
+    """Whether a linear projection lies upstream."""
     seen: set[Node] = set()
     stack = [node]
     while stack:
@@ -41,18 +40,7 @@ def _projected_from(node: Node) -> set[Node]:
         if current in seen:
             continue
         seen.add(current)
-        if current.op == "call_function" and current.target in _PROJECTIONS:
-            # addmm(bias, input, weight), linear(input, weight, bias)
-            place = 1 if current.target is torch.ops.aten.addmm.default else 0
-            source: Any = current.args[place] if current.args else current.kwargs["input"]
-            sources.add(_unwrapped(source))
-        else:
-            stack.extend(current.all_input_nodes)
-    return sources
-
-
-def _unwrapped(node: Node) -> Node:
-    """The tensor behind casts, which a model may make once for queries and once for keys."""
-    while node.op == "call_method" and node.target in ("to", "type_as", "contiguous"):
-        node = node.all_input_nodes[0]
-    return node
+        if current.op == "call_function" and name_of(current) in ("linear", "addmm"):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False

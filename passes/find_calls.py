@@ -1,4 +1,4 @@
-"""Find the calls of scaled_dot_product_attention in a graph."""
+"""Find the attention of a graph, however it is written, and describe each call in one form."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from uta_fx.passes.expand_multi_head import MULTI_HEAD, objection_to_expansion
+from uta_fx.passes.match_softmax import Written, match_softmax
+from uta_fx.passes.site import Operand, value_of
+
 SDPA_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
 # what Dynamo and export put around module names: L['self']._modules['blocks'] is blocks
@@ -19,12 +23,28 @@ _NOT_MODULES = {"L", "self", "__dict__", "_modules", "_orig_mod"}
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One SDPA node with its arguments bound by name, torch's defaults filled in."""
+    """One attention call with its arguments bound by name, torch's defaults filled in.
+
+    Attributes:
+        node: Whose output is the attention's.
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        output: Which of ``[B, H, Lq, Dv]`` each dimension of the node's output is.
+        objection: Why a hand-written call is not what it looks like; None where it is.
+        attn_mask: As of ``F.scaled_dot_product_attention``, and so on.
+        dropout_p: Likewise.
+        is_causal: Likewise.
+        scale: Likewise.
+        enable_gqa: Likewise.
+    """
 
     node: Node
-    query: Node
-    key: Node
-    value: Node
+    query: Operand
+    key: Operand
+    value: Operand
+    output: tuple[int, ...] = (0, 1, 2, 3)
+    objection: str | None = None
     attn_mask: Any = None
     dropout_p: Any = 0.0
     is_causal: Any = False
@@ -40,22 +60,69 @@ class Call:
 
 
 def find_calls(gm: GraphModule) -> list[Call]:
-    """Every SDPA call of the graph, in order; positional and keyword arguments alike."""
-    return [
-        Call(node, **_BOUND.bind(*node.args, **node.kwargs).arguments)
-        for node in gm.graph.nodes
-        if node.op == "call_function" and node.target in SDPA_TARGETS
-    ]
+    """Every attention call of the graph, in order.
+
+    Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of three
+    or four dimensions; and softmaxes between two matrix products. A softmax that is almost that is
+    a call with an objection, as is an ``nn.MultiheadAttention`` that could not be expanded.
+    """
+    calls = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in SDPA_TARGETS:
+            calls.append(_bound(node))
+        elif node.op == "call_function" and node.target is MULTI_HEAD:
+            calls.append(_multi_head(node))
+        elif written := match_softmax(node):
+            calls.append(_described(written))
+    return calls
+
+
+def _bound(node: Node) -> Call:
+    arguments = dict(_SIGNATURE.bind(*node.args, **node.kwargs).arguments)
+    query, key, value = (_operand(arguments.pop(name)) for name in ("query", "key", "value"))
+    output = (0, 2, 3) if None in query.order else (0, 1, 2, 3)
+    return Call(node, query, key, value, output, **arguments)
+
+
+def _multi_head(node: Node) -> Call:
+    """One that was not expanded: tensors are ``[L, B, E]``, their heads inside."""
+    arguments: Any = node.args
+    query, key, value = (Operand(x, (1, None, 0, 2)) for x in arguments[:3])
+    return Call(node, query, key, value, objection=objection_to_expansion(node))
+
+
+def _operand(node: Node) -> Operand:
+    rank = value_of(node).dim()
+    return Operand(node, (0, None, 1, 2) if rank == 3 else tuple(range(rank)))
+
+
+def _described(written: Written) -> Call:
+    return Call(
+        node=written.node,
+        query=written.query,
+        key=written.key,
+        value=written.value,
+        output=written.output,
+        objection=written.objection,
+        attn_mask=written.mask,
+        scale=written.scale,
+    )
 
 
 # the builtin itself has no signature to bind
-_BOUND = inspect.Signature(
+_SIGNATURE = inspect.Signature(
     [
-        inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        if field.default is dataclasses.MISSING
-        else inspect.Parameter(
-            field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("query", "key", "value")
+    ]
+    + [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in (
+            ("attn_mask", None),
+            ("dropout_p", 0.0),
+            ("is_causal", False),
+            ("scale", None),
+            ("enable_gqa", False),
         )
-        for field in dataclasses.fields(Call)[1:]
     ]
 )

@@ -16,12 +16,14 @@ class Site:
 
     Attributes:
         name: Path of the module that makes the call, or the node's name.
-        kind: ``"self"``, ``"cross"`` or ``"unknown"``.
+        kind: ``"self"``, ``"joint"`` (video and text in one sequence), ``"cross"``, ``"unknown"``.
         shape: Batch, heads, query length and head dim; a symbolic size is given as text.
         length_kv: Key length.
         dtype: Of the query.
-        layer: Index among the self-attention sites of the graph; None for other sites.
-        grid: Frames, height and width of the tokens, where known.
+        layer: Index among the self- and joint attention sites of the graph that have at least
+            ``min_tokens``; None for other sites.
+        grid: Frames, height and width of the video tokens, where known.
+        text: Tokens before and after the video of a joint site, where known.
         expected: Whether a user would expect it sparse: it is not cross-attention, not shorter than
             ``min_tokens`` and not named by ``dense_layers``.
         sparse: Whether it is rewritten.
@@ -35,9 +37,42 @@ class Site:
     dtype: torch.dtype
     layer: int | None
     grid: Grid | None
+    text: tuple[int | str, int | str] | None
     expected: bool
     sparse: bool
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of an attention call in any layout, seen as ``[B, H, L, D]``.
+
+    Attributes:
+        node: The tensor.
+        order: Which of its dimensions each of the four is; None for one that it lacks, of size 1.
+            An operand that cannot be seen so has its own dimensions here.
+    """
+
+    node: Node
+    order: tuple[int | None, ...]
+
+    @property
+    def shape(self) -> tuple[int | torch.SymInt, ...]:
+        """Sizes of the four."""
+        sizes = value_of(self.node).shape
+        return tuple(1 if dim is None else sizes[dim] for dim in self.order)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return value_of(self.node).dtype
+
+    @property
+    def token_dim(self) -> int:
+        """The tensor's dimension that holds tokens."""
+        dim = self.order[-2]
+        assert dim is not None
+        return dim
 
 
 def value_of(node: Node) -> torch.Tensor:

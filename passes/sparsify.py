@@ -7,15 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
+from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import Call, find_calls
-from uta_fx.passes.read_grid import read_grid
-from uta_fx.passes.site import Grid, Site, value_of
+from uta_fx.passes.locate_video import Video, locate_video
+from uta_fx.passes.read_mask import hides
+from uta_fx.passes.site import Grid, Operand, Site, value_of
+from uta_fx.passes.trace_axes import Size, Trace, same
 
-Replacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Replacement = Callable[..., torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,15 +26,16 @@ class Plan:
     """What the passes are told, without knowing of policies and tails.
 
     Attributes:
-        replacement: Makes the function of q, k and v that takes the place of a call, from the
-            site's grid and the call's scale (None for torch's default).
-        min_tokens: Sites with fewer tokens stay dense.
+        replacement: Makes what takes the place of a call, a function of q, k, v and, where there
+            is one, the mask: from the site's grid, the call's scale (None for torch's default) and,
+            of a joint site, the first video token and how many there are.
+        min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         is_dense_layer: Of a layer's index and the number of layers.
     """
 
-    replacement: Callable[[Grid | None, float | None], Replacement]
+    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None], Replacement]
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
@@ -39,40 +43,64 @@ class Plan:
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
-    """Describe and decide every attention call of the graph, which stays as it is."""
-    calls = [(call, classify_call(call)) for call in find_calls(gm)]
-    layers = [call for call, kind in calls if kind == "self"]
+    """Describe and decide every attention call of the graph, which goes on to compute the same."""
+    expand_multi_head(gm)
+    trace = Trace(gm)
+    calls = [(call, classify_call(call, trace)) for call in find_calls(gm)]
+    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
     sites = []
     for call, kind in calls:
-        query, key = value_of(call.query), value_of(call.key)
-        layer = layers.index(call) if kind == "self" else None
-        grid = _grid_of(gm, plan, query) if kind == "self" else None
-        exemption = _exemption(kind, query, layer, len(layers), plan)
-        objection = (
-            exemption
-            or _objection_to_arguments(call, query, key)
-            or _objection_to_kind(kind)
-            or _objection_to_length(query)
-            or _objection_to_grid(grid, query, plan)
-        )
-        sites.append(
-            (
-                call,
-                Site(
-                    name=call.path,
-                    kind=kind,
-                    shape=tuple(_plain(size) for size in query.shape),
-                    length_kv=_plain(key.shape[-2]) if key.dim() > 1 else "?",
-                    dtype=query.dtype,
-                    layer=layer,
-                    grid=grid,
-                    expected=exemption is None,
-                    sparse=objection is None,
-                    reason=objection or "self-attention over video tokens",
-                ),
-            )
-        )
+        layer = layers.index(call) if call in layers else None
+        sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
     return sites
+
+
+def _is_layer(call: Call, kind: str, plan: Plan) -> bool:
+    """Whether a call counts as a layer of the model: not the few tokens of a text refiner."""
+    return kind in ("self", "joint") and not _is_short(call.query.shape[-2], plan)
+
+
+def _describe(
+    call: Call, kind: str, layer: int | None, layers: int, trace: Trace, plan: Plan
+) -> Site:
+    query, key = call.query, call.key
+    video: Video | str = ""
+    if kind in ("self", "joint"):
+        video = locate_video(trace, trace.axis(query.node, query.token_dim), plan.grid)
+    known = video if isinstance(video, Video) else None
+    tokens = known.tokens if known else query.shape[-2]
+    exemption = _exemption(kind, tokens, layer, layers, plan)
+    objection = (
+        exemption
+        or call.objection
+        or _objection_to_arguments(call)
+        or _objection_to_kind(kind)
+        or _objection_to_length(tokens, kind)
+        or _objection_to_video(video, kind, plan)
+        or _objection_to_mask(call, known)
+    )
+    text = None
+    if known and not same(known.tokens, query.shape[-2]):
+        text = (_plain(known.before), _plain(known.after))
+    return Site(
+        name=call.path,
+        kind=kind,
+        shape=tuple(_plain(size) for size in query.shape),
+        length_kv=_plain(key.shape[-2]),
+        dtype=query.dtype,
+        layer=layer,
+        grid=known.grid if known else None,
+        text=text,
+        expected=exemption is None,
+        sparse=objection is None,
+        reason=objection or _MERITS[kind],
+    )
+
+
+_MERITS = {
+    "self": "self-attention over video tokens",
+    "joint": "joint attention: video tokens sparse, text exact for all and dense",
+}
 
 
 def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> None:
@@ -83,10 +111,17 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     for call, site in sites:
         if not site.sparse:
             continue
+        video = None
+        if site.text is not None:
+            assert site.grid is not None and isinstance(site.text[0], int)
+            video = (site.text[0], math.prod(site.grid))
+        masks = () if call.attn_mask is None else (call.attn_mask,)
         with gm.graph.inserting_before(call.node):
+            operands = [_canonical(gm.graph, x) for x in (call.query, call.key, call.value)]
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale), (call.query, call.key, call.value)
+                plan.replacement(site.grid, call.scale, video), (*operands, *masks)
             )
+            sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
         call.node.replace_all_uses_with(sparse)
         gm.graph.erase_node(call.node)
@@ -94,44 +129,53 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     gm.recompile()
 
 
-def _grid_of(gm: GraphModule, plan: Plan, query: torch.Tensor) -> Grid | None:
-    if query.dim() != 4:
-        return None
-    try:
-        tokens, batch = int(query.shape[2]), int(query.shape[0])
-    except RuntimeError:
-        return None  # a size known only at run time
-    if plan.grid is not None:
-        return plan.grid if math.prod(plan.grid) == tokens else None
-    return read_grid(gm, batch, tokens)
+def _canonical(graph: Graph, operand: Operand) -> Node:
+    """The operand as ``[B, H, L, D]``."""
+    node = operand.node
+    dims = [dim for dim in operand.order if dim is not None]
+    if dims != sorted(dims):
+        node = graph.call_method("permute", (node, dims))
+    for place, dim in enumerate(operand.order):
+        if dim is None:
+            node = graph.call_method("unsqueeze", (node, place))
+    return node
 
 
-def _exemption(
-    kind: str, query: torch.Tensor, layer: int | None, layers: int, plan: Plan
-) -> str | None:
+def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
+    """The output as the call's own node has it: order of dimensions and dtype."""
+    for dim in {0, 1, 2, 3} - set(call.output):
+        node = graph.call_method("squeeze", (node, dim))
+    kept = sorted(call.output)
+    order = [kept.index(dim) for dim in call.output]
+    if order != sorted(order):
+        node = graph.call_method("permute", (node, order))
+    dtype = value_of(call.node).dtype
+    return node if dtype == call.query.dtype else graph.call_method("to", (node, dtype))
+
+
+def _exemption(kind: str, tokens: Size, layer: int | None, layers: int, plan: Plan) -> str | None:
     """Why no user would expect this call to become sparse, or None."""
     if kind == "cross":
-        return "cross-attention: queries and keys are projected from different tensors"
-    if _is_short(query, plan):
-        return f"{query.shape[-2]} tokens are fewer than min_tokens={plan.min_tokens}"
+        return "cross-attention: queries and keys are different tokens"
+    if _is_short(tokens, plan):
+        return f"{tokens} tokens are fewer than min_tokens={plan.min_tokens}"
     if layer is not None and plan.is_dense_layer(layer, layers):
         return f"dense_layers names layer {layer}"
     return None
 
 
-def _is_short(query: torch.Tensor, plan: Plan) -> bool:
+def _is_short(tokens: Size, plan: Plan) -> bool:
     try:
-        return bool(query.shape[-2] < plan.min_tokens)
+        return int(tokens) < plan.min_tokens
     except RuntimeError:
         return False  # a length known only at run time
 
 
-def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) -> str | None:
+def _objection_to_arguments(call: Call) -> str | None:
     """Why the operator cannot stand for this call, or None."""
-    if query.dim() != 4 or key.dim() != 4:
-        return f"query has {query.dim()} dimensions, not the 4 of [B, H, L, D]"
-    if call.attn_mask is not None:
-        return "has an attention mask"
+    query, key, value = call.query, call.key, call.value
+    if len(query.order) != 4 or len(key.order) != 4:
+        return f"query has {len(query.order)} dimensions, not the 4 of [B, H, L, D]"
     if call.is_causal is not False:
         return "is causal"
     if call.dropout_p != 0.0:
@@ -142,7 +186,13 @@ def _objection_to_arguments(call: Call, query: torch.Tensor, key: torch.Tensor) 
         return "its scale is computed in the graph"
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is not float32, float16 or bfloat16"
-    for name, dim in (("query", query.shape[-1]), ("value", value_of(call.value).shape[-1])):
+    if not query.dtype == key.dtype == value.dtype:
+        return f"its tensors differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if call.enable_gqa is False and not all(
+        same(a, b) for x in (key, value) for a, b in zip(query.shape[:2], x.shape[:2], strict=True)
+    ):
+        return "its tensors differ in batch or heads"
+    for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
             return f"{name} head dim {dim} is not from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     return None
@@ -154,23 +204,36 @@ def _objection_to_kind(kind: str) -> str | None:
     return None
 
 
-def _objection_to_length(query: torch.Tensor) -> str | None:
+def _objection_to_length(tokens: Size, kind: str) -> str | None:
     try:
-        int(query.shape[2])
+        int(tokens)
     except RuntimeError:
-        return "its length is known only at run time"
+        # where there is text beside the video, the video's length may be known all the same
+        return "its length is known only at run time" if kind == "self" else None
     return None
 
 
-def _objection_to_grid(grid: Grid | None, query: torch.Tensor, plan: Plan) -> str | None:
-    if grid is not None or not plan.needs_grid:
+def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None:
+    if isinstance(video, str):
+        # a video in its own order needs no grid where all tokens are of one origin
+        return video if plan.needs_grid or plan.grid is not None or kind == "joint" else None
+    try:
+        int(video.before)
+    except RuntimeError:
+        return "how many tokens lie before the video is known only at run time"
+    return None
+
+
+def _objection_to_mask(call: Call, video: Video | None) -> str | None:
+    if call.attn_mask is None:
         return None
-    tokens = int(query.shape[2])
-    if plan.grid is not None:
-        sides = " x ".join(map(str, plan.grid))
-        return f"grid {sides} = {math.prod(plan.grid)} does not match its {tokens} tokens"
-    return f"no patch embedding in the graph makes its {tokens} tokens; give grid"
+    if video is None or same(video.tokens, call.query.shape[-2]):
+        return "has an attention mask over its video tokens"
+    if None in call.query.order:
+        return "has an attention mask of three dimensions"
+    before, tokens = int(video.before), int(video.tokens)
+    return hides(call.attn_mask, before, before + tokens)
 
 
-def _plain(size: int | torch.SymInt) -> int | str:
+def _plain(size: Size) -> int | str:
     return size if isinstance(size, int) else str(size)

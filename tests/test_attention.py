@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from uta_fx import Config, sparse_attention
-from uta_fx.attention import list_blocks, pool_blocks
+from uta_fx.attention import list_blocks, operator_arguments, pool_blocks
+from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
 from uta_fx.statistics import block_statistics
@@ -279,6 +280,105 @@ def test_no_grid_keeps_the_order_and_tile_order_asks_for_one():
         sparse_attention(q, k, v, config=Config(reorder="tile"))
 
 
+def joint(text, dtype=torch.float32):
+    """Video fields with text tokens around them."""
+    generator = torch.Generator().manual_seed(2)
+    parts = []
+    for video in fields():
+        before, after = (torch.randn(1, 2, n, 32, generator=generator) for n in text)
+        parts.append(torch.cat([before, video, after], 2).to(dtype))
+    return parts
+
+
+def text_masks(text):
+    """None, and masks that hide text from everyone: boolean, added, and of all queries."""
+    length = sum(text) + math.prod(GRID)
+    seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    seen[..., 2 if text[0] else length - 2] = False
+    rows = seen & torch.ones(length, 1, dtype=torch.bool)
+    rows[..., 0 if text[0] else -1, 100] = False  # a text query may see something else
+    return {
+        "none": None, "boolean": seen, "rows": rows,
+        "added": torch.zeros(1, 1, 1, length).masked_fill(~seen, -torch.inf),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [(11, 0), (0, 20), (5, 40)])
+@pytest.mark.parametrize("mask", ["none", "boolean", "added", "rows"])
+def test_density_one_is_dense_joint_attention(text, mask):
+    """Text before, after or around the video, seen or hidden; a few float32 roundings."""
+    q, k, v = joint(text)
+    mask = text_masks(text)[mask]
+    config = Config(density=1.0, **SMALL)
+    output = sparse_attention(q, k, v, config=config, grid=GRID, text=text, attn_mask=mask)
+    dense = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), None if mask is None else _as_double(mask)
+    )
+    torch.testing.assert_close(output.double(), dense, rtol=1e-4, atol=1e-5)
+
+
+def _as_double(mask):
+    return mask if mask.dtype == torch.bool else mask.double()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_sparse_joint_attention_is_what_it_says(hidden):
+    """A plain restatement in float64: one softmax over exact blocks, tail and seen text.
+
+    Operator and restatement get the same lists and representatives, so that only sums differ: a few
+    roundings of float32.
+    """
+    text = (5, 40)
+    q, k, v = joint(text)
+    mask = text_masks(text)["boolean"] if hidden else None
+    config = Config(density=0.3, reorder="none", **SMALL)
+    output = sparse_attention(q, k, v, config=config, text=text, attn_mask=mask)
+
+    video = slice(5, 5 + math.prod(GRID))
+    video_q, video_k, video_v = (x[:, :, video].contiguous() for x in (q, k, v))
+    selection = pool_blocks(video_q, video_k, video_v, config, scale=None)
+    arguments = operator_arguments(selection, video_k, video_v, config)
+    arguments = [
+        x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments
+    ]
+    part, lse = reference.sparse_attention(*arguments)
+    outside = [i for i in range(q.shape[2]) if not video.start <= i < video.stop]
+    q, k, v = (x.double() for x in (q, k, v))
+    logits = q[:, :, video] @ k[:, :, outside].mT / math.sqrt(32)
+    if hidden:
+        logits = logits.masked_fill(~mask[..., outside], -torch.inf)
+    everything = torch.cat([logits, lse[..., None]], -1).softmax(-1)
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    expected[:, :, video] = everything[..., :-1] @ v[:, :, outside] + everything[..., -1:] * part
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_text_cannot_matter():
+    """Not even where it is large."""
+    text = (11, 0)
+    q, k, v = joint(text)
+    mask = text_masks(text)["boolean"]
+    config = Config(density=0.3, **SMALL)
+    outputs = []
+    for value in (0.0, 1e4):
+        k[:, :, 2] = v[:, :, 2] = value
+        outputs.append(
+            sparse_attention(q, k, v, config=config, grid=GRID, text=text, attn_mask=mask)
+        )
+    video = slice(11, None)
+    assert torch.equal(outputs[0][:, :, video], outputs[1][:, :, video])
+
+
+def test_text_that_is_all_hidden_leaves_the_video_alone():
+    """No NaN: the video is what it would be without text."""
+    q, k, v = joint((11, 0))
+    mask = torch.arange(11 + math.prod(GRID)) >= 11
+    config = Config(density=0.3, **SMALL)
+    output = sparse_attention(q, k, v, config=config, grid=GRID, text=(11, 0), attn_mask=mask[None])
+    alone = sparse_attention(*(x[:, :, 11:] for x in (q, k, v)), config=config, grid=GRID)
+    torch.testing.assert_close(output[:, :, 11:], alone)
+
+
 def test_bad_inputs_are_named():
     """Shapes, grids, dtypes and gradients."""
     q, k, v = fields()
@@ -286,6 +386,10 @@ def test_bad_inputs_are_named():
         sparse_attention(q, k, v, grid=(8, 8, 9))
     with pytest.raises(ValueError, match="key must have the batch, heads and length of query"):
         sparse_attention(q, k[:, :, :100], v)
+    with pytest.raises(ValueError, match=r"text must hold two lengths .* 512, got \(500, 12\)"):
+        sparse_attention(q, k, v, text=(500, 12))
+    with pytest.raises(ValueError, match="attn_mask hides text from the video: it needs text"):
+        sparse_attention(q, k, v, attn_mask=torch.ones(512, dtype=torch.bool))
     with pytest.raises(ValueError, match="value must be"):
         sparse_attention(q, k, v[0])
     with pytest.raises(TypeError, match="key must be float32, float16 or bfloat16"):

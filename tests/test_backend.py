@@ -170,7 +170,7 @@ class Attention(nn.Module):
         """``[B, L, 64]`` to ``[B, H, L, D]``."""
         q, k = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k))
         if not self.project_kv:
-            k = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k = x.flip(1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, k, **self.options)
 
 
@@ -179,12 +179,12 @@ class Attention(nn.Module):
     [
         (Attention(is_causal=True), {}, "is causal"),
         (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
-        (Attention(attn_mask=torch.zeros(256, 256)), {}, "has an attention mask"),
+        (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "has an attention mask"),
         (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 128"),
         (Attention().double(), {}, "dtype torch.float64 is not float32, float16 or bfloat16"),
         (Attention(project_kv=False), {}, "the graph does not show that queries and keys"),
         (Attention(), {"min_tokens": 257}, "256 tokens are fewer than min_tokens=257"),
-        (Attention(), {}, "no patch embedding in the graph makes its 256 tokens; give grid"),
+        (Attention(), {}, "the graph does not show how its 256 tokens lie in frames"),
         (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens"),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.config import Config
@@ -24,11 +25,13 @@ def sparse_attention(
     config: Config | None = None,
     grid: Grid | None = None,
     scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """Self-attention over video tokens, sparse with the tail aggregated, in one eager call.
 
-    Stands for ``F.scaled_dot_product_attention(query, key, value, scale=scale)``; the same
-    computation that the backend writes into a graph. Forward-only.
+    Stands for ``F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)``; the
+    same computation that the backend writes into a graph. Forward-only.
 
     Args:
         query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
@@ -36,9 +39,15 @@ def sparse_attention(
         value: ``[B, H, L, Dv]``.
         config: Settings; None for the defaults. ``min_tokens``, ``dense_layers``, ``dense_until``,
             ``inner`` and ``strict`` concern graphs and have no effect here.
-        grid: Frames, height and width with product L; None takes ``config.grid``. With neither the
-            tokens are blocked in the order in which they come.
+        grid: Frames, height and width of the video tokens, with their number as product; None takes
+            ``config.grid``. With neither they are blocked in the order in which they come.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        text: How many tokens before and after the video are not video. They attend to everything,
+            and every token attends to them exactly.
+        attn_mask: Hides text from the video: boolean (True: seen) or added to logits, broadcasts
+            to ``[B, H, L, L]``. Its entries for video keys must leave them seen by all video
+            queries, and all rows of video queries must be equal: of these the first is read. Rows
+            of text queries are free. Needs text.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``.
@@ -58,35 +67,116 @@ def sparse_attention(
                 f"{name} must have the batch, heads and length of query,"
                 f" {tuple(query.shape[:3])}, got {tuple(tensor.shape[:3])}"
             )
-    grid = grid or config.grid
-    if grid is not None and math.prod(grid) != query.shape[2]:
+    tokens = query.shape[2] - sum(text)
+    if min(text) < 0 or tokens < 1:
         raise ValueError(
-            f"grid must have as many tokens as query, {query.shape[2]},"
+            f"text must hold two lengths whose sum is less than that of query, {query.shape[2]},"
+            f" got {text}"
+        )
+    if attn_mask is not None and not any(text):
+        raise ValueError("attn_mask hides text from the video: it needs text, got (0, 0)")
+    grid = grid or config.grid
+    if grid is not None and math.prod(grid) != tokens:
+        raise ValueError(
+            f"grid must have as many tokens as the video, {tokens},"
             f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
         )
     if grid is None and config.reorder in ("tile", "morton"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    return _attend(query, key, value, config, grid, scale)
+    video = (text[0], tokens) if any(text) else None
+    return SparseSite(config, grid, scale, video)(query, key, value, attn_mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseSite:
-    """What takes the place of one attention call in a graph: a function of q, k and v.
+    """What takes the place of one attention call in a graph: a function of q, k, v and a mask.
 
     Attributes:
         config: Settings.
-        grid: Frames, height and width of the tokens; None keeps their order.
+        grid: Frames, height and width of the video tokens; None keeps their order.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        video: The first video token and how many there are, where others lie around them.
     """
 
     config: Config
     grid: Grid | None
     scale: float | None
+    video: tuple[int, int] | None = None
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend; shapes as in ``sparse_attention``."""
-        return _attend(query, key, value, self.config, self.grid, self.scale)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend; shapes and meaning as in ``sparse_attention``."""
+        if self.video is None:
+            return self._attend_to_video(query, key, value)[0]
+        # one set of numbers for all: a graph need not know that lengths of a run are equal
+        sizes = [*self.video, query.shape[2] - sum(self.video)]
+        start = sizes[0]
+        before_q, q, after_q = query.split(sizes, 2)
+        (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+        # one row of video too: a graph need not know that there is any text
+        others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
+        row = rows = None
+        if attn_mask is not None:
+            row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+            if attn_mask.shape[-2] != 1:
+                row = row[..., start : start + 1, :]
+                before, video_rows, after = attn_mask.split(sizes, -2)
+                rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+
+        output, lse = self._attend_to_video(q, k, v)
+        text, text_lse = self._attend_to_text(q, text_k, text_v, row)
+        # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
+        share = (text_lse - lse).sigmoid()[..., None]
+        output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
+        others = F.scaled_dot_product_attention(
+            others_q, key, value, attn_mask=rows, scale=self.scale
+        )
+        return torch.cat([others[:, :, :start], output, others[:, :, start + 1 :]], 2)
+
+    def _attend_to_video(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
+        config = self.config
+        (query, key, value), inverse = reorder_tokens(query, key, value, config, self.grid)
+        selection = pool_blocks(query, key, value, config, self.scale)
+        output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
+        if inverse is None:
+            return output, lse
+        return output.index_select(2, inverse), lse.index_select(2, inverse)
+
+    def _attend_to_text(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
+
+        To the operator each text key is a representative of itself: no key block is listed, and the
+        mask goes where the log of how many keys a representative stands for does.
+        """
+        (batch, heads, length, dim), block = query.shape, self.config.block_q
+        blocks = -(-length // block)
+        size = torch.zeros(key.shape[2], device=query.device)
+        if mask is not None:
+            bias = mask.float()
+            if mask.dtype == torch.bool:
+                bias = torch.where(mask, 0.0, -torch.inf)
+            size = bias.expand(batch, heads, 1, -1)
+        none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
+        return ops.sparse_attention(
+            query, key, value, none, none[..., 0],
+            key[:, :, None].expand(-1, -1, blocks, -1, -1),
+            value[:, :, None].expand(-1, -1, blocks, -1, -1),
+            size.expand(batch, heads, blocks, -1),
+            query.new_empty(batch, heads, 0, dim),
+            query.new_empty(batch, heads, 0, dim, value.shape[-1]),
+            dim**-0.5 if self.scale is None else self.scale, 0.0, block, self.config.block_kv,
+        )  # fmt: skip
+
+
+def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
+    """What lies around the video along ``dim``, and the video."""
+    before, video, after = x.split(sizes, dim)
+    return torch.cat([before, after], dim), video
 
 
 def reorder_tokens(
@@ -152,20 +242,6 @@ def operator_arguments(
         selection.query, key, value, *list_blocks(exact), *representatives,
         selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
-) -> Tensor:
-    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale)
-    output, _ = ops.sparse_attention(*operator_arguments(selection, key, value, config))
-    return output if inverse is None else output.index_select(2, inverse)
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:

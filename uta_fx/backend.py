@@ -86,7 +86,7 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
     return Plan(
-        replacement=lambda grid, scale: SparseSite(config=config, grid=grid, scale=scale),
+        replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
         min_tokens=config.min_tokens,
         needs_grid=config.reorder != "none",
         grid=config.grid,

@@ -13,6 +13,9 @@ from uta_fx.config import Config
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import understand
 
+# what fullgraph=True switches on
+FULL_CAPTURE = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -29,7 +32,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ("site", "kind", "B, H, L, D", "keys", "grid", "decision", "reason")
+        header = ("site", "kind", "B, H, L, D", "keys", "grid", "text", "decision", "reason")
         rows = [
             (
                 site.name,
@@ -37,6 +40,7 @@ class Explanation:
                 ", ".join(map(str, site.shape)),
                 str(site.length_kv),
                 " x ".join(map(str, site.grid)) if site.grid else "-",
+                " + video + ".join(map(str, site.text)) if site.text else "-",
                 "sparse" if site.sparse else "dense",
                 site.reason,
             )
@@ -61,6 +65,8 @@ def explain(
     """Trace a model and report every attention call; nothing is rewritten.
 
     The model runs once, dense, on the given inputs (tensors on the ``meta`` device cost nothing).
+    It is traced as ``torch.compile(model, fullgraph=True)`` traces it, sizes that only a run knows
+    included, but may break into several graphs.
 
     Args:
         model: Any module, compiled or not.
@@ -81,7 +87,7 @@ def explain(
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
         torch.compile(model, backend=record, dynamic=False)(*args, **kwargs)
     notes = filter(None, (note_on_layers(sites, config) for sites in graphs))
     return Explanation(

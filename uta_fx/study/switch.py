@@ -48,20 +48,19 @@ class Switch:
     def _capture(self, gm: GraphModule, _: Sequence[Tensor]) -> Any:
         plan = dataclasses.replace(
             plan_of(Config(min_tokens=1)),
-            replacement=lambda grid, scale: _Attention(self, grid, scale),
+            replacement=lambda grid, scale, video: _Attention(self, grid, scale, video),
         )
         pairs = understand(gm, plan)
         rewrite(gm, pairs, plan)
         self.sites = sum(site.sparse for _, site in pairs)
         return gm.forward
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, grid: Grid | None, scale: float | None
-    ) -> Tensor:
+    def _settings(self) -> Config | None:
+        """What the step that runs now uses; None for dense attention."""
         config = self.config
         if config is None or runs_dense(self._pipeline.scheduler, config.dense_until):
-            return F.scaled_dot_product_attention(query, key, value, scale=scale)
-        return SparseSite(config=config, grid=grid, scale=scale)(query, key, value)
+            return None
+        return config
 
 
 class _Attention:
@@ -69,8 +68,19 @@ class _Attention:
 
     __name__ = "switched_site"  # torch.fx names and prints the target of a node by it
 
-    def __init__(self, switch: Switch, grid: Grid | None, scale: float | None) -> None:
-        self._switch, self._grid, self._scale = switch, grid, scale
+    def __init__(
+        self,
+        switch: Switch,
+        grid: Grid | None,
+        scale: float | None,
+        video: tuple[int, int] | None,
+    ) -> None:
+        self._switch, self._site = switch, (grid, scale, video)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self._switch._attend(query, key, value, self._grid, self._scale)
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        config = self._switch._settings()
+        if config is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=self._site[1])
+        return SparseSite(config, *self._site)(query, key, value, attn_mask)

@@ -1,0 +1,100 @@
+"""Find the video among the tokens of an attention call, and how it lies in space and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from uta_fx.passes.site import Grid
+from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, name_of, same
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Consecutive tokens of a sequence.
+
+    Attributes:
+        before: Tokens in front of them.
+        tokens: How many they are.
+        after: Tokens behind them.
+        grid: Their frames, rows and columns.
+    """
+
+    before: Size
+    tokens: Size
+    after: Size
+    grid: Grid
+
+
+def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
+    """The video in a token axis, or a sentence that says why it cannot be told.
+
+    Tokens are video where the graph flattens two (rows and columns of one frame) or three axes
+    into theirs: after a patch embedding, or the positions of a rotary embedding that multiplies
+    them. The longest such stretch is taken (a short one can be a conditioning image or history). A
+    grid is believed only when it has as many tokens and nothing else claims another for them.
+
+    Args:
+        trace: The graph's axes.
+        axis: Of the tokens.
+        given: The grid that the user gave; it says how long the video is, and wins.
+    """
+    stretches = trace.stretches(axis)
+    if given is not None:
+        return _given(axis, stretches, given)
+    grids: dict[tuple[int, int], set[Grid]] = {}
+    for stretch in stretches:
+        grid = _grid(stretch.source.sides)
+        if grid is not None:
+            grids.setdefault((stretch.start, stretch.end), set()).add(grid)
+    if not grids:
+        return (
+            f"the graph does not show how its {_parts(axis)} tokens{_origin(trace, axis)} lie in"
+            " frames, rows and columns; give grid"
+        )
+    (start, end), claims = max(grids.items(), key=lambda item: math.prod(min(item[1])))
+    if len(claims) > 1:
+        text = " and ".join(" x ".join(map(str, grid)) for grid in sorted(claims))
+        return f"the graph claims {text} for its tokens; give grid"
+    return _video(axis, start, end, claims.pop())
+
+
+def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
+    """The part of an axis that has as many tokens as the user's grid."""
+    tokens = math.prod(grid)
+    fits = {(x.start, x.end) for x in stretches if same(x.source.length, tokens)}
+    if len(fits) == 1:
+        return _video(axis, *fits.pop(), grid)
+    sides = " x ".join(map(str, grid))
+    problem = "matches more than one part of" if fits else "does not match"
+    return f"grid {sides} = {tokens} {problem} its {_parts(axis)} tokens"
+
+
+def _video(axis: Axis, start: int, end: int, grid: Grid) -> Video:
+    return Video(length(axis[:start]), length(axis[start:end]), length(axis[end:]), grid)
+
+
+def _grid(sides: tuple[Size, ...]) -> Grid | None:
+    """Two or three sides as plain numbers, which specialises the graph."""
+    if len(sides) not in (2, 3):
+        return None
+    try:
+        *frames, height, width = map(int, sides)
+    except RuntimeError:
+        return None  # known only at run time
+    return (frames[0] if frames else 1), height, width
+
+
+def _parts(axis: Axis) -> str:
+    return " + ".join(str(run.length) for run in axis)
+
+
+def _origin(trace: Trace, axis: Axis) -> str:
+    """The operation past which they cannot be followed."""
+    names = {
+        name_of(trace.sources[number].node)
+        for run in axis
+        for number, _ in run.spans
+        if trace.sources[number].opaque
+    }
+    return f" (out of {', '.join(sorted(names))})" if names else ""

@@ -1,0 +1,232 @@
+"""Read from the graph which tokens an attention mask can hide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from uta_fx.passes.trace_axes import argument, name_of, number_of
+
+
+def hides(mask: Node, start: int, stop: int) -> str | None:
+    """Why a mask may do more than hide keys outside ``[start, stop)`` from everyone, or None.
+
+    The queries in ``[start, stop)``, the video, must all see the same keys, among them every key in
+    ``[start, stop)``. What the other queries see does not matter. Proved from how the graph builds
+    the mask, not from its values, which a run decides.
+
+    Args:
+        mask: Broadcasts to ``[B, H, Lq, Lk]``; boolean (True: seen) or added to the logits.
+        start: First token of the video.
+        stop: One past its last.
+    """
+    value = _value(mask)
+    if value.dim() < 2:
+        return f"its attention mask has {value.dim()} dimensions"
+    seen = value.dtype == torch.bool
+    rows = value.shape[-2]
+    parts = [mask]
+    if not (isinstance(rows, int) and rows == 1):
+        # [.., Lq, Lk] is a mask of keys where it is one of queries and one of keys, and the video's
+        # part of the former shows everything
+        parts = _operands(mask) if seen else []
+        if not parts:
+            return "its attention mask differs from query to query"
+    for part in parts:
+        keys, queries = _constant(part, -2), len(parts) > 1 and _constant(part, -1)
+        if not keys and not queries:
+            return "its attention mask differs from query to query"
+        if not _always(part, -1 if keys else -2, start, stop, seen):
+            return "the graph does not show that its attention mask leaves all video tokens seen"
+    return None
+
+
+def _operands(node: Node) -> list[Node]:
+    """The masks that are joined by ``and``."""
+    name = name_of(node)
+    if name in ("bool", "to", "contiguous"):
+        return _operands(argument(node, 0, "input"))
+    if name in ("and", "logical_and", "bitwise_and"):
+        arguments: Any = node.args
+        return [part for x in arguments for part in _operands(x)]
+    return [node]
+
+
+def _constant(node: Node, dim: int) -> bool:
+    """Whether all entries along a dimension are the same one."""
+    value, name = _value(node), name_of(node)
+    if value.dim() < -dim or (isinstance(value.shape[dim], int) and value.shape[dim] == 1):
+        return True
+    if name in ("expand", "repeat"):
+        return _constant(argument(node, 0, "input"), dim)
+    if name in ("bool", "to", "contiguous"):
+        return _constant(argument(node, 0, "input"), dim)
+    if name == "transpose":
+        return _constant(argument(node, 0, "input"), _transposed(node, dim))
+    return False
+
+
+def _transposed(node: Node, dim: int) -> int:
+    rank = _value(node).dim()
+    a, b = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
+    place = dim % rank
+    return (b if place == a else a if place == b else place) - rank
+
+
+def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
+    """Whether every entry whose index along ``dim`` (from the end) is in ``[start, stop)`` is so.
+
+    Args:
+        node: A tensor in the graph, or a number.
+        dim: Negative.
+        start: First index.
+        stop: One past the last.
+        want: True: not zero; False: zero.
+    """
+    if not isinstance(node, Node):
+        return bool(node) == want
+    name = name_of(node)
+    shape = _value(node).shape
+    if len(shape) < -dim:
+        return False
+    if name in ("ones", "new_ones", "ones_like"):
+        return want
+    if name in ("zeros", "new_zeros", "zeros_like"):
+        return not want
+    if name in ("full", "new_full", "full_like"):
+        return bool(argument(node, 1 if name == "full" else 2, "fill_value")) == want
+    if name in ("bool", "to", "int", "long", "float", "contiguous", "type_as", "to_copy", "clone"):
+        return _always(argument(node, 0, "input"), dim, start, stop, want)
+    if name in ("and", "logical_and", "bitwise_and"):
+        both = [_always(x, dim, start, stop, want) for x in node.args]
+        return all(both) if want else any(both)
+    if name == "masked_fill":
+        x, condition, value = node.args
+        kept = _always(x, dim, start, stop, want)
+        filled = bool(number_of(value)) == want
+        return kept and (filled or _always(condition, dim, start, stop, False))
+    if name in ("cat", "pad"):
+        return all(_always(x, dim, a, b, want) for x, a, b in _pieces(node, dim, start, stop))
+    if name == "transpose":
+        return _always(argument(node, 0, "input"), _transposed(node, dim), start, stop, want)
+    if name in ("unsqueeze", "view", "reshape", "expand", "repeat", "getitem"):
+        return _reshaped(node, dim, start, stop, want)
+    if name in ("ge", "lt"):
+        # arange(N) >= bound is False, and < is True, before a bound that lies behind the stop
+        index, bound = node.args
+        return want == (name == "lt") and _is_arange(index) and _at_least(bound, stop)
+    return False
+
+
+def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int, int]]:
+    """What ``cat`` or ``pad`` put into ``[start, stop)``: a tensor or number, and where in it."""
+    rank = _value(node).dim()
+    if name_of(node) == "cat":
+        along = argument(node, 1, "dim", 0) % rank - rank
+        parts = [(x, _value(x).shape[along]) for x in argument(node, 0, "tensors")]
+        if along != dim:
+            return [(x, start, stop) for x, _ in parts]
+    else:
+        pads = [number_of(pad) for pad in argument(node, 1, "pad")]
+        if len(pads) != 2 or dim != -1:
+            return [(None, 0, 0)]
+        source = argument(node, 0, "input")
+        value = argument(node, 3, "value", 0)
+        parts = [(value, pads[0]), (source, _value(source).shape[-1]), (value, pads[1])]
+    pieces, done = [], 0
+    for x, size in parts:
+        if start >= stop:
+            break
+        if not isinstance(size, int):
+            # everything up to here is covered by what came before, or nothing is known
+            pieces.append((None, 0, 0))
+            break
+        if done + size > start:
+            end = min(stop, done + size)
+            pieces.append((x, start - done, end - done))
+            start = end
+        done += size
+    return pieces
+
+
+def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
+    """Through operations that put dimensions of size 1 in, or repeat along them."""
+    source = argument(node, 0, "input")
+    if not isinstance(source, Node) or not isinstance(_value(source), torch.Tensor):
+        return False
+    old, new = list(_value(source).shape), list(_value(node).shape)
+    if name_of(node) == "getitem":
+        index = (
+            argument(node, 1, "other")
+            if isinstance(argument(node, 1, "other"), tuple)
+            else (argument(node, 1, "other"),)
+        )
+        whole = (None, Ellipsis, slice(None))
+        if not all(any(entry is w or entry == w for w in whole) for entry in index):
+            return False
+    place = len(new) + dim
+    if name_of(node) in ("expand", "repeat"):
+        inside = place - (len(new) - len(old))
+        if inside < 0 or _is(old[inside], 1):
+            # the one entry of the source stands for all
+            return inside >= 0 and _always(source, inside - len(old), 0, 1, want)
+        if not _is(old[inside], new[place]):
+            return False
+    else:
+        # by which number among the dimensions that are not 1
+        if _is(new[place], 1):
+            return False
+        which = sum(not _is(size, 1) for size in new[:place])
+        long = [i for i, size in enumerate(old) if not _is(size, 1)]
+        if len(long) != sum(not _is(size, 1) for size in new) or not _is(
+            old[long[which]], new[place]
+        ):
+            return False
+        inside = long[which]
+    return _always(source, inside - len(old), start, stop, want)
+
+
+def _is_arange(node: Any) -> bool:
+    """``arange(N)`` from 0 in steps of 1 along the last dimension."""
+    if not isinstance(node, Node):
+        return False
+    name = name_of(node)
+    if name in ("unsqueeze", "expand", "repeat", "view", "to", "getitem"):
+        last = _value(node).shape[-1]
+        return (
+            isinstance(argument(node, 0, "input"), Node)
+            and _is(_value(argument(node, 0, "input")).shape[-1], last)
+            and (_is_arange(argument(node, 0, "input")))
+        )
+    return name == "arange" and len(node.args) == 1
+
+
+def _at_least(node: Any, bound: int) -> bool:
+    """Whether a number for each sample is ``bound`` and a count, which is not negative."""
+    if not isinstance(node, Node):
+        return isinstance(node, int) and node >= bound
+    name = name_of(node)
+    if name in ("unsqueeze", "view", "to", "int", "long", "reshape"):
+        return _at_least(argument(node, 0, "input"), bound)
+    if name == "add":
+        sides = node.args
+        return any(
+            isinstance(number_of(a), int) and number_of(a) >= bound and _is_count(b)
+            for a, b in (sides, sides[::-1])
+        )
+    return False
+
+
+def _is_count(node: Any) -> bool:
+    """The sum of a mask."""
+    return isinstance(node, Node) and name_of(node) == "sum"
+
+
+def _is(a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a == b
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))

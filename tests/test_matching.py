@@ -1,0 +1,258 @@
+"""Attention in every form in which models write it, and what only looks like it."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import uta_fx
+from uta_fx import Config
+from uta_fx.backend import plan_of, sparsify
+from uta_fx.export.program import sparsify_program
+
+SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32, "reorder": "none"}
+BATCH, HEADS, LENGTH, DIM = 2, 2, 160, 16
+
+
+def heads(x):
+    """``[B, L, H * D] -> [B, H, L, D]``."""
+    return x.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(heads(q), heads(k), value=heads(v)).transpose(1, 2)
+
+
+def sdpa_of_three_dimensions(q, k, v):
+    q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def matmul(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v
+
+
+def matmul_divided(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.matmul(torch.softmax(q @ k.mT / math.sqrt(DIM), dim=-1), v).transpose(1, 2)
+
+
+def scaled_before(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.matmul(q * DIM**-0.25, (k * DIM**-0.25).transpose(-2, -1))
+    return torch.matmul(F.softmax(weights.float(), dim=-1).type(weights.dtype), v)
+
+
+def scale_on_the_left(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return nn.Softmax(dim=-1)(0.25 * torch.matmul(q, k.transpose(2, 3))) @ v
+
+
+def softmax_in_float32_with_dropout_off(q, k, v):
+    q, k, v = (heads(x).half() for x in (q, k, v))
+    weights = F.softmax(q @ k.transpose(-1, -2) * 0.25, dim=-1, dtype=torch.float32).to(v.dtype)
+    return (F.dropout(weights, 0.1, training=False) @ v).float()
+
+
+def bmm(q, k, v):
+    q, k, v = (heads(x).reshape(BATCH * HEADS, LENGTH, DIM) for x in (q, k, v))
+    return torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.25).softmax(dim=-1), v)
+
+
+def baddbmm(q, k, v):
+    q, k, v = (heads(x).reshape(BATCH * HEADS, LENGTH, DIM) for x in (q, k, v))
+    empty = torch.empty(BATCH * HEADS, LENGTH, LENGTH)
+    logits = torch.baddbmm(empty, q, k.transpose(-1, -2), beta=0, alpha=0.25)
+    return torch.bmm(logits.softmax(dim=-1), v)
+
+
+def einsum_heads_first(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, v)
+
+
+def einsum_tokens_first(q, k, v):
+    q, k, v = (x.unflatten(-1, (HEADS, DIM)) for x in (q, k, v))
+    weights = (torch.einsum("blhd,bshd->bhls", q, k) / 4).softmax(-1)
+    return torch.einsum("bshd,bhls->blhd", v, weights)
+
+
+FORMS = (
+    sdpa, sdpa_of_three_dimensions, matmul, matmul_divided, scaled_before, scale_on_the_left,
+    softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
+)  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Self-attention of one form behind projections."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(32, HEADS * DIM) for _ in range(3))
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self.q(x), self.k(x), self.v(x))
+
+
+def tokens():
+    return torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(0))
+
+
+def rewritten(module, x, density):
+    """The output of the rewritten graph, and how many softmaxes are left in it."""
+    left = []
+
+    def backend(gm, inputs):
+        sites = sparsify(gm, inputs, Config(**SMALL, density=density))
+        assert [site.sparse for site in sites] == [True], sites
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        left.append(sum("softmax" in node.name for node in gm.graph.nodes))
+        return gm.forward
+
+    with torch.no_grad():
+        return torch.compile(module, backend=backend, fullgraph=True)(x), left[0]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_is_found_and_density_one_leaves_its_result(form):
+    """To rounding: float32 sums in another order, or one rounding of float16."""
+    module, x = Attention(form).eval(), tokens()
+    output, left = rewritten(module, x, 1.0)
+    half = form is softmax_in_float32_with_dropout_off
+    torch.testing.assert_close(output, module(x).detach(), rtol=0, atol=2e-3 if half else 2e-6)
+    assert left == 0 and not torch.equal(rewritten(module, x, 0.3)[0], output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_is_found_after_export(form):
+    """The same forms in ATen."""
+    module, x = Attention(form).eval(), tokens()
+    program = torch.export.export(module, (x,))
+    sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert [site.sparse for site in sites] == [True]
+    half = form is softmax_in_float32_with_dropout_off
+    torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-3 if half else 2e-6)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_multi_head_attention_of_torch_is_found(need_weights):
+    """Also where it makes weights that nobody asks for."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = module
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=need_weights)[0]
+
+    x = tokens()
+    output, _ = rewritten(First(), x, 1.0)
+    torch.testing.assert_close(output, First()(x).detach(), rtol=0, atol=2e-6)
+
+
+def test_a_multi_head_attention_with_more_than_attention_stays_dense():
+    """Its weights are asked for, or it has a mask: one site, with the reason."""
+
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
+
+        def forward(self, x, mask=None):
+            output, weights = self.attention(x, x, x, key_padding_mask=mask)
+            return (output, weights) if mask is None else output
+
+    mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    for arguments, reason in (((), "returns its weights"), ((mask,), "has a key_padding_mask")):
+        found = uta_fx.explain(Weights(), tokens(), *arguments, config=Config(**SMALL)).sites
+        assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
+
+
+def capped(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.tanh(q @ k.mT / 50).mul(50).softmax(-1) @ v
+
+
+def wrong_dimension(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def weights_returned(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v, weights
+
+
+def dropped_out(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.dropout((q @ k.mT).softmax(-1), 0.1, training=True) @ v
+
+
+def filled(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return (q @ k.mT).masked_fill(mask, -torch.inf).softmax(-1) @ v
+
+
+def biased(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT * 0.25 + torch.zeros(LENGTH, LENGTH)).softmax(-1) @ v
+
+
+def mask_scaled(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return ((q @ k.mT + torch.zeros(LENGTH, LENGTH)) * 0.25).softmax(-1) @ v
+
+
+def scale_computed(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT * q.mean()).softmax(-1) @ v
+
+
+def written_to(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).softmax(-1)
+    k[:, :, 0] = 0.0
+    return weights @ v
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (capped, "looks like attention, but tanh changes the logits"),
+        (wrong_dimension, "looks like attention, but its softmax is over dimension -2"),
+        (weights_returned, "looks like attention, but its weights are used elsewhere too"),
+        (dropped_out, "looks like attention, but it has dropout"),
+        (filled, "looks like attention, but has an attention mask written as masked_fill"),
+        (biased, "has an attention mask"),
+        (mask_scaled, "looks like attention, but its mask is scaled"),
+        (scale_computed, "looks like attention, but its scale is computed in the graph"),
+        (written_to, "looks like attention, but its queries or keys are written to"),
+    ],
+)
+def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):
+    """One site each, with the condition."""
+    (site,) = uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
+    assert not site.sparse and re.match(reason, site.reason), site.reason
+
+
+def test_what_is_not_attention_is_no_site():
+    """A softmax alone, two products without one, a router."""
+
+    def router(q, k, v):
+        return q.softmax(-1) * k @ v.mT
+
+    assert uta_fx.explain(Attention(router).eval(), tokens(), config=Config(**SMALL)).sites == ()
