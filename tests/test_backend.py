@@ -1,19 +1,26 @@
 """torch.compile(model, backend="uta"): what is rewritten, what is left alone and why."""
 
+import dataclasses
 import logging
 import re
 import subprocess
 import sys
+from operator import getitem
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch._inductor.utils import fresh_cache
+from torch._ops import OpOverload
 
 import uta_fx
 from uta_fx import Config
+from uta_fx.attention import SparseSite
 from uta_fx.backend import sparsify
+from uta_fx.passes.trace_calls import trace_calls
+from uta_fx.policies import spend_budget
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -110,6 +117,65 @@ def test_inductor_compiles_the_whole_model_once():
     torch.testing.assert_close(
         first, compile_uta(model, density=0.3)(**kwargs)[0], rtol=1e-3, atol=1e-4
     )
+
+
+@torch.no_grad()
+def test_a_compilation_is_found_again_in_the_cache():
+    """AOTAutograd's cache takes the rewritten graph and tells one configuration from another."""
+    module, x = nn.Sequential(Attention(), nn.Linear(32, 8)), torch.randn(1, 256, 64)
+    options = {"reorder": "none", "tail": "block"}
+    with fresh_cache():
+        for density, found in ((0.3, "miss"), (0.3, "hit"), (0.6, "miss")):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            output = compile_uta(module, inner="inductor", density=density, **options)(x)
+            assert torch._dynamo.utils.counters["aot_autograd"][f"autograd_cache_{found}"] == 1
+            eager = compile_uta(module, density=density, **options)(x)
+            torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_that_are_alike_are_traced_once():
+    """What the caches see: operators alone, in one module for all layers."""
+    modules = []
+
+    def backend(gm, inputs):
+        sparsify(gm, inputs, Config(**SMALL))
+        trace_calls(gm, SparseSite)
+        assert not any(isinstance(node.target, SparseSite) for node in gm.graph.nodes)
+        modules.extend(gm.get_submodule(n.target) for n in gm.graph.find_nodes(op="call_module"))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(wan(), backend=backend, fullgraph=True)(**wan_inputs())
+    assert len(modules) == 3 and len(set(modules)) == 1
+    targets = [node.target for node in modules[0].graph.nodes if node.op == "call_function"]
+    assert torch.ops.uta.sparse_attention.default in targets
+    assert all(isinstance(target, OpOverload) or target is getitem for target in targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A policy that makes a tensor of Python numbers."""
+
+    weights: tuple[float, ...]
+
+    def select(self, selection):
+        """Every row alike: the blocks with the largest weights."""
+        rows = torch.zeros(1, 2, 256 // selection.block_q, 1, device=selection.query.device)
+        weights = torch.tensor(self.weights, device=selection.query.device)
+        return spend_budget(rows + weights, selection.density, "row")
+
+
+@torch.no_grad()
+def test_a_policy_may_hold_constants():
+    """Each time its own, cache or not."""
+    module, x = Attention(), torch.randn(1, 256, 64)
+    with fresh_cache():
+        for weights in (range(8), range(8, 0, -1)):
+            config = {"policy": Weighted(tuple(weights)), "tail": "none", "reorder": "none"}
+            output = compile_uta(module, inner="inductor", **config)(x)
+            eager = compile_uta(module, **config)(x)
+            torch.testing.assert_close(output, eager, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

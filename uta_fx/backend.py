@@ -13,6 +13,7 @@ from uta_fx.attention import SparseSite
 from uta_fx.config import Config
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
+from uta_fx.passes.trace_calls import trace_calls
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def uta(
             " one step does not know where in the noise schedule it is"
         )
     sparsify(gm, example_inputs, config)
+    trace_calls(gm, SparseSite)
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
