@@ -86,17 +86,17 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
         want: True: not zero; False: zero.
     """
     if not isinstance(node, Node):
-        return bool(node) == want
+        return _fits(node, want)
     name = name_of(node)
     shape = _value(node).shape
-    if len(shape) < -dim:
+    if len(shape) < -dim or (isinstance(shape[dim], int) and shape[dim] < stop):
         return False
     if name in ("ones", "new_ones", "ones_like"):
         return want
     if name in ("zeros", "new_zeros", "zeros_like"):
         return not want
     if name in ("full", "new_full", "full_like"):
-        return bool(argument(node, 1 if name == "full" else 2, "fill_value")) == want
+        return _fits(argument(node, 2 if name == "new_full" else 1, "fill_value"), want)
     if name in ("bool", "to", "int", "long", "float", "contiguous", "type_as", "to_copy", "clone"):
         return _always(argument(node, 0, "input"), dim, start, stop, want)
     if name in ("and", "logical_and", "bitwise_and"):
@@ -105,10 +105,11 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
     if name == "masked_fill":
         x, condition, value = node.args
         kept = _always(x, dim, start, stop, want)
-        filled = bool(number_of(value)) == want
+        filled = _fits(number_of(value), want)
         return kept and (filled or _always(condition, dim, start, stop, False))
     if name in ("cat", "pad"):
-        return all(_always(x, dim, a, b, want) for x, a, b in _pieces(node, dim, start, stop))
+        pieces = _pieces(node, dim, start, stop)
+        return pieces is not None and all(_always(x, dim, a, b, want) for x, a, b in pieces)
     if name == "transpose":
         return _always(argument(node, 0, "input"), _transposed(node, dim), start, stop, want)
     if name in ("unsqueeze", "view", "reshape", "expand", "repeat", "getitem"):
@@ -116,13 +117,20 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
     if name in ("ge", "lt"):
         # arange(N) >= bound is False, and < is True, before a bound that lies behind the stop
         index, bound = node.args
-        return want == (name == "lt") and _is_arange(index) and _at_least(bound, stop)
+        varies = dim == -1 and _is_arange(index)
+        return want == (name == "lt") and varies and _at_least(bound, stop)
     return False
 
 
-def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int, int]]:
+def _fits(number: Any, want: bool) -> bool:
+    """Whether a number is one (which no cast makes zero), or zero."""
+    return isinstance(number, (int, float)) and number == (1 if want else 0)
+
+
+def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int, int]] | None:
     """What ``cat`` or ``pad`` put into ``[start, stop)``: a tensor or number, and where in it."""
     rank = _value(node).dim()
+    parts: list[tuple[Any, Any]]
     if name_of(node) == "cat":
         along = argument(node, 1, "dim", 0) % rank - rank
         parts = [(x, _value(x).shape[along]) for x in argument(node, 0, "tensors")]
@@ -131,24 +139,21 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
     else:
         pads = [number_of(pad) for pad in argument(node, 1, "pad")]
         if len(pads) != 2 or dim != -1:
-            return [(None, 0, 0)]
-        source = argument(node, 0, "input")
-        value = argument(node, 3, "value", 0)
+            return None
+        source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0
         parts = [(value, pads[0]), (source, _value(source).shape[-1]), (value, pads[1])]
     pieces, done = [], 0
     for x, size in parts:
-        if start >= stop:
+        if start == stop:
             break
         if not isinstance(size, int):
-            # everything up to here is covered by what came before, or nothing is known
-            pieces.append((None, 0, 0))
-            break
+            return None
         if done + size > start:
             end = min(stop, done + size)
             pieces.append((x, start - done, end - done))
             start = end
         done += size
-    return pieces
+    return pieces if start == stop else None
 
 
 def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
@@ -158,11 +163,8 @@ def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
         return False
     old, new = list(_value(source).shape), list(_value(node).shape)
     if name_of(node) == "getitem":
-        index = (
-            argument(node, 1, "other")
-            if isinstance(argument(node, 1, "other"), tuple)
-            else (argument(node, 1, "other"),)
-        )
+        index = argument(node, 1, "other")
+        index = index if isinstance(index, tuple) else (index,)
         whole = (None, Ellipsis, slice(None))
         if not all(any(entry is w or entry == w for w in whole) for entry in index):
             return False

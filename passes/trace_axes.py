@@ -726,17 +726,18 @@ def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> No
             place += 1
     sources = {number for dim in lost for run in axes[dim] for number, _ in run.spans}
     changed: Any = target
+    depth = 0
     while isinstance(changed, Node):
         trace.set(
             changed,
             tuple(
-                trace.leaf(node, dim, length(axis), opaque=True)
+                trace.leaf(node, dim, length(axis), depth, opaque=True)
                 if any(number in sources for run in axis for number, _ in run.spans)
                 else axis
                 for dim, axis in enumerate(trace.of(changed))
             ),
         )
-        # and what it is a view of
+        depth += 1  # and what it is a view of
         changed = argument(changed, 0, "input") if name_of(changed) in VIEWS else None
         if isinstance(changed, Node) and not isinstance(_value(changed), torch.Tensor):
             changed = argument(changed, 0, "input")

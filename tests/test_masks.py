@@ -66,13 +66,21 @@ def outer(seen):
     return (rows & rows.transpose(2, 3)).bool()
 
 
+def of_a_count_of_queries(seen):
+    count = (seen.sum(1, keepdim=True) + VIDEO).unsqueeze(1)
+    rows = (torch.arange(LENGTH)[None] < count).transpose(1, 2)[:, None]
+    return concatenated(seen) & rows.expand(2, 1, LENGTH, LENGTH)
+
+
 def added(seen):
     text = torch.zeros(2, TEXT).masked_fill(~seen, -1e9)
     return torch.cat([torch.zeros(2, VIDEO), text], 1)[:, None, None, :]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [concatenated, padded, counted, below_a_count, outer, added])
+@pytest.mark.parametrize(
+    "make", [concatenated, padded, counted, below_a_count, outer, of_a_count_of_queries, added]
+)
 def test_a_mask_that_hides_only_text_is_honoured(make):
     """Density 1 equals dense, for a text that is whole and one that is padded."""
     model, arguments = Joint(make), inputs()
@@ -87,7 +95,8 @@ def test_a_mask_that_hides_only_text_is_honoured(make):
         )  # fmt: skip
         outputs[density] = compiled(*arguments)
     dense = model(*arguments)
-    seen = slice(None) if make is not outer else slice(0, VIDEO + 4)  # whole rows hide all
+    # rows of padded text see nothing in two of them
+    seen = slice(0, VIDEO + 4) if make in (outer, of_a_count_of_queries) else slice(None)
     torch.testing.assert_close(outputs[1.0][:, :, seen], dense[:, :, seen], rtol=1e-4, atol=1e-5)
     assert not torch.equal(outputs[0.3], outputs[1.0])
 
@@ -113,6 +122,11 @@ def of_queries(seen):
     return concatenated(seen) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 
+def filled_with_a_half(seen):
+    mask = torch.full((2, VIDEO), 0.5).to(torch.int)
+    return torch.cat([mask, seen.int()], 1).bool()[:, None, None, :]
+
+
 def shifted(seen):
     return torch.cat([torch.ones(2, VIDEO - 1), seen.float(), torch.ones(2, 1)], 1)[
         :, None, None
@@ -126,6 +140,7 @@ def shifted(seen):
         (video_filled, "the graph does not show that its attention mask leaves all video"),
         (a_smaller_count, "the graph does not show that its attention mask leaves all video"),
         (shifted, "the graph does not show that its attention mask leaves all video"),
+        (filled_with_a_half, "the graph does not show that its attention mask leaves all video"),
         (causal, "its attention mask differs from query to query"),
         (of_queries, "its attention mask differs from query to query"),
     ],

@@ -133,7 +133,9 @@ class SparseSite:
         others = F.scaled_dot_product_attention(
             others_q, key, value, attn_mask=rows, scale=self.scale
         )
-        return torch.cat([others[:, :, :start], output, others[:, :, start + 1 :]], 2)
+        # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
+        parts = (others[:, :, :start], output, others[:, :, start + 1 :])
+        return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
     def _attend_to_video(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
