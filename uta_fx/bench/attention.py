@@ -349,21 +349,25 @@ def _check_scores(arguments: Sequence[Any]) -> None:
     """Compare sampled rows of scores with float64.
 
     ``(s q)^2`` is rounded to the query's dtype: half a unit of sigma2, once as a factor of the
-    score and once as its part in the logit, by the largest sigma2.
+    score and once as its part in the logit, by the largest sigma2. The rest is float32: a logit is
+    rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
 
     Raises:
         ArithmeticError: A score is further away.
     """
     scores = ops.block_scores(*arguments)
-    query, _, variance, _, scale, weight, power, block_q = arguments
+    query, block_q = arguments[0], arguments[-1]
     chosen, rows = _sampled_rows(query.shape[2], block_q)
     part: list[Any] = [
         x[:1, :SAMPLED_HEADS].double() if isinstance(x, Tensor) else x for x in arguments
     ]
     part[0] = part[0][:, :, rows.to(query.device)]
     exact = reference.block_scores(*part)
-    sigma2 = (part[0] * scale).square() @ variance[:1, :SAMPLED_HEADS].double().mT
+    rows_q, mean, variance, log_size, scale, weight, power, _ = part
+    sigma2 = (rows_q * scale).square() @ variance.mT
+    logits = (rows_q * scale).abs() @ mean.abs().mT + log_size[:, :, None] + weight / 2 * sigma2
     unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max())
+    unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
     _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
 
 
