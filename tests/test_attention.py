@@ -381,6 +381,18 @@ def test_text_that_is_all_hidden_leaves_the_video_alone():
     torch.testing.assert_close(output[:, :, 11:], alone)
 
 
+def test_a_users_own_code_may_be_compiled_around_it():
+    """A call inside a compiled function: one graph, the same numbers."""
+    q, k, v = fields()
+
+    def normed(query, key, value):
+        query, key = (F.normalize(x, dim=-1) for x in (query, key))
+        return 2 * sparse_attention(query, key, value, config=Config(**SMALL), grid=GRID)
+
+    compiled = torch.compile(normed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
+
+
 def test_bad_inputs_are_named():
     """Shapes, grids, dtypes and gradients."""
     q, k, v = fields()

@@ -84,7 +84,7 @@ def sparse_attention(
     if grid is None and config.reorder in ("tile", "morton"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
     video = (text[0], tokens) if any(text) else None
-    return SparseSite(config, grid, scale, video)(query, key, value, attn_mask)
+    return _attend(query, key, value, attn_mask, config, grid, scale, video)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,77 +108,7 @@ class SparseSite:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
-        if self.video is None:
-            return self._attend_to_video(query, key, value)[0]
-        # one set of numbers for all: a graph need not know that lengths of a run are equal
-        sizes = [*self.video, query.shape[2] - sum(self.video)]
-        start = sizes[0]
-        before_q, q, after_q = query.split(sizes, 2)
-        (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
-        # one row of video too: a graph need not know that there is any text
-        others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-        row = rows = None
-        if attn_mask is not None:
-            row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
-            if attn_mask.shape[-2] != 1:
-                row = row[..., start : start + 1, :]
-                before, video_rows, after = attn_mask.split(sizes, -2)
-                rows = torch.cat([before, video_rows[..., :1, :], after], -2)
-
-        output, lse = self._attend_to_video(q, k, v)
-        text, text_lse = self._attend_to_text(q, text_k, text_v, row)
-        # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
-        share = (text_lse - lse).sigmoid()[..., None]
-        output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
-        others = F.scaled_dot_product_attention(
-            others_q, key, value, attn_mask=rows, scale=self.scale
-        )
-        # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
-        parts = (others[:, :, :start], output, others[:, :, start + 1 :])
-        return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
-
-    def _attend_to_video(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
-        config = self.config
-        (query, key, value), inverse = reorder_tokens(query, key, value, config, self.grid)
-        selection = pool_blocks(query, key, value, config, self.scale)
-        output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
-        if inverse is None:
-            return output, lse
-        return output.index_select(2, inverse), lse.index_select(2, inverse)
-
-    def _attend_to_text(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
-
-        To the operator each text key is a representative of itself: no key block is listed, and the
-        mask goes where the log of how many keys a representative stands for does.
-        """
-        (batch, heads, length, dim), block = query.shape, self.config.block_q
-        blocks = -(-length // block)
-        size = torch.zeros(key.shape[2], device=query.device)
-        if mask is not None:
-            bias = mask.float()
-            if mask.dtype == torch.bool:
-                bias = torch.where(mask, 0.0, -torch.inf)
-            size = bias.expand(batch, heads, 1, -1)
-        none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
-        return ops.sparse_attention(
-            query, key, value, none, none[..., 0],
-            key[:, :, None].expand(-1, -1, blocks, -1, -1),
-            value[:, :, None].expand(-1, -1, blocks, -1, -1),
-            size.expand(batch, heads, blocks, -1),
-            query.new_empty(batch, heads, 0, dim),
-            query.new_empty(batch, heads, 0, dim, value.shape[-1]),
-            dim**-0.5 if self.scale is None else self.scale, 0.0, block, self.config.block_kv,
-        )  # fmt: skip
-
-
-def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
-    """What lies around the video along ``dim``, and the video."""
-    before, video, after = x.split(sizes, dim)
-    return torch.cat([before, after], dim), video
+        return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
 
 
 def reorder_tokens(
@@ -244,6 +174,101 @@ def operator_arguments(
         selection.query, key, value, *list_blocks(exact), *representatives,
         selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+    video: tuple[int, int] | None,
+) -> Tensor:
+    """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    if video is None:
+        return _attend_to_video(query, key, value, config, grid, scale)[0]
+    # one set of numbers for all: a graph need not know that lengths of a run are equal
+    sizes = [*video, query.shape[2] - sum(video)]
+    start = sizes[0]
+    before_q, q, after_q = query.split(sizes, 2)
+    (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+    # one row of video too: a graph need not know that there is any text
+    others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
+    row = rows = None
+    if attn_mask is not None:
+        row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+        if attn_mask.shape[-2] != 1:
+            row = row[..., start : start + 1, :]
+            before, video_rows, after = attn_mask.split(sizes, -2)
+            rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+
+    output, lse = _attend_to_video(q, k, v, config, grid, scale)
+    text, text_lse = _attend_to_text(q, text_k, text_v, row, config, scale)
+    # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
+    share = (text_lse - lse).sigmoid()[..., None]
+    output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
+    others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
+    # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
+    parts = (others[:, :, :start], output, others[:, :, start + 1 :])
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _attend_to_video(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
+    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
+    selection = pool_blocks(query, key, value, config, scale)
+    output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
+    if inverse is None:
+        return output, lse
+    return output.index_select(2, inverse), lse.index_select(2, inverse)
+
+
+def _attend_to_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    config: Config,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
+
+    To the operator each text key is a representative of itself: no key block is listed, and the
+    mask goes where the log of how many keys a representative stands for does.
+    """
+    (batch, heads, length, dim), block = query.shape, config.block_q
+    blocks = -(-length // block)
+    size = torch.zeros(key.shape[2], device=query.device)
+    if mask is not None:
+        bias = mask.float()
+        if mask.dtype == torch.bool:
+            bias = torch.where(mask, 0.0, -torch.inf)
+        size = bias.expand(batch, heads, 1, -1)
+    none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
+    return ops.sparse_attention(
+        query, key, value, none, none[..., 0],
+        key[:, :, None].expand(-1, -1, blocks, -1, -1),
+        value[:, :, None].expand(-1, -1, blocks, -1, -1),
+        size.expand(batch, heads, blocks, -1),
+        query.new_empty(batch, heads, 0, dim),
+        query.new_empty(batch, heads, 0, dim, value.shape[-1]),
+        dim**-0.5 if scale is None else scale, 0.0, block, config.block_kv,
+    )  # fmt: skip
+
+
+def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
+    """What lies around the video along ``dim``, and the video."""
+    before, video, after = x.split(sizes, dim)
+    return torch.cat([before, after], dim), video
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
