@@ -26,6 +26,7 @@ from uta_fx.tails import Tail
         ({"grid": (3, 4)}, ValueError, "grid must be three ints"),
         ({"grid": (3, 4, 0)}, ValueError, "grid must hold positive sides"),
         ({"dense_layers": "a-b"}, ValueError, "dense_layers must be numbers and ranges"),
+        ({"dense_layers": "0,5-2"}, ValueError, "dense_layers must hold rising ranges, got .5-2."),
         ({"dense_layers": 3}, TypeError, "dense_layers must be a string"),
         ({"strict": "yes"}, TypeError, "strict must be True or False"),
         ({"inner": None}, TypeError, "inner must be the name"),

@@ -172,9 +172,12 @@ def _parse_ranges(text: str) -> list[tuple[int, int]]:
         first, dash, last = part[1:].partition("-")  # a leading sign belongs to the first number
         try:
             start = int(part[0] + first)
-            ranges.append((start, int(last) if dash else start))
+            end = int(last) if dash else start
         except ValueError:
             raise ValueError(
                 f"dense_layers must be numbers and ranges such as '0-1,-1', got {text!r}"
             ) from None
+        if end < start and (start < 0) == (end < 0):
+            raise ValueError(f"dense_layers must hold rising ranges, got {part!r} in {text!r}")
+        ranges.append((start, end))
     return ranges
