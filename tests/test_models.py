@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from uta_fx.backend import sparsify
-from uta_fx.explain import FULL_CAPTURE
+from uta_fx.explain import FULL_CAPTURE, explain
 from uta_fx.study.models import MODELS, SMALL
 
 
@@ -86,3 +86,15 @@ def test_a_repeated_block_by_itself_is_sparse_with_a_given_grid():
         output = model(**entry.arguments(), return_dict=False)[0]
     assert [(site.kind, site.sparse) for site in found] == [("joint", True)]
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
+
+
+@pytest.mark.parametrize(("layers", "noted"), [("0,3", False), ("4", True)])
+def test_dense_layers_count_joint_layers_and_no_text_refiners(layers, noted):
+    """HunyuanVideo: four joint layers, and a refiner of the text that is none."""
+    entry = next(entry for entry in MODELS if entry.name == "HunyuanVideo")
+    config = dataclasses.replace(SMALL, dense_layers=layers)
+    found = explain(entry.build(), config=config, **entry.arguments())
+    joint = [site for site in found.sites if site.kind == "joint"]
+    assert [site.layer for site in joint] == [0, 1, 2, 3]
+    assert [site.sparse for site in joint] == ([True] * 4 if noted else [False, True, True, False])
+    assert bool(found.notes) == noted

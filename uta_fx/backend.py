@@ -100,9 +100,9 @@ def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:
     """A sentence where ``dense_layers`` names layers that the graph of these sites does not have.
 
     No error: a graph may be one block of a model, or what is left of it where a guidance skips
-    layers. None also for a graph without self-attention.
+    layers. None also for a graph without any (``Site.layer`` says what counts as one).
     """
-    layers = sum(site.kind == "self" for site in sites)
+    layers = sum(site.layer is not None for site in sites)
     if layers == 0 or config.dense_layers_fit(layers):
         return None
     return (
