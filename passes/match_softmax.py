@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from uta_fx.passes.site import Operand, value_of
+from uta_fx.passes.site import Operand, recorded, value_of
 from uta_fx.passes.trace_axes import VIEWS, argument, name_of
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
@@ -139,11 +139,7 @@ def _up(node: Node, names: tuple[str, ...], objections: list[str], what: str) ->
                 objections.append("it has dropout")
         elif name not in _CASTS:
             objections.append(f"{name} changes {what}")
-        tensors = [
-            x
-            for x in node.all_input_nodes
-            if isinstance(x.meta.get("val", x.meta.get("example_value")), torch.Tensor)
-        ]
+        tensors = [x for x in node.all_input_nodes if isinstance(recorded(x), torch.Tensor)]
         if not tensors:
             return None
         # a mask may come first: mask + logits

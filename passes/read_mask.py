@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import argument, name_of, number_of
 
 
@@ -22,7 +23,7 @@ def hides(mask: Node, start: int, stop: int) -> str | None:
         start: First token of the video.
         stop: One past its last.
     """
-    value = _value(mask)
+    value = recorded(mask)
     if value.dim() < 2:
         return f"its attention mask has {value.dim()} dimensions"
     seen = value.dtype == torch.bool
@@ -56,7 +57,7 @@ def _operands(node: Node) -> list[Node]:
 
 def _constant(node: Node, dim: int) -> bool:
     """Whether all entries along a dimension are the same one."""
-    value, name = _value(node), name_of(node)
+    value, name = recorded(node), name_of(node)
     if value.dim() < -dim or (isinstance(value.shape[dim], int) and value.shape[dim] == 1):
         return True
     if name in ("expand", "repeat"):
@@ -69,7 +70,7 @@ def _constant(node: Node, dim: int) -> bool:
 
 
 def _transposed(node: Node, dim: int) -> int:
-    rank = _value(node).dim()
+    rank = recorded(node).dim()
     a, b = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
     place = dim % rank
     return (b if place == a else a if place == b else place) - rank
@@ -88,7 +89,7 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
     if not isinstance(node, Node):
         return _fits(node, want)
     name = name_of(node)
-    shape = _value(node).shape
+    shape = recorded(node).shape
     if len(shape) < -dim or (isinstance(shape[dim], int) and shape[dim] < stop):
         return False
     if name in ("ones", "new_ones", "ones_like"):
@@ -129,11 +130,11 @@ def _fits(number: Any, want: bool) -> bool:
 
 def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int, int]] | None:
     """What ``cat`` or ``pad`` put into ``[start, stop)``: a tensor or number, and where in it."""
-    rank = _value(node).dim()
+    rank = recorded(node).dim()
     parts: list[tuple[Any, Any]]
     if name_of(node) == "cat":
         along = argument(node, 1, "dim", 0) % rank - rank
-        parts = [(x, _value(x).shape[along]) for x in argument(node, 0, "tensors")]
+        parts = [(x, recorded(x).shape[along]) for x in argument(node, 0, "tensors")]
         if along != dim:
             return [(x, start, stop) for x, _ in parts]
     else:
@@ -141,7 +142,7 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
         if len(pads) != 2 or dim != -1:
             return None
         source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0
-        parts = [(value, pads[0]), (source, _value(source).shape[-1]), (value, pads[1])]
+        parts = [(value, pads[0]), (source, recorded(source).shape[-1]), (value, pads[1])]
     pieces, done = [], 0
     for x, size in parts:
         if start == stop:
@@ -159,9 +160,9 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
 def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
     """Through operations that put dimensions of size 1 in, or repeat along them."""
     source = argument(node, 0, "input")
-    if not isinstance(source, Node) or not isinstance(_value(source), torch.Tensor):
+    if not isinstance(source, Node) or not isinstance(recorded(source), torch.Tensor):
         return False
-    old, new = list(_value(source).shape), list(_value(node).shape)
+    old, new = list(recorded(source).shape), list(recorded(node).shape)
     if name_of(node) == "getitem":
         index = argument(node, 1, "other")
         index = index if isinstance(index, tuple) else (index,)
@@ -196,10 +197,10 @@ def _is_arange(node: Any) -> bool:
         return False
     name = name_of(node)
     if name in ("unsqueeze", "expand", "repeat", "view", "to", "getitem"):
-        last = _value(node).shape[-1]
+        last = recorded(node).shape[-1]
         return (
             isinstance(argument(node, 0, "input"), Node)
-            and _is(_value(argument(node, 0, "input")).shape[-1], last)
+            and _is(recorded(argument(node, 0, "input")).shape[-1], last)
             and (_is_arange(argument(node, 0, "input")))
         )
     return name == "arange" and len(node.args) == 1
@@ -228,7 +229,3 @@ def _is_count(node: Any) -> bool:
 
 def _is(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a == b
-
-
-def _value(node: Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))

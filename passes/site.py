@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -75,13 +76,22 @@ class Operand:
         return dim
 
 
+def recorded(node: Node) -> Any:
+    """What tracing recorded of a node's output: ``val`` after export, ``example_value`` in Dynamo.
+
+    Returns:
+        A fake tensor, a number, a sequence of them, or None.
+    """
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
 def value_of(node: Node) -> torch.Tensor:
-    """The node's fake tensor: ``val`` after export, ``example_value`` inside Dynamo.
+    """The node's fake tensor.
 
     Raises:
         ValueError: The graph was traced without shapes.
     """
-    for key in ("val", "example_value"):
-        if isinstance(node.meta.get(key), torch.Tensor):
-            return node.meta[key]
+    value = recorded(node)
+    if isinstance(value, torch.Tensor):
+        return value
     raise ValueError(f"node {node.name} has no shape: trace with torch.compile or torch.export")

@@ -16,6 +16,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from uta_fx.passes.site import recorded
+
 Size = int | torch.SymInt
 
 # operations whose output may share memory with their input
@@ -111,7 +113,7 @@ class Trace:
         return found
 
     def _visit(self, node: Node) -> Any:
-        value = _value(node)
+        value = recorded(node)
         if isinstance(value, torch.Tensor):
             if node.op not in ("call_function", "call_method"):
                 return self._leaves(node, value.shape)
@@ -253,17 +255,13 @@ def _key(axis: Axis) -> Any:
     return tuple((run.spans, str(run.length)) for run in axis)
 
 
-def _value(node: Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
 def number_of(x: Any) -> Any:
     """An int or SymInt where a graph holds it as a node."""
-    return _value(x) if isinstance(x, Node) else x
+    return recorded(x) if isinstance(x, Node) else x
 
 
 def _shape(node: Node) -> Sequence[Size]:
-    return _value(node).shape
+    return recorded(node).shape
 
 
 # ---- cutting and joining -------------------------------------------------------------------------
@@ -370,7 +368,7 @@ def _apply(trace: Trace, node: Node) -> Any:
 
 
 def _pointwise(trace: Trace, node: Node) -> Axes | None:
-    operands = [x for x in node.all_input_nodes if isinstance(_value(x), torch.Tensor)]
+    operands = [x for x in node.all_input_nodes if isinstance(recorded(x), torch.Tensor)]
     rank = len(_shape(node))
     axes = []
     for dim, size in enumerate(_shape(node)):
@@ -512,7 +510,7 @@ def _split(trace: Trace, node: Node) -> list[Axes]:
     axes = trace.of(argument(node, 0, "input"))
     dim %= len(axes)
     parts, rest = [], axes[dim]
-    for i, part in enumerate(_value(node)):
+    for i, part in enumerate(recorded(node)):
         halves = cut(rest, part.shape[dim])
         piece = halves[0] if halves else trace.leaf(node, dim, part.shape[dim], i)
         rest = halves[1] if halves else ()
@@ -523,24 +521,19 @@ def _split(trace: Trace, node: Node) -> list[Axes]:
 def _unbind(trace: Trace, node: Node) -> list[Axes]:
     axes = trace.of(argument(node, 0, "input"))
     dim = argument(node, 1, "dim", 0) % len(axes)
-    return [(*axes[:dim], *axes[dim + 1 :])] * len(_value(node))
+    return [(*axes[:dim], *axes[dim + 1 :])] * len(recorded(node))
 
 
 def _getitem(trace: Trace, node: Node) -> Any:
     source, index = argument(node, 0, "input"), argument(node, 1, "other")
-    if not isinstance(_value(source), torch.Tensor):
+    if not isinstance(recorded(source), torch.Tensor):
         return trace._axes[source][index]
     return _indexed(trace, node, trace.of(source), index)
 
 
 def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
     """``x[index]`` for integers, slices, None, Ellipsis and at most one tensor."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
-    if Ellipsis not in entries:
-        entries.append(Ellipsis)
-    hole = entries.index(Ellipsis)
-    entries[hole : hole + 1] = [slice(None)] * (len(axes) - taken)
+    entries = _entries(index, len(axes))
     result: list[Axis] = []
     rest = list(axes)
     for entry in entries:
@@ -550,8 +543,8 @@ def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
         axis = rest.pop(0)
         if isinstance(entry, slice):
             result.append(_sliced(trace, node, axis, entry, len(result)))
-        elif isinstance(_value(entry) if isinstance(entry, Node) else None, torch.Tensor):
-            if len(_shape(entry)) != 1 or _value(entry).dtype == torch.bool:
+        elif isinstance(recorded(entry) if isinstance(entry, Node) else None, torch.Tensor):
+            if len(_shape(entry)) != 1 or recorded(entry).dtype == torch.bool:
                 return None
             size = _shape(entry)[0]
             result.append(trace.gathered(node, axis, entry, size))
@@ -560,9 +553,20 @@ def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
     return tuple(result)
 
 
+def _entries(index: Any, rank: int) -> list[Any]:
+    """An index of a tensor in full: one entry for each dimension, and each None."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    if Ellipsis not in entries:
+        entries.append(Ellipsis)
+    hole = entries.index(Ellipsis)
+    entries[hole : hole + 1] = [slice(None)] * (rank - taken)
+    return entries
+
+
 def _sliced(trace: Trace, node: Node, axis: Axis, entry: slice, dim: int) -> Axis:
     start, step = number_of(entry.start), number_of(entry.step)
-    size, whole = _value(node).shape[dim], length(axis)
+    size, whole = recorded(node).shape[dim], length(axis)
     if step is None or same(step, 1):
         begin = 0 if start is None else start
         if isinstance(begin, int) and begin < 0:
@@ -704,14 +708,10 @@ def _complex(trace: Trace, node: Node) -> Axes:
 
 def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> None:
     """``x[index] = value``: an axis keeps its sources only where the value has some of them."""
-    if not isinstance(value, Node) or not isinstance(_value(value), torch.Tensor):
+    if not isinstance(value, Node) or not isinstance(recorded(value), torch.Tensor):
         return
     axes, written = trace.of(target), trace.of(value)
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis not in entries:
-        entries.append(Ellipsis)
-    hole = entries.index(Ellipsis)
-    entries[hole : hole + 1] = [slice(None)] * (len(axes) - len(entries) + 1)
+    entries = _entries(index, len(axes))
     known = all(isinstance(entry, (slice, int)) for entry in entries)
     lost: set[int] = set()
     place = len(written) - sum(isinstance(entry, slice) for entry in entries)
@@ -739,7 +739,7 @@ def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> No
         )
         depth += 1  # and what it is a view of
         changed = argument(changed, 0, "input") if name_of(changed) in VIEWS else None
-        if isinstance(changed, Node) and not isinstance(_value(changed), torch.Tensor):
+        if isinstance(changed, Node) and not isinstance(recorded(changed), torch.Tensor):
             changed = argument(changed, 0, "input")
 
 
