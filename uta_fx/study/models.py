@@ -84,6 +84,14 @@ def _time(batch: int = 1) -> Tensor:
     return torch.full((batch,), 500.0)
 
 
+def _self_and_cross(config: Any) -> dict[str, int]:
+    return {"self": config.num_layers, "cross": config.num_layers}
+
+
+def _joint(config: Any) -> dict[str, int]:
+    return {"joint": config.num_layers}
+
+
 # fmt: off
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
@@ -116,6 +124,12 @@ def _hunyuan_inputs(x: Random, channels: int = 4) -> dict[str, Any]:
         "encoder_attention_mask": torch.tensor([[1] * TEXT, [1] * 7 + [0] * (TEXT - 7)]),
         "pooled_projections": x(2, 8),
         "guidance": torch.full((2,), 1000.0),
+    }
+
+
+def _hunyuan_sites(config: Any) -> dict[str, int]:
+    return {
+        "joint": config.num_layers + config.num_single_layers, "self": config.num_refiner_layers,
     }
 
 
@@ -187,14 +201,14 @@ MODELS = (
         class_name="WanTransformer3DModel",
         settings=WAN,
         inputs=_wan_inputs,
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="Wan 2.2 TI2V, a time for each token",
         class_name="WanTransformer3DModel",
         settings=WAN,
         inputs=lambda x: _wan_inputs(x) | {"timestep": torch.full((1, VIDEO), 500.0)},
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="Wan I2V",
@@ -251,14 +265,14 @@ MODELS = (
         class_name="SkyReelsV2Transformer3DModel",
         settings=WAN,
         inputs=_wan_inputs,
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="SkyReels V2, block-causal",
         class_name="SkyReelsV2Transformer3DModel",
         settings=WAN | {"num_frame_per_block": 2},
         inputs=_wan_inputs,
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
         dense="has an attention mask over its video tokens",
     ),
     Model(
@@ -266,7 +280,7 @@ MODELS = (
         class_name="ChronoEditTransformer3DModel",
         settings=WAN,
         inputs=_wan_inputs,
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="AnyFlow",
@@ -278,7 +292,7 @@ MODELS = (
             "r_timestep": torch.full((1, 4), 250.0),
             "encoder_hidden_states": x(1, TEXT, 16),
         },
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="AnyFlow FAR",
@@ -325,18 +339,14 @@ MODELS = (
         class_name="HunyuanVideoTransformer3DModel",
         settings=HUNYUAN,
         inputs=_hunyuan_inputs,
-        sites=lambda c: {
-            "joint": c.num_layers + c.num_single_layers, "self": c.num_refiner_layers,
-        },
+        sites=_hunyuan_sites,
     ),
     Model(
         name="HunyuanVideo I2V, token replace",
         class_name="HunyuanVideoTransformer3DModel",
         settings=HUNYUAN | {"image_condition_type": "token_replace"},
         inputs=_hunyuan_inputs,
-        sites=lambda c: {
-            "joint": c.num_layers + c.num_single_layers, "self": c.num_refiner_layers,
-        },
+        sites=_hunyuan_sites,
     ),
     Model(
         name="HunyuanVideo 1.5",
@@ -380,23 +390,21 @@ MODELS = (
                 "indices_latents_history_4x": torch.ones(4),
             }
         ),
-        sites=lambda c: {
-            "joint": c.num_layers + c.num_single_layers, "self": c.num_refiner_layers,
-        },
+        sites=_hunyuan_sites,
     ),
     Model(
         name="CogVideoX 2B",
         class_name="CogVideoXTransformer3DModel",
         settings=COGVIDEOX,
         inputs=_cogvideox_inputs,
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="CogVideoX 5B",
         class_name="CogVideoXTransformer3DModel",
         settings=COGVIDEOX | {"use_rotary_positional_embeddings": True},
         inputs=lambda x: _cogvideox_inputs(x) | {"image_rotary_emb": (x(VIDEO, 16), x(VIDEO, 16))},
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="CogVideoX I2V",
@@ -409,7 +417,7 @@ MODELS = (
         inputs=lambda x: (
             _cogvideox_inputs(x, 8) | {"image_rotary_emb": (x(VIDEO, 16), x(VIDEO, 16))}
         ),
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="CogVideoX 1.5",
@@ -421,7 +429,7 @@ MODELS = (
             "timestep": _time(),
             "image_rotary_emb": (x(VIDEO, 16), x(VIDEO, 16)),
         },
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="ConsisID",
@@ -460,7 +468,7 @@ MODELS = (
             "encoder_attention_mask": torch.ones(1, TEXT).bool(),
             "num_frames": GRID[0], "height": GRID[1], "width": GRID[2],
         },
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="LTX-2",
@@ -510,7 +518,7 @@ MODELS = (
             "encoder_hidden_states": x(2, TEXT, 16),
             "timestep": _time(2),
         },
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="Latte",
@@ -543,7 +551,7 @@ MODELS = (
             "encoder_hidden_states": x(2, TEXT, 16),
             "timestep": _time(2),
         },
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="Cosmos",
@@ -555,7 +563,7 @@ MODELS = (
             "concat_padding_mask": False, "extra_pos_embed_type": "learnable",
         },
         inputs=lambda x: _wan_inputs(x) | {"attention_mask": torch.ones(1, TEXT), "fps": 30},
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
     ),
     Model(
         name="Cosmos 3 Omni",
@@ -708,7 +716,7 @@ MODELS = (
             "timestep": torch.full((1, VIDEO), 500.0),
             "video_rotary_emb": (x(1, VIDEO, 32), x(1, VIDEO, 32)),
         },
-        sites=lambda c: {"self": c.num_layers, "cross": c.num_layers},
+        sites=_self_and_cross,
         grid=GRID,
     ),
     Model(
@@ -723,7 +731,7 @@ MODELS = (
             "encoder_hidden_states": x(1, TEXT, 16),
             "timestep": torch.ones(1),
         },
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
     Model(
         name="Temporal transformer (AnimateDiff)",
@@ -805,7 +813,7 @@ MODELS = (
             "timestep": torch.ones(1),
             "img_shapes": [(1, 8, 12)],
         },
-        sites=lambda c: {"joint": c.num_layers},
+        sites=_joint,
     ),
 )
 # fmt: on
