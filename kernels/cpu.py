@@ -1,25 +1,31 @@
-"""Sparse attention on the CPU from PyTorch's own primitives: gather, flash attention, merge.
+"""The operators on a CPU, from PyTorch's own primitives.
 
-Query blocks that list equally many key blocks are taken together, so that a group is a dense batch
-without padding: its key blocks are gathered and handed to PyTorch's flash attention for CPUs. The
-tail is two small matrix products for all rows at once. The two parts, each with its log-sum-exp,
-are one softmax after the merge.
+Sparse attention gathers, attends and merges. Query blocks that list equally many key blocks are
+taken together, so that a group is a dense batch without padding: its key blocks are gathered and
+handed to PyTorch's flash attention for CPUs. The tail is a few matrix products. The two parts, each
+with its log-sum-exp, are one softmax after the merge.
+
+Whatever has a number for each row and key block is computed head by head, in pieces that stay in
+the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
-from uta_fx.kernels.reference import listed_blocks
+from uta_fx.kernels.reference import listed_blocks, split_blocks
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache
 GROUP = 16
+# numbers in a piece at most, where there is one for each row and key block
+PIECE = 1 << 20
 
 
 def sparse_attention(
@@ -49,14 +55,12 @@ def sparse_attention(
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
     exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
     if tail_key.shape[-2]:
-        listed = None
+        bias = tail_log_size
         if tail_key.dim() == 4:
             listed, _ = listed_blocks(block_ids, block_counts, blocks_kv)
-        tail, tail_lse = _attend_tail(
-            blocks, tail_key, tail_value, tail_log_size, tail_variance, tail_slope, listed,
-            scale, variance_weight,
-        )  # fmt: skip
-        exact, exact_lse = _merge(exact, exact_lse, tail, tail_lse)
+            bias = tail_log_size[:, :, None].masked_fill(listed, -torch.inf)
+        tail = (tail_key, tail_value, bias, tail_variance, tail_slope)
+        _add_tail(exact, exact_lse, blocks, tail, scale, variance_weight)
     output.copy_(exact.flatten(2, 3)[:, :, :length_q])
     lse.copy_(exact_lse.flatten(2, 3)[:, :, :length_q])
     return output, lse
@@ -101,18 +105,23 @@ def _attend_listed(
         value = F.pad(value, (0, max(dim - dim_v, 0)))
     keys, values = (_into_blocks(x, block_kv).flatten(0, 2) for x in (key, value))
     blocks_kv = -(-key.shape[2] // block_kv)
-    ragged = key.shape[2] % block_kv
+    ragged, dims = key.shape[2] % block_kv, key.shape[3]
     rows = query.flatten(0, 2)[:, None]  # [B * H * Nq, 1, block_q, D]
     output = rows.new_zeros((*rows.shape[:-1], value.shape[-1])).squeeze(1)
     lse = rows.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
 
     head = torch.arange(batch * heads).repeat_interleave(blocks_q) * blocks_kv
     ids = block_ids.flatten(0, 2).long()
+    # gathered blocks lie where those of the group before lay
+    places = GROUP * int(block_counts.max()) if block_counts.numel() else 0
+    some_keys, some_values = (x.new_empty((places, *x.shape[1:])) for x in (keys, values))
     for count, group in _groups(block_counts.flatten()):
         local = ids[group, :count]
         flat = (head[group, None] + local).flatten()
-        k = keys.index_select(0, flat).view(len(group), 1, count * block_kv, -1)
-        v = values.index_select(0, flat).view(len(group), 1, count * block_kv, -1)
+        k, v = (
+            torch.index_select(x, 0, flat, out=some[: len(flat)]).view(len(group), 1, -1, dims)
+            for x, some in ((keys, some_keys), (values, some_values))
+        )
         bias = _ragged_bias(local == blocks_kv - 1, ragged, block_kv, query.dtype)
         if bias is not None:
             bias = bias.expand(-1, -1, block_q, -1)
@@ -151,52 +160,149 @@ def _ragged_bias(last: Tensor, ragged: int, block_kv: int, dtype: torch.dtype) -
     return bias.flatten(1)[:, None, None]
 
 
-def _attend_tail(
+def _add_tail(
+    output: Tensor,
+    lse: Tensor,
     query: Tensor,
-    tail_key: Tensor,
-    tail_value: Tensor,
-    tail_log_size: Tensor,
-    tail_variance: Tensor,
-    tail_slope: Tensor,
-    listed: Tensor | None,
+    tail: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     scale: float,
     variance_weight: float,
+) -> None:
+    """Take the tail into the softmax of ``output`` and ``lse``, in place.
+
+    Args:
+        output: ``[B, H, Nq, block_q, Dv]``, attention over the listed blocks.
+        lse: float32 ``[B, H, Nq, block_q]``, of the same.
+        query: ``[B, H, Nq, block_q, D]``.
+        tail: Key, value, bias ``[B, H, Nq, R]`` (-inf: not in the tail), variance and slope.
+        scale: s.
+        variance_weight: As in the operator.
+    """
+    block_q, representatives = query.shape[3], tail[0].shape[-2]
+    for b, h, piece in _pieces(query.shape[:3], block_q * representatives):
+        key, value, bias, variance, slope = (x[b, h] for x in tail)
+        if key.dim() == 3:  # representatives of each query block
+            key, value = key[piece], value[piece]
+        if slope.shape[0] > 1:
+            slope = slope[piece]
+        part, part_lse = _attend_tail(
+            query[b, h, piece].float() * scale, key.float(), value.float(), bias[piece],
+            variance.float(), slope.float(), variance_weight,
+        )  # fmt: skip
+        _merge(output[b, h, piece], lse[b, h, piece], part, part_lse)
+
+
+def _pieces(blocks: Sequence[int], numbers: int) -> Iterator[tuple[int, int, slice]]:
+    """Sample, head and query blocks of each piece; ``numbers`` is how many a block has."""
+    batch, heads, blocks_q = blocks
+    size = max(1, PIECE // numbers)
+    for b, h in itertools.product(range(batch), range(heads)):
+        for first in range(0, blocks_q, size):
+            yield b, h, slice(first, first + size)
+
+
+def _attend_tail(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    variance: Tensor,
+    slope: Tensor,
+    variance_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the representatives alone, in float32, and its log-sum-exp."""
-    blocks = query.shape[2:4]
-    rows = query.flatten(2, 3).float() * scale  # [B, H, Nq * block_q, D]
-    logits = _per_row(rows, tail_key.float().transpose(-1, -2), blocks)
-    bias = tail_log_size if tail_log_size.dim() == 4 else tail_log_size[:, :, None]
-    if listed is not None:
-        bias = bias.masked_fill(listed, -torch.inf)
-    logits.unflatten(2, blocks).add_(bias[..., None, :])
-    damping = None
-    if tail_variance.shape[2]:
-        sigma2 = rows.square() @ tail_variance.float().transpose(-1, -2)
+    """Softmax over the representatives of one head alone, and its log-sum-exp.
+
+    Args:
+        rows: float32 ``[N, block_q, D]``, scaled.
+        key: ``[R, D]`` or ``[N, R, D]``.
+        value: ``[R, Dv]`` or ``[N, R, Dv]``.
+        bias: ``[N, R]``.
+        variance: ``[R, D]``, or empty for none.
+        slope: ``[1, D, Dv]`` or ``[N, D, Dv]``, or empty for none.
+        variance_weight: As in the operator.
+    """
+    weights = (rows @ key.mT).add_(bias[:, None])  # [N, block_q, R], logits so far
+    sigma2 = None
+    if variance.shape[0]:
+        sigma2 = rows.square() @ variance.mT
         if variance_weight:
-            logits.add_(sigma2, alpha=variance_weight / 2)
-        damping = sigma2.add_(1).reciprocal_()
-    lse = logits.logsumexp(-1)
-    # a row whose tail is empty has lse == -inf; subtracting 0 instead leaves its weights zero
-    weights = logits.sub_(lse.nan_to_num(neginf=0.0)[..., None]).exp_()
-    output = _per_row(weights, tail_value.float(), blocks)
-    if tail_slope.shape[2]:
-        gain = (weights if damping is None else damping.mul_(weights)).sum(-1, keepdim=True)
-        slope = tail_slope.float() if tail_slope.shape[2] > 1 else tail_slope[:, :, 0].float()
-        output.addcmul_(gain, _per_row(rows, slope, blocks))
-    return output.unflatten(2, blocks), lse.unflatten(2, blocks)
+            weights.add_(sigma2, alpha=variance_weight / 2)
+    # a row whose tail is empty has lse -inf; subtracting 0 instead leaves its weights zero
+    highest = weights.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
+    total = weights.sub_(highest).exp_().sum(-1, keepdim=True)
+    output = weights @ value
+    if slope.shape[0]:
+        gain = weights if sigma2 is None else weights.div_(sigma2.add_(1))
+        output.addcmul_(gain.sum(-1, keepdim=True), rows @ slope)
+    lse = highest.add_(total.log()).squeeze(-1)
+    return output.div_(total.clamp_(min=torch.finfo(total.dtype).tiny)), lse
 
 
-def _per_row(rows: Tensor, matrix: Tensor, blocks: torch.Size) -> Tensor:
-    """``[B, H, Nq * block_q, X]`` times one matrix a head, or one for each query block (rank 5)."""
-    if matrix.dim() == 4:
-        return rows @ matrix
-    return (rows.unflatten(2, blocks) @ matrix).flatten(2, 3)
+def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Two softmaxes over disjoint keys as one, in place; rows that see nothing stay zero."""
+    merged = torch.logaddexp(lse, other_lse)
+    base = merged.nan_to_num(neginf=0.0)
+    output.mul_((lse - base).exp()[..., None])
+    output.add_(other.mul_((other_lse - base).exp()[..., None]))
+    lse.copy_(merged)
 
 
-def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmaxes over disjoint keys as one; rows that see nothing stay zero."""
-    lse = torch.logaddexp(a_lse, b_lse)
-    base = lse.nan_to_num(neginf=0.0)
-    output = a.float() * (a_lse - base).exp()[..., None] + b * (b_lse - base).exp()[..., None]
-    return output, lse
+def block_scores(
+    query: Tensor,
+    key_mean: Tensor,
+    key_variance: Tensor,
+    log_size: Tensor,
+    scale: float,
+    variance_weight: float,
+    variance_power: float,
+    block_q: int,
+) -> Tensor:
+    """Compute ``reference.block_scores`` for CPU tensors; arguments and result as there."""
+    parts = []
+    for blocks in split_blocks(query, block_q):  # [B, H, Nq, block_q, D]
+        scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=torch.float32)
+        for b, h, piece in _pieces(blocks.shape[:3], blocks.shape[3] * key_mean.shape[2]):
+            rows = blocks[b, h, piece].float() * scale
+            logits = (rows @ key_mean[b, h].float().mT).add_(log_size[b, h])  # [N, block_q, Nk]
+            sigma2 = rows.square_() @ key_variance[b, h].float().mT
+            if variance_weight:
+                logits.add_(sigma2, alpha=variance_weight / 2)
+            error = logits.softmax(-1)
+            if variance_power:
+                error.mul_(sigma2 if variance_power == 1 else sigma2.pow_(variance_power))
+            scores[b, h, piece] = error.mean(1)
+        parts.append(scores)
+    return torch.cat(parts, 2)
+
+
+def block_statistics(
+    key: Tensor, value: Tensor, block_kv: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute ``reference.block_statistics`` for CPU tensors; arguments and results as there."""
+    batch, heads, length, _ = key.shape
+    of_heads = [
+        _head_statistics(key[b : b + 1, h : h + 1], value[b : b + 1, h : h + 1], block_kv)
+        for b, h in itertools.product(range(batch), range(heads))
+    ]
+    mean, variance, value_mean, value_variance, covariance = (
+        torch.cat(results).unflatten(0, (batch, heads)) for results in zip(*of_heads, strict=True)
+    )
+    return mean, variance, value_mean, value_variance, covariance / length
+
+
+def _head_statistics(key: Tensor, value: Tensor, block_kv: int) -> tuple[Tensor, ...]:
+    """As ``block_statistics`` for one head, ``[1, ...]``; the covariance is a sum over tokens."""
+    pooled = []
+    covariance = key.new_zeros((1, key.shape[-1], value.shape[-1]), dtype=torch.float32)
+    blocks = zip(split_blocks(key, block_kv), split_blocks(value, block_kv), strict=True)
+    for keys, values in blocks:
+        keys, values = keys[0].float(), values[0].float()  # [1, n, block_kv, D]
+        key_mean, value_mean = keys.mean(2), values.mean(2)
+        deviation = keys - key_mean[:, :, None]
+        # deviations of keys sum to zero in a block: the values' means need not be taken off
+        covariance += deviation.flatten(1, 2).mT @ values.flatten(1, 2)
+        key_variance = deviation.square_().mean(2)
+        value_variance = (values - value_mean[:, :, None]).square_().mean(2).sum(-1)
+        pooled.append((key_mean, key_variance, value_mean, value_variance))
+    means = (torch.cat(parts, 1) for parts in zip(*pooled, strict=True))
+    return (*means, covariance)

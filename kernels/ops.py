@@ -41,7 +41,7 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Call ``uta::sparse_attention``; arguments and results as in ``reference.sparse_attention``.
+    """Call ``uta::sparse_attention``; arguments and results as in ``reference``.
 
     Inputs may have any strides with a contiguous last dimension; float32, float16 or bfloat16
     (query, key, value, tail_key, tail_value, tail_variance and tail_slope alike); head dims from
@@ -56,23 +56,13 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.uta.sparse_attention.default(*args, **options)
 
 
-def block_scores(query: Tensor, *args: Any) -> Tensor:
-    """Call ``uta::block_scores``; arguments and result as in ``reference.block_scores``.
-
-    On the CPU it is the reference itself, which a compiler can trace and fuse.
-    """
-    if query.device.type == "cpu":
-        return _cpu_block_scores(query, *args)
-    return torch.ops.uta.block_scores.default(query, *args)
+def block_scores(*args: Any) -> Tensor:
+    """Call ``uta::block_scores``; arguments and result as in ``reference``."""
+    return torch.ops.uta.block_scores.default(*args)
 
 
 def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
-    """Call ``uta::block_statistics``; arguments and results as in ``reference.block_statistics``.
-
-    On the CPU it is the reference itself, which a compiler can trace and fuse.
-    """
-    if key.device.type == "cpu":
-        return _cpu_block_statistics(key, value, block_kv)
+    """Call ``uta::block_statistics``; arguments and results as in ``reference``."""
     return torch.ops.uta.block_statistics.default(key, value, block_kv)
 
 
@@ -241,17 +231,17 @@ def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_block_scores(*args: Any) -> Tensor:
-    from uta_fx.kernels import reference
+    from uta_fx.kernels import cpu
 
     check_block_scores(*args)
-    return reference.block_scores(*args)
+    return cpu.block_scores(*args)
 
 
 def _cpu_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
-    from uta_fx.kernels import reference
+    from uta_fx.kernels import cpu
 
     check_block_statistics(key, value, block_kv)
-    return reference.block_statistics(key, value, block_kv)
+    return cpu.block_statistics(key, value, block_kv)
 
 
 def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:

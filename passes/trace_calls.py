@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import torch
@@ -13,44 +15,59 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from uta_fx.passes.site import value_of
 
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
-def trace_calls(gm: GraphModule, kind: type) -> None:
+
+def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
     """Replace every call of a value of ``kind`` by a call of a module that holds its operators.
 
     AOTAutograd traces Python in a graph too, but never finds such a graph in its cache: it cannot
-    tell what the Python does. Calls that are alike are traced once. Two stay as they are: one of a
-    size known only at run time, and one that makes a tensor of Python numbers (Dynamo knows no
-    source for a module's constants).
+    tell what the Python does. Calls that are alike call one module. Two kinds of calls stay as they
+    are: of a size known only at run time, and one that makes a tensor of Python numbers (Dynamo
+    knows no source for a module's constants).
 
     Args:
         gm: Changed in place; its calls of ``kind`` take tensors alone.
-        kind: Class of hashable callables with a ``__name__``.
+        kind: Class of hashable callables with a ``__name__`` that return one tensor.
+        share: Call modules through ``invoke_subgraph``, which Inductor compiles once for all their
+            calls; False writes the operators out at each call, which any compiler understands.
     """
-    traced: dict[Any, GraphModule] = {}
+    modules: dict[Any, tuple[str, GraphModule]] = {}
     calls = [
         node
         for node in gm.graph.nodes
         if node.op == "call_function" and isinstance(node.target, kind)
     ]
-    for index, node in enumerate(calls):
+    for node in calls:
         values = [value_of(argument) for argument in node.args]
         if not all(_is_static(value) for value in values):
             continue
         inputs = [_empty_like(value) for value in values]
         key = (node.target, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
-        if key not in traced:
-            traced[key] = make_fx(node.target, tracing_mode="fake")(*inputs)
-        if next(traced[key].buffers(), None) is not None:
+        if key not in modules:
+            traced = make_fx(_in_tuple(node.target), tracing_mode="fake")(*inputs)
+            modules[key] = f"{node.target.__name__}_{len(modules)}", traced
+        name, module = modules[key]
+        if next(module.buffers(), None) is not None:
             continue
-        name = f"{node.target.__name__}_{index}"
-        gm.add_submodule(name, traced[key])
+        gm.add_submodule(name, module)
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_module(name, node.args)
-        call.meta = dict(node.meta)  # same shape, dtype and source line
-        node.replace_all_uses_with(call)
+            if share:
+                subgraph = gm.graph.get_attr(name)
+                call = gm.graph.call_function(invoke_subgraph, (subgraph, name, *node.args))
+            else:
+                call = gm.graph.call_module(name, node.args)
+            result = gm.graph.call_function(getitem, (call, 0))
+        result.meta = dict(node.meta)  # same shape, dtype and source line
+        node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
+
+
+def _in_tuple(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+    """A subgraph returns a tuple."""
+    return lambda *arguments: (function(*arguments),)
 
 
 def _is_static(value: Tensor) -> bool:

@@ -140,7 +140,7 @@ def test_calls_that_are_alike_are_traced_once():
 
     def backend(gm, inputs):
         sparsify(gm, inputs, Config(**SMALL))
-        trace_calls(gm, SparseSite)
+        trace_calls(gm, SparseSite, share=False)
         assert not any(isinstance(node.target, SparseSite) for node in gm.graph.nodes)
         modules.extend(gm.get_submodule(n.target) for n in gm.graph.find_nodes(op="call_module"))
         return gm.forward
@@ -151,6 +151,24 @@ def test_calls_that_are_alike_are_traced_once():
     targets = [node.target for node in modules[0].graph.nodes if node.op == "call_function"]
     assert torch.ops.uta.sparse_attention.default in targets
     assert all(isinstance(target, OpOverload) or target is getitem for target in targets)
+
+
+def test_inductor_compiles_alike_calls_once():
+    """Three layers call one subgraph."""
+    found = []
+
+    def backend(gm, inputs):
+        sparsify(gm, inputs, Config(**SMALL))
+        trace_calls(gm, SparseSite, share=True)
+        subgraph = torch.ops.higher_order.invoke_subgraph
+        found.extend(gm.graph.find_nodes(op="call_function", target=subgraph))
+        return gm.forward
+
+    with torch.no_grad():
+        output = torch.compile(wan(), backend=backend, fullgraph=True)(**wan_inputs())[0]
+        eager = compile_uta(wan())(**wan_inputs())[0]
+    assert len(found) == 3 and len({node.args[0].target for node in found}) == 1
+    torch.testing.assert_close(output, eager)
 
 
 @dataclasses.dataclass(frozen=True)

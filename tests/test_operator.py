@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uta_fx.kernels import ops, reference
+from uta_fx.kernels import cpu, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -125,6 +125,16 @@ def test_agrees_with_the_reference(dtype, tail, slopes):
 def test_any_shape_agrees_with_the_reference(case):
     """Lengths, head dims, blocks, tails and lists drawn at random."""
     assert_as_accurate_as_eager(case.inputs())
+
+
+def test_pieces_are_the_whole(monkeypatch):
+    """Head by head in several pieces, the last one smaller, as in one."""
+    case = Case(length_q=300, tail="row", slopes="row")
+    whole = ops.sparse_attention(*case.inputs())
+    monkeypatch.setattr(cpu, "PIECE", 4 * case.block_q * 3)
+    assert len(list(cpu._pieces((1, 1, 10), case.block_q * 3))) == 3
+    for expected, got in zip(whole, ops.sparse_attention(*case.inputs()), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_every_block_listed_is_dense_attention():
@@ -250,6 +260,49 @@ def test_block_scores_are_the_mean_over_true_rows(power):
     assert scores.shape == (2, 3, 5, 5)
     torch.testing.assert_close(scores[:, :, 4], expected[:, :, 128:].mean(2))
     torch.testing.assert_close(scores[:, :, 1], expected[:, :, 32:64].mean(2))
+
+
+def assert_as_accurate_as_float32(results, eager, exact, terms):
+    """Float32 arithmetic in another order than the reference's.
+
+    A sum of ``terms`` numbers errs by 2^-24 of their absolute sum for each addition, whatever the
+    order: where the reference happens to err less, that bound counts.
+    """
+    for got, mine, true in zip(results, eager, exact, strict=True):
+        bound = 2**-24 * terms * true.abs().max()
+        assert got.dtype == torch.float32 and got.shape == true.shape
+        assert (got - true).abs().max() <= 2 * (mine - true).abs().max() + bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 32, 75, 130])
+@pytest.mark.parametrize(("power", "weight"), [(0.0, 0.0), (0.5, 1.0), (1.0, 0.5)])
+def test_block_scores_agree_with_the_reference(monkeypatch, dtype, length, power, weight):
+    """Ragged, in several pieces, strided, without a number from beyond the end."""
+    monkeypatch.setattr(cpu, "PIECE", 2 * 32 * 5)
+    query, mean = (randn_transposed(2, n, 3, 48).to(dtype) for n in (length, 5))
+    args = (query, mean, mean.square(), torch.rand(2, 3, 5), 48**-0.5, weight, power, 32)
+    results = (ops.block_scores(*args), reference.block_scores(*args))
+    exact = reference.block_scores(*double(args))
+    assert_as_accurate_as_float32(results[:1], results[1:], [exact], terms=32 + 48 + 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 32, 64, 75])
+def test_block_statistics_agree_with_the_reference(dtype, length):
+    """Ragged and strided, with values far from zero."""
+    key = randn_transposed(2, length, 3, 16).to(dtype)
+    value = randn_transposed(2, length, 3, 24).to(dtype) + 5
+    exact = reference.block_statistics(key.double(), value.double(), 32)
+    eager = reference.block_statistics(key, value, 32)
+    results = ops.block_statistics(key, value, 32)
+    assert_as_accurate_as_float32(results, eager, exact, terms=32 * 24)
+
+
+def randn_transposed(batch, length, heads, dim):
+    """``[B, H, L, D]`` as models hand it over."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(batch, length, heads, dim, generator=generator).transpose(1, 2)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 64, 75])

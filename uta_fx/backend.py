@@ -49,7 +49,7 @@ def uta(
             " one step does not know where in the noise schedule it is"
         )
     sparsify(gm, example_inputs, config)
-    trace_calls(gm, SparseSite)
+    trace_calls(gm, SparseSite, share=config.inner == "inductor")
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
