@@ -73,6 +73,14 @@ def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
     assert sum(runs_dense(schedule(steps, step), until) for step in range(steps)) == expected
 
 
+@torch.no_grad()
+def test_a_mode_reaches_the_backend():
+    """torch.compile would take either a mode or our options; only Inductor has modes."""
+    model = uta_fx.enable(Model(), Config(**FAST), mode="reduce-overhead")
+    with pytest.raises(Exception, match="options mode and inductor need inner='inductor'"):
+        model(torch.randn(1, 128, 32))
+
+
 def test_what_cannot_be_enabled_is_named():
     """Neither a pipeline nor a module; no schedule to follow."""
     with pytest.raises(TypeError, match=r"target must be a torch.nn.Module or a pipeline"):

@@ -132,6 +132,11 @@ def generate(
     for row in rows_of_table:
         table.add_row(*row)
     console.print(table)
+    if target.type == "cuda":
+        console.print(
+            "The 4096 tokens of this model are too few for a GPU to gain from: uta-fx bench times"
+            " the sizes of real models."
+        )
     console.print(f"{gif}\n{sheet}", soft_wrap=True)
 
 

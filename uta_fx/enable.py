@@ -22,7 +22,7 @@ def enable(target: Any, config: Config | None = None, **compile_options: Any) ->
     Args:
         target: A diffusers pipeline with ``transformer`` and ``scheduler``, or a module.
         config: Settings; None for the defaults.
-        **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``).
+        **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``, ``mode``).
 
     Returns:
         ``target``.
@@ -47,7 +47,10 @@ def enable(target: Any, config: Config | None = None, **compile_options: Any) ->
         for field in dataclasses.fields(config)
         if field.name != "dense_until"
     }
-    sparse = torch.compile(original, backend="uta", options=fields, **compile_options)
+    # torch.compile takes mode or options, not both: ours goes with the options
+    mode = {"mode": compile_options["mode"]} if "mode" in compile_options else {}
+    others = {name: value for name, value in compile_options.items() if name != "mode"}
+    sparse = torch.compile(original, backend="uta", options=fields | mode, **others)
     forward = sparse
     if config.dense_until:
         dense = torch.compile(original, backend=config.inner, **compile_options)

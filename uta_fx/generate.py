@@ -92,14 +92,17 @@ def compare(
         ValueError: A prompt is not in the grammar, or ``steps`` is below 1.
     """
     transformer = pipeline.transformer
-    dense_forward = torch.compile(transformer.forward, backend=config.inner, fullgraph=True)
+    options: dict[str, Any] = {"fullgraph": True}
+    if pipeline.device.type == "cuda" and config.inner == "inductor":
+        options["mode"] = "reduce-overhead"  # launches take longer than the work of a small model
+    dense_forward = torch.compile(transformer.forward, backend=config.inner, **options)
 
     def run(name: str) -> Run:
         return _generate(pipeline, prompts, steps, seed, lambda s, n: progress(name, s, n))
 
     with _forward(transformer, dense_forward):
         dense = run("dense")
-    enable(pipeline, config, fullgraph=True)
+    enable(pipeline, config, **options)
     try:
         sparse = run("sparse")
     finally:
