@@ -63,6 +63,32 @@ def test_the_schedule_decides_between_dense_and_sparse():
             model(x)
 
 
+@torch.no_grad()
+def test_a_scheduler_that_takes_the_place_of_another_decides():
+    """As pipelines let users do it, after ``enable``."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    dense = model(x)
+    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    uta_fx.enable(pipeline, Config(density=0.2, dense_until=0.2, **FAST), fullgraph=True)
+    pipeline.scheduler = schedule(10, 9)
+    assert not torch.equal(model(x), dense)
+    pipeline.scheduler = types.SimpleNamespace(timesteps=torch.arange(10))
+    with pytest.raises(ValueError, match=r"counts its steps \(step_index\), got a SimpleNamespace"):
+        model(x)
+
+
+@torch.no_grad()
+def test_both_transformers_of_a_pipeline_are_enabled_and_disabled():
+    """Wan 2.2 has one for each part of the schedule."""
+    models, x = (Model(), Model()), torch.randn(1, 128, 32)
+    dense = models[0](x)
+    pipeline = types.SimpleNamespace(transformer=models[0], transformer_2=models[1])
+    uta_fx.enable(pipeline, Config(density=0.2, **FAST), fullgraph=True)
+    assert not any(torch.equal(model(x), dense) for model in models)
+    uta_fx.disable(pipeline)
+    assert not any("forward" in vars(model) for model in models)
+
+
 @pytest.mark.parametrize(
     ("steps", "until", "expected"),
     [(10, 0.2, 2), (30, 0.2, 6), (10, 0.25, 3), (7, 0, 0), (5, 1, 5)],
@@ -87,3 +113,6 @@ def test_what_cannot_be_enabled_is_named():
         uta_fx.enable("wan")
     with pytest.raises(ValueError, match="needs a pipeline with a scheduler, got a Model"):
         uta_fx.enable(Model(), Config(dense_until=0.2))
+    uncounted = types.SimpleNamespace(transformer=Model(), scheduler=types.SimpleNamespace())
+    with pytest.raises(ValueError, match="dense_until needs a scheduler that counts its steps"):
+        uta_fx.enable(uncounted, Config(dense_until=0.2))
