@@ -242,8 +242,8 @@ def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
     """Two softmaxes over disjoint keys as one, in place; rows that see nothing stay zero."""
     merged = torch.logaddexp(lse, other_lse)
     base = merged.nan_to_num(neginf=0.0)
-    output.mul_((lse - base).exp()[..., None])
-    output.add_(other.mul_((other_lse - base).exp()[..., None]))
+    share, other_share = ((x - base).exp()[..., None] for x in (lse, other_lse))
+    output.copy_(other.mul_(other_share).addcmul_(output.float(), share))  # rounded once
     lse.copy_(merged)
 
 
