@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
 
-def sparsify_program(program: ExportedProgram, plan: Plan) -> tuple[ExportedProgram, list[Site]]:
+def sparsify_program(
+    program: ExportedProgram, plan: Plan, dynamic_shapes: Any = None
+) -> tuple[ExportedProgram, list[Site]]:
     """Run the backend's passes on an exported program.
 
     Args:
         program: From ``torch.export.export``, before any decomposition.
         plan: What the passes are told.
+        dynamic_shapes: With which it was exported; None for none.
 
     Returns:
         A program in which each sparse site is pooling, selection and ``uta::sparse_attention``,
         traced for the shapes of the original's example inputs; and the sites.
 
     Raises:
-        ValueError: The program carries no example inputs to trace with.
+        ValueError: The program carries no example inputs to trace with, or a dynamic dimension
+            decides about attention.
     """
     if program.example_inputs is None:
         raise ValueError("program must carry example inputs, got an exported program without them")
     args, kwargs = program.example_inputs
     module = program.module()
     assert isinstance(module, torch.fx.GraphModule)
+    dynamic = _dynamic_dims(program)
     pairs = understand(module, plan)
+    if fixed := sorted(dynamic - _dynamic_dims(program)):
+        name, dim = fixed[0]
+        raise ValueError(
+            f"dynamic_shapes must leave dimension {dim} of {name} fixed: the number of tokens of an"
+            " attention depends on it, and what is sparse is decided for one number. Export one"
+            " file for each size"
+        )
     rewrite(module, pairs, plan)
     with torch.no_grad():
-        return torch.export.export(module, args, kwargs), [site for _, site in pairs]
+        sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return sparse, [site for _, site in pairs]
+
+
+def _dynamic_dims(program: ExportedProgram) -> set[tuple[str, int]]:
+    """Names and dimensions of the inputs whose sizes are not known yet."""
+    inputs = set(program.graph_signature.user_inputs)
+    return {
+        (node.name, dim)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in inputs and "val" in node.meta
+        for dim, size in enumerate(getattr(node.meta["val"], "shape", ()))
+        if not is_concrete_int(size)
+    }

@@ -1,0 +1,478 @@
+"""The three operators in ONNX: functions of standard operations, and the schemas of their nodes.
+
+``SparseAttention`` stays a node of our domain in the exported file, with its function beside it: a
+runtime that has a kernel for the node runs that, any other runs the function. ``BlockStatistics``
+and ``BlockScores`` are inlined. No function holds a tensor of Lq x Lk: they walk along the rows of
+lists, or along the heads. Arguments and results are those of ``uta_fx.kernels.reference``, except
+that in ONNX a tail always has rank 5, ``[B, H, T, R, D]`` with T = 1 where all query blocks share
+their representatives, and that ``per_block`` says whether the representatives stand for key blocks
+and leave the softmax of the rows that list theirs. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx.defs import OpSchema
+
+DOMAIN, VERSION = "uta", 1
+OPSET = 18  # of the standard operations, and the lowest of an exported file
+
+_SPARSE_ATTENTION = """
+<domain: "uta", opset_import: ["" : OPSET]>
+SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
+    (query, key, value, block_ids, block_counts,
+     tail_key, tail_value, tail_log_size, tail_variance, tail_slope) => (output, lse)
+{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    zero_float = Constant <value_float = 0.0> ()
+    minus_infinity = Constant <value_float = -inf> ()
+    rows_of_block = Constant <value_int: int = @block_q> ()
+    keys_of_block = Constant <value_int: int = @block_kv> ()
+    block_q_size = Reshape (rows_of_block, one)
+    block_kv_size = Reshape (keys_of_block, one)
+    batch_heads = Shape <start = 0, end = 2> (query)
+    heads = ReduceProd <keepdims = 1> (batch_heads)
+    length_q = Shape <start = 2, end = 3> (query)
+    length_kv = Shape <start = 2, end = 3> (key)
+    dim = Shape <start = 3, end = 4> (query)
+    dim_v = Shape <start = 3, end = 4> (value)
+    blocks_q = Shape <start = 2, end = 3> (block_ids)
+    listed = Shape <start = 3, end = 4> (block_ids)
+
+    padded_q = Mul (blocks_q, block_q_size)
+    missing_q = Sub (padded_q, length_q)
+    missing_q_shape = Concat <axis = 0> (batch_heads, missing_q, dim)
+    missing_q_zeros = ConstantOfShape (missing_q_shape)
+    missing_q_rows = CastLike (missing_q_zeros, query)
+    padded_query = Concat <axis = 2> (query, missing_q_rows)
+    query_shape = Concat <axis = 0> (minus_one, block_q_size, dim)
+    query_blocks = Reshape (padded_query, query_shape)
+
+    almost = Sub (block_kv_size, one)
+    rounded_up = Add (length_kv, almost)
+    blocks_kv = Div (rounded_up, block_kv_size)
+    padded_kv = Mul (blocks_kv, block_kv_size)
+    missing_kv = Sub (padded_kv, length_kv)
+    missing_k_shape = Concat <axis = 0> (batch_heads, missing_kv, dim)
+    missing_k_zeros = ConstantOfShape (missing_k_shape)
+    missing_k_rows = CastLike (missing_k_zeros, key)
+    padded_key = Concat <axis = 2> (key, missing_k_rows)
+    key_shape = Concat <axis = 0> (minus_one, block_kv_size, dim)
+    key_blocks = Reshape (padded_key, key_shape)
+    missing_v_shape = Concat <axis = 0> (batch_heads, missing_kv, dim_v)
+    missing_v_zeros = ConstantOfShape (missing_v_shape)
+    missing_v_rows = CastLike (missing_v_zeros, value)
+    padded_value = Concat <axis = 2> (value, missing_v_rows)
+    value_shape = Concat <axis = 0> (minus_one, block_kv_size, dim_v)
+    value_blocks = Reshape (padded_value, value_shape)
+    inside_zeros = ConstantOfShape (length_kv)
+    missing_kv_shape = Expand (minus_infinity, missing_kv)
+    key_bias = Concat <axis = 0> (inside_zeros, missing_kv_shape)
+    bias_shape = Concat <axis = 0> (minus_one, block_kv_size)
+    bias_blocks = Reshape (key_bias, bias_shape)
+
+    tails = Shape <start = 2, end = 3> (tail_key)
+    tails_lead = Concat <axis = 0> (batch_heads, tails)
+    tail_key_lead = Concat <axis = 0> (tails_lead, one, dim)
+    sentinel_key_zeros = ConstantOfShape (tail_key_lead)
+    sentinel_key = CastLike (sentinel_key_zeros, tail_key)
+    tail_keys = Concat <axis = 3> (tail_key, sentinel_key)
+    tail_value_lead = Concat <axis = 0> (tails_lead, one, dim_v)
+    sentinel_value_zeros = ConstantOfShape (tail_value_lead)
+    sentinel_value = CastLike (sentinel_value_zeros, tail_value)
+    tail_values = Concat <axis = 3> (tail_value, sentinel_value)
+    tail_size_lead = Concat <axis = 0> (tails_lead, one)
+    sentinel_size = Expand (minus_infinity, tail_size_lead)
+    tail_sizes = Concat <axis = 3> (tail_log_size, sentinel_size)
+    representatives = Shape <start = 3, end = 4> (tail_sizes)
+    tail_keys_shape = Concat <axis = 0> (minus_one, representatives, dim)
+    tail_key_rows = Reshape (tail_keys, tail_keys_shape)
+    tail_values_shape = Concat <axis = 0> (minus_one, representatives, dim_v)
+    tail_value_rows = Reshape (tail_values, tail_values_shape)
+    tail_sizes_shape = Concat <axis = 0> (minus_one, representatives)
+    tail_size_rows = Reshape (tail_sizes, tail_sizes_shape)
+    variances = Shape <start = 2, end = 3> (tail_variance)
+    missing_variances = Sub (representatives, variances)
+    missing_variance_shape = Concat <axis = 0> (batch_heads, missing_variances, dim)
+    missing_variance_zeros = ConstantOfShape (missing_variance_shape)
+    missing_variance_rows = CastLike (missing_variance_zeros, tail_variance)
+    padded_variance = Concat <axis = 2> (tail_variance, missing_variance_rows)
+    variance_rows = Reshape (padded_variance, tail_keys_shape)
+    slopes = Shape <start = 2, end = 3> (tail_slope)
+    slopes_or_one = Max (slopes, one)
+    missing_slopes = Sub (slopes_or_one, slopes)
+    missing_slope_shape = Concat <axis = 0> (batch_heads, missing_slopes, dim, dim_v)
+    missing_slope_zeros = ConstantOfShape (missing_slope_shape)
+    missing_slope = CastLike (missing_slope_zeros, tail_slope)
+    padded_slope = Concat <axis = 2> (tail_slope, missing_slope)
+    slope_shape = Concat <axis = 0> (minus_one, dim, dim_v)
+    slope_rows = Reshape (padded_slope, slope_shape)
+
+    all_rows = Mul (heads, blocks_q)
+    zero_scalar = Squeeze (zero)
+    one_scalar = Squeeze (one)
+    all_rows_scalar = Squeeze (all_rows)
+    row = Range (zero_scalar, all_rows_scalar, one_scalar)
+    head = Div (row, blocks_q)
+    block = Mod (row, blocks_q)
+    first_tail = Mul (head, tails)
+    tail_of_block = Mod (block, tails)
+    tail_row = Add (first_tail, tail_of_block)
+    first_slope = Mul (head, slopes_or_one)
+    slope_of_block = Mod (block, slopes_or_one)
+    slope_row = Add (first_slope, slope_of_block)
+    ids_shape = Concat <axis = 0> (minus_one, listed)
+    wide_ids = Cast <to = 7> (block_ids)
+    ids = Reshape (wide_ids, ids_shape)
+    counts_shape = Constant <value_ints = [-1, 1]> ()
+    wide_counts = Cast <to = 7> (block_counts)
+    counts = Reshape (wide_counts, counts_shape)
+
+    block_outputs, block_lses = Scan <num_scan_inputs = 6, body = attend_row (
+        q_row, int64[m] ids_row, int64[1] count, int64 head_row, int64 tail_of_row,
+        int64 slope_of_row) => (float[rows, channels] out_row, float[rows] lse_row)
+    {
+        scale_row = Constant <value_float: float = @scale> ()
+        weight = Constant <value_float: float = @variance_weight> ()
+        half = Constant <value_float = 0.5> ()
+        one_float = Constant <value_float = 1.0> ()
+        leaves = Constant <value_int: int = @per_block> ()
+        last_axis = Constant <value_ints = [1]> ()
+        end = Constant <value_ints = [9223372036854775807]> ()
+
+        chosen = Slice (ids_row, zero, count, zero)
+        first_block = Mul (head_row, blocks_kv)
+        blocks = Add (chosen, first_block)
+        chosen_keys = Gather (key_blocks, blocks)
+        chosen_values = Gather (value_blocks, blocks)
+        chosen_bias = Gather (bias_blocks, chosen)
+        tokens = Mul (count, block_kv_size)
+        keys_shape = Concat <axis = 0> (tokens, dim)
+        values_shape = Concat <axis = 0> (tokens, dim_v)
+        listed_keys = Reshape <allowzero = 1> (chosen_keys, keys_shape)
+        listed_values = Reshape <allowzero = 1> (chosen_values, values_shape)
+        listed_bias = Reshape <allowzero = 1> (chosen_bias, tokens)
+
+        row_tail_keys = Gather (tail_key_rows, tail_of_row)
+        row_tail_values = Gather (tail_value_rows, tail_of_row)
+        row_tail_sizes = Gather (tail_size_rows, tail_of_row)
+        left_out_count = Mul (count, leaves)
+        left_out = Slice (chosen, zero, left_out_count, zero)
+        left_out_shape = Shape (left_out)
+        left_out_sizes = Expand (minus_infinity, left_out_shape)
+        tail_bias = ScatterElements <axis = 0> (row_tail_sizes, left_out, left_out_sizes)
+
+        keys_typed = Concat <axis = 0> (listed_keys, row_tail_keys)
+        keys = Cast <to = 1> (keys_typed)
+        values_typed = Concat <axis = 0> (listed_values, row_tail_values)
+        values = Cast <to = 1> (values_typed)
+        bias = Concat <axis = 0> (listed_bias, tail_bias)
+        q_float = Cast <to = 1> (q_row)
+        q = Mul (q_float, scale_row)
+        keys_by_channel = Transpose <perm = [1, 0]> (keys)
+        products = MatMul (q, keys_by_channel)
+        row_variance = Gather (variance_rows, head_row)
+        row_variance_float = Cast <to = 1> (row_variance)
+        variance_by_channel = Transpose <perm = [1, 0]> (row_variance_float)
+        q_square = Mul (q, q)
+        sigma2 = MatMul (q_square, variance_by_channel)
+        half_weight = Mul (half, weight)
+        lift = Mul (sigma2, half_weight)
+        no_lift_shape = Concat <axis = 0> (block_q_size, tokens)
+        no_lift = ConstantOfShape (no_lift_shape)
+        all_lift = Concat <axis = 1> (no_lift, lift)
+        biased = Add (products, bias)
+        logits = Add (biased, all_lift)
+
+        highest = ReduceMax <keepdims = 1> (logits, last_axis)
+        nothing = Equal (highest, minus_infinity)
+        base = Where (nothing, zero_float, highest)
+        below = Sub (logits, base)
+        weights = Exp (below)
+        total = ReduceSum <keepdims = 1> (weights, last_axis)
+        divisor = Where (nothing, one_float, total)
+        weighted = MatMul (weights, values)
+        mean = Div (weighted, divisor)
+        tail_weights = Slice (weights, tokens, end, last_axis)
+        damping = Add (sigma2, one_float)
+        damped = Div (tail_weights, damping)
+        gain_total = ReduceSum <keepdims = 1> (damped, last_axis)
+        gain = Div (gain_total, divisor)
+        row_slope = Gather (slope_rows, slope_of_row)
+        row_slope_float = Cast <to = 1> (row_slope)
+        along = MatMul (q, row_slope_float)
+        rise = Mul (along, gain)
+        out_row = Add (mean, rise)
+        log_total = Log (total)
+        lse_column = Add (base, log_total)
+        lse_row = Squeeze (lse_column, last_axis)
+    }> (query_blocks, ids, counts, head, tail_row, slope_row)
+
+    padded_output_shape = Concat <axis = 0> (batch_heads, padded_q, dim_v)
+    padded_output = Reshape (block_outputs, padded_output_shape)
+    token_axis = Constant <value_ints = [2]> ()
+    whole_output = Slice (padded_output, zero, length_q, token_axis)
+    output = CastLike (whole_output, query)
+    padded_lse_shape = Concat <axis = 0> (batch_heads, padded_q)
+    padded_lse = Reshape (block_lses, padded_lse_shape)
+    lse = Slice (padded_lse, zero, length_q, token_axis)
+}
+"""
+
+_BLOCK_STATISTICS = """
+<domain: "uta", opset_import: ["" : OPSET]>
+BlockStatistics <block_kv> (key, value)
+    => (key_mean, key_variance, value_mean, value_variance, covariance)
+{
+    one = Constant <value_ints = [1]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    one_float = Constant <value_float = 1.0> ()
+    keys_of_block = Constant <value_int: int = @block_kv> ()
+    block_size = Reshape (keys_of_block, one)
+    lead = Shape <start = 0, end = 2> (key)
+    length = Shape <start = 2, end = 3> (key)
+    dim = Shape <start = 3, end = 4> (key)
+    dim_v = Shape <start = 3, end = 4> (value)
+    almost = Sub (block_size, one)
+    rounded_up = Add (length, almost)
+    blocks = Div (rounded_up, block_size)
+    padded = Mul (blocks, block_size)
+    missing = Sub (padded, length)
+    inside_ones = Expand (one_float, length)
+    outside_zeros = ConstantOfShape (missing)
+    inside_row = Concat <axis = 0> (inside_ones, outside_zeros)
+    inside_shape = Concat <axis = 0> (blocks, block_size, one)
+    inside = Reshape (inside_row, inside_shape)
+    in_block = Constant <value_ints = [1]> ()
+    size = ReduceSum <keepdims = 1> (inside, in_block)
+
+    token_axis = Constant <value_ints = [3]> ()
+    last_axis = Constant <value_ints = [-1]> ()
+    key_float = Cast <to = 1> (key)
+    missing_k_shape = Concat <axis = 0> (lead, missing, dim)
+    missing_k = ConstantOfShape (missing_k_shape)
+    padded_key = Concat <axis = 2> (key_float, missing_k)
+    key_shape = Concat <axis = 0> (lead, blocks, block_size, dim)
+    keys = Reshape (padded_key, key_shape)
+    key_total = ReduceSum <keepdims = 1> (keys, token_axis)
+    key_center = Div (key_total, size)
+    key_mean = Squeeze (key_center, token_axis)
+    key_off = Sub (keys, key_center)
+    key_deviation = Mul (key_off, inside)
+    key_square = ReduceSumSquare <keepdims = 1> (key_deviation, token_axis)
+    key_spread = Div (key_square, size)
+    key_variance = Squeeze (key_spread, token_axis)
+
+    value_float = Cast <to = 1> (value)
+    missing_v_shape = Concat <axis = 0> (lead, missing, dim_v)
+    missing_v = ConstantOfShape (missing_v_shape)
+    padded_value = Concat <axis = 2> (value_float, missing_v)
+    value_shape = Concat <axis = 0> (lead, blocks, block_size, dim_v)
+    values = Reshape (padded_value, value_shape)
+    value_total = ReduceSum <keepdims = 1> (values, token_axis)
+    value_center = Div (value_total, size)
+    value_mean = Squeeze (value_center, token_axis)
+    value_off = Sub (values, value_center)
+    value_deviation = Mul (value_off, inside)
+    value_square = ReduceSumSquare <keepdims = 1> (value_deviation, token_axis)
+    value_spread = Div (value_square, size)
+    channel_variance = Squeeze (value_spread, token_axis)
+    value_variance = ReduceSum <keepdims = 0> (channel_variance, last_axis)
+
+    deviation_shape = Concat <axis = 0> (lead, padded, dim)
+    deviations = Reshape (key_deviation, deviation_shape)
+    deviations_by_channel = Transpose <perm = [0, 1, 3, 2]> (deviations)
+    products = MatMul (deviations_by_channel, padded_value)
+    tokens = Cast <to = 1> (length)
+    covariance = Div (products, tokens)
+}
+"""
+
+_BLOCK_SCORES = """
+<domain: "uta", opset_import: ["" : OPSET]>
+BlockScores <scale, variance_weight, variance_power, block_q>
+    (query, key_mean, key_variance, log_size) => (scores)
+{
+    one = Constant <value_ints = [1]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    rows_of_block = Constant <value_int: int = @block_q> ()
+    block_size = Reshape (rows_of_block, one)
+    lead = Shape <start = 0, end = 2> (query)
+    length = Shape <start = 2, end = 3> (query)
+    dim = Shape <start = 3, end = 4> (query)
+    columns = Shape <start = 2, end = 3> (key_mean)
+    almost = Sub (block_size, one)
+    rounded_up = Add (length, almost)
+    blocks = Div (rounded_up, block_size)
+    padded = Mul (blocks, block_size)
+    missing = Sub (padded, length)
+    missing_shape = Concat <axis = 0> (missing, columns)
+    missing_scores = ConstantOfShape (missing_shape)
+    first = Squeeze (one)
+    zero = Sub (first, first)
+    block_count = Squeeze (blocks)
+    block = Range (zero, block_count, first)
+    first_row = Mul (block, block_size)
+    rows_left = Sub (length, first_row)
+    rows_inside = Min (rows_left, block_size)
+    rows_column = Unsqueeze (rows_inside, one)
+    divisor = Cast <to = 1> (rows_column)
+    block_shape = Concat <axis = 0> (blocks, block_size, columns)
+    query_shape = Concat <axis = 0> (minus_one, length, dim)
+    mean_shape = Concat <axis = 0> (minus_one, columns, dim)
+    size_shape = Concat <axis = 0> (minus_one, columns)
+    queries = Reshape (query, query_shape)
+    means = Reshape (key_mean, mean_shape)
+    variances = Reshape (key_variance, mean_shape)
+    sizes = Reshape (log_size, size_shape)
+    head_scores = Scan <num_scan_inputs = 4, body = score_head (
+        q_head, mean_head, variance_head, float[n] size_head) => (float[blocks, n] score_rows)
+    {
+        scale_head = Constant <value_float: float = @scale> ()
+        weight = Constant <value_float: float = @variance_weight> ()
+        half = Constant <value_float = 0.5> ()
+        in_block = Constant <value_ints = [1]> ()
+        q_float = Cast <to = 1> (q_head)
+        q = Mul (q_float, scale_head)
+        mean_float = Cast <to = 1> (mean_head)
+        mean_by_channel = Transpose <perm = [1, 0]> (mean_float)
+        products = MatMul (q, mean_by_channel)
+        variance_float = Cast <to = 1> (variance_head)
+        variance_by_channel = Transpose <perm = [1, 0]> (variance_float)
+        q_square = Mul (q, q)
+        sigma2 = MatMul (q_square, variance_by_channel)
+        biased = Add (products, size_head)
+        half_weight = Mul (half, weight)
+        lift = Mul (sigma2, half_weight)
+        logits = Add (biased, lift)
+        p = Softmax <axis = -1> (logits)
+        WEIGHTED
+        all_rows = Concat <axis = 0> (weighted, missing_scores)
+        by_block = Reshape (all_rows, block_shape)
+        total = ReduceSum <keepdims = 0> (by_block, in_block)
+        score_rows = Div (total, divisor)
+    }> (queries, means, variances, sizes)
+    score_shape = Concat <axis = 0> (lead, blocks, columns)
+    scores = Reshape (head_scores, score_shape)
+}
+"""
+
+
+def sparse_attention_function(opset: int) -> onnx.FunctionProto:
+    """What a ``SparseAttention`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_SPARSE_ATTENTION.replace("OPSET", str(opset)))
+
+
+def block_statistics_function(opset: int) -> onnx.FunctionProto:
+    """What a ``BlockStatistics`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_BLOCK_STATISTICS.replace("OPSET", str(opset)))
+
+
+def block_scores_function(opset: int, variance_power: float) -> onnx.FunctionProto:
+    """What a ``BlockScores`` node of that power computes, in standard operations of that opset."""
+    # a power of numbers one by one is slow, and the common ones need none
+    weighted = {0.0: "weighted = Identity (p)", 1.0: "weighted = Mul (p, sigma2)"}.get(
+        variance_power,
+        "power = Constant <value_float: float = @variance_power> ()\n"
+        "        spread = Pow (sigma2, power)\n"
+        "        weighted = Mul (p, spread)",
+    )
+    text = _BLOCK_SCORES.replace("OPSET", str(opset)).replace("WEIGHTED", weighted)
+    return onnx.parser.parse_function(text)
+
+
+def schemas() -> dict[str, OpSchema]:
+    """The schemas of the three nodes by name; ``SparseAttention`` is the one that files contain."""
+    return {
+        schema.name: schema
+        for schema in (
+            _schema(
+                "SparseAttention",
+                "Attention over listed key blocks and over representatives of the rest, in one"
+                " softmax (Unified Tail Aggregation).",
+                {
+                    "query": ("T", "[B, H, Lq, D]"),
+                    "key": ("T", "[B, H, Lk, D]"),
+                    "value": ("T", "[B, H, Lk, Dv]"),
+                    "block_ids": ("I", "[B, H, Nq, M], ids in [0, Nk) of the listed key blocks"),
+                    "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),
+                    "tail_key": ("T", "[B, H, T, R, D], T 1 or Nq, R 0 for no tail"),
+                    "tail_value": ("T", "[B, H, T, R, Dv]"),
+                    "tail_log_size": ("F", "[B, H, T, R], log of how many keys each stands for"),
+                    "tail_variance": ("T", "[B, H, R, D], or [B, H, 0, D] for none"),
+                    "tail_slope": ("T", "[B, H, S, D, Dv], S 0 (none), 1 or Nq"),
+                },
+                {
+                    "output": ("T", "[B, H, Lq, Dv]"),
+                    "lse": ("F", "[B, H, Lq], natural log-sum-exp"),
+                },
+                {
+                    "scale": (float, "multiplies the logits"),
+                    "variance_weight": (float, "share of half the logit variance in the logit"),
+                    "block_q": (int, "query rows in a block"),
+                    "block_kv": (int, "keys in a block; the last may be ragged"),
+                    "per_block": (int, "1: representative r leaves the rows that list block r"),
+                },
+            ),
+            _schema(
+                "BlockStatistics",
+                "Means and variances of the blocks of keys and values, over their true tokens.",
+                {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
+                {
+                    "key_mean": ("F", "[B, H, Nk, D]"),
+                    "key_variance": ("F", "[B, H, Nk, D]"),
+                    "value_mean": ("F", "[B, H, Nk, Dv]"),
+                    "value_variance": ("F", "[B, H, Nk], summed over the channels"),
+                    "covariance": ("F", "[B, H, D, Dv]"),
+                },
+                {"block_kv": (int, "keys in a block; the last may be ragged")},
+            ),
+            _schema(
+                "BlockScores",
+                "Pooled attention of each query row on each key block, weighted and averaged over"
+                " the query block.",
+                {
+                    "query": ("T", "[B, H, Lq, D]"),
+                    "key_mean": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D]"),
+                    "log_size": ("F", "[B, H, Nk]"),
+                },
+                {"scores": ("F", "[B, H, Nq, Nk]")},
+                {
+                    "scale": (float, "multiplies the logits"),
+                    "variance_weight": (float, "share of half the logit variance in the logit"),
+                    "variance_power": (float, "exponent of the variance in the score"),
+                    "block_q": (int, "query rows in a block"),
+                },
+            ),
+        )
+    }
+
+
+def _schema(
+    name: str,
+    doc: str,
+    inputs: dict[str, tuple[str, str]],
+    outputs: dict[str, tuple[str, str]],
+    attributes: dict[str, tuple[type, str]],
+) -> OpSchema:
+    types = {float: OpSchema.AttrType.FLOAT, int: OpSchema.AttrType.INT}
+    return OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        doc=doc,
+        inputs=[OpSchema.FormalParameter(x, kind, text) for x, (kind, text) in inputs.items()],
+        outputs=[OpSchema.FormalParameter(x, kind, text) for x, (kind, text) in outputs.items()],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "of the model"),
+            ("F", ["tensor(float)"], "of sums"),
+            ("I", ["tensor(int32)"], "of lists"),
+        ],
+        attributes=[
+            OpSchema.Attribute(x, types[kind], text, required=True)
+            for x, (kind, text) in attributes.items()
+        ],
+    )

@@ -1,0 +1,175 @@
+"""A whole model as an ONNX file with sparse attention inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+from onnxscript import opset18
+from onnxscript.values import Op, Opset
+from torch.export import ExportedProgram
+
+from uta_fx.export.onnx_functions import (
+    DOMAIN,
+    VERSION,
+    block_scores_function,
+    block_statistics_function,
+    schemas,
+    sparse_attention_function,
+)
+from uta_fx.passes.site import Site
+
+SITES_KEY = "uta_fx.sites"
+
+
+def write_onnx(
+    program: ExportedProgram,
+    sites: Sequence[Site],
+    path: Path,
+    *,
+    opset: int,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a program from ``sparsify_program`` as an ONNX file.
+
+    Weights lie in the file up to 2 GB together, beyond that in ``path`` with ``.data`` after its
+    name. Both are written beside ``path`` under another name, checked, and then renamed.
+
+    Args:
+        program: Of ``uta_fx.export.program.sparsify_program``.
+        sites: Of the same call.
+        path: Where to; an existing file is replaced.
+        opset: Version of the standard operations.
+        metadata: Goes into the model's metadata, beside the sites.
+
+    Raises:
+        ValueError: An operation of the model has no translation to ONNX.
+    """
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(f"model cannot be written as ONNX: {error}") from error
+    assert exported is not None
+    model = exported.model
+    _add_functions(model, opset)
+    _name_sites(model, [site for site in sites if site.sparse])
+    for index, output in enumerate(model.graph.outputs):
+        output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
+    model.metadata_props.update(metadata)
+    model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        exported.save(Path(folder) / path.name)
+        onnx.checker.check_model(Path(folder) / path.name, full_check=True)
+        # the model last: a file that can be opened is whole
+        for name in sorted(os.listdir(folder), key=path.name.__eq__):
+            os.replace(Path(folder) / name, path.parent / name)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How the exporter writes our operators: as nodes of our domain."""
+    domain = Opset(DOMAIN, VERSION)
+    nodes = {name: Op(domain, name, schema) for name, schema in schemas().items()}
+
+    def sparse_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        block_ids: Any,
+        block_counts: Any,
+        tail_key: Any,
+        tail_value: Any,
+        tail_log_size: Any,
+        tail_variance: Any,
+        tail_slope: Any,
+        scale: float,
+        variance_weight: float,
+        block_q: int,
+        block_kv: int,
+    ) -> Any:
+        per_block = len(tail_key.shape) == 4
+        tail = (tail_key, tail_value, tail_log_size)
+        if per_block:
+            axis = opset18.Constant(value_ints=[2])
+            tail = tuple(opset18.Unsqueeze(x, axis) for x in tail)
+        return nodes["SparseAttention"](
+            query, key, value, block_ids, block_counts, *tail, tail_variance, tail_slope,
+            scale=scale, variance_weight=variance_weight, block_q=block_q, block_kv=block_kv,
+            per_block=int(per_block and tail_key.shape[2] > 0),
+        )  # fmt: skip
+
+    def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
+        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
+
+    def block_scores(
+        query: Any,
+        key_mean: Any,
+        key_variance: Any,
+        log_size: Any,
+        scale: float,
+        variance_weight: float,
+        variance_power: float,
+        block_q: int,
+    ) -> Any:
+        return nodes["BlockScores"](
+            query, key_mean, key_variance, log_size, scale=scale,
+            variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
+        )  # fmt: skip
+
+    return {
+        torch.ops.uta.sparse_attention.default: sparse_attention,
+        torch.ops.uta.block_statistics.default: block_statistics,
+        torch.ops.uta.block_scores.default: block_scores,
+    }
+
+
+def _add_functions(model: ir.Model, opset: int) -> None:
+    """Put the functions beside the graph, and inline all but that of ``SparseAttention``."""
+    powers = {
+        node.attributes["variance_power"].as_float()
+        for node in model.graph
+        if (node.domain, node.op_type) == (DOMAIN, "BlockScores")
+    }
+    functions = [sparse_attention_function(opset), block_statistics_function(opset)]
+    functions += [block_scores_function(opset, power) for power in powers]
+    for proto in functions:
+        function = ir.from_proto(proto)
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
+    InlinePass(criteria=lambda function: function.name != "SparseAttention")(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:
+    """Name the nodes after the modules that attend; a joint site is two: its video and its text."""
+    names = []
+    for site in sites:
+        names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
+    nodes = [node for node in model.graph if node.op_type == "SparseAttention"]
+    for name, node in zip(names, nodes, strict=True):
+        node.name = f"{name}/SparseAttention"
+
+
+def _description(site: Site) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "shape": site.shape,
+        "grid": site.grid,
+        "text": site.text,
+        "sparse": site.sparse,
+        "reason": site.reason,
+    }

@@ -1,0 +1,63 @@
+"""Inputs of ``uta::sparse_attention`` that several test files share."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of the operator; every field of the shape can be drawn at random."""
+
+    batch: int = 2
+    heads: int = 3
+    length_q: int = 130
+    length_kv: int = 200
+    dim: int = 32
+    dim_v: int = 32
+    block_q: int = 32
+    block_kv: int = 64
+    tail: str = "block"  # none, block (one representative a key block) or row (some a query block)
+    slopes: str = "head"  # none, head or row
+    listed: float = 0.4
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def inputs(self):
+        """Arguments of the operator, by position."""
+        generator = torch.Generator().manual_seed(self.seed)
+        lead = (self.batch, self.heads)
+
+        def randn(*shape):
+            return torch.randn(*lead, *shape, generator=generator).to(self.dtype)
+
+        rows, blocks = -(-self.length_q // self.block_q), -(-self.length_kv // self.block_kv)
+        mask = torch.rand(*lead, rows, blocks, generator=generator) < self.listed
+        mask[:, 0, 0] = False  # a row that lists nothing
+        shape = {"none": (0,), "block": (blocks,), "row": (rows, 3)}[self.tail]
+        log_size = torch.rand(*lead, *shape, generator=generator) * 4
+        if self.tail == "row":
+            log_size[..., 0] = -torch.inf  # a bin that nothing fell into
+        variances = blocks if self.tail == "block" and self.slopes != "none" else 0
+        slopes = {"none": 0, "head": 1, "row": rows}[self.slopes] if self.tail != "none" else 0
+        return [
+            randn(self.length_q, self.dim),
+            randn(self.length_kv, self.dim),
+            randn(self.length_kv, self.dim_v),
+            mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int(),
+            mask.sum(-1, dtype=torch.int32),
+            randn(*shape, self.dim),
+            randn(*shape, self.dim_v),
+            log_size,
+            randn(variances, self.dim).square(),
+            randn(slopes, self.dim, self.dim_v) * 0.1,
+            self.dim**-0.5,
+            1.0,
+            self.block_q,
+            self.block_kv,
+        ]
+
+
+def double(args):
+    """The same rounded inputs in float64."""
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]

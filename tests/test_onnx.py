@@ -1,0 +1,317 @@
+"""Models as ONNX files: the functions, the file, and what ONNX Runtime makes of it."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, double
+from torch import nn
+
+from uta_fx import Config, export_onnx
+from uta_fx.kernels import reference
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from uta_fx.export import onnx_functions  # noqa: E402  # needs onnx
+
+SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
+OPERATOR_INPUTS = [x.name for x in onnx_functions.schemas()["SparseAttention"].inputs]
+
+
+def run(model_or_path, inputs):
+    """Outputs of ONNX Runtime on the CPU, with nothing of ours registered."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model_or_path, options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, inputs)
+
+
+def run_node(function, inputs, attributes):
+    """Run one node of our domain by its function."""
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+    schema = onnx_functions.schemas()[function.name]
+    dtypes = {
+        "T": onnx.helper.np_dtype_to_tensor_dtype(next(iter(arrays.values())).dtype),
+        "F": onnx.TensorProto.FLOAT,
+    }
+    node = onnx.helper.make_node(
+        function.name, list(arrays), [x.name for x in schema.outputs], domain="uta", **attributes
+    )
+    values = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
+        )
+        for name, x in arrays.items()
+    ]
+    ranks = {"output": 4, "value_variance": 3, "lse": 3}
+    results = [
+        onnx.helper.make_tensor_value_info(
+            x.name, dtypes[x.type_str], [f"{x.name}_{i}" for i in range(ranks.get(x.name, 4))]
+        )
+        for x in schema.outputs
+    ]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one", values, results),
+        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", 1)],
+        functions=[function],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+@pytest.mark.parametrize("slopes", ["none", "head", "row"])
+def test_the_function_is_the_operator(dtype, tail, slopes):
+    """Ragged on both sides, uneven counts, an empty row, every form of tail, opsets 18 and 23.
+
+    Sums are float32 and the output is rounded to its dtype once, so it may err by what the
+    reference errs in float32 on the same inputs, and eight units in the last place of the largest
+    output.
+    """
+    args = Case(dtype=dtype, tail=tail, slopes=slopes).inputs()
+    exact, exact_lse = reference.sparse_attention(*double(args))
+    in_float = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    eager, _ = reference.sparse_attention(*in_float)
+    inputs = dict(zip(OPERATOR_INPUTS, args[:10], strict=True))
+    if tail != "row":
+        for name in ("tail_key", "tail_value", "tail_log_size"):
+            inputs[name] = inputs[name].unsqueeze(2)
+    names = ("scale", "variance_weight", "block_q", "block_kv", "per_block")
+    attributes = dict(zip(names, [*args[10:], int(tail == "block")], strict=True))
+    output, lse = run_node(onnx_functions.sparse_attention_function(18), inputs, attributes)
+    assert output.dtype == dtype
+    rounding = torch.finfo(dtype).eps * exact.abs().amax().item()
+    assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + 8 * rounding
+    empty = exact_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    torch.testing.assert_close(lse[~empty], exact_lse[~empty].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [7, 64, 101])
+def test_the_function_of_statistics_is_the_operator(length):
+    """Tiny, whole and ragged; the last block counts its true tokens alone."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2, 3, length, 24, generator=generator) + 3
+    value = torch.randn(2, 3, length, 40, generator=generator)
+    results = run_node(
+        onnx_functions.block_statistics_function(18), {"key": key, "value": value}, {"block_kv": 32}
+    )
+    expected = reference.block_statistics(key.double(), value.double(), 32)
+    for got, exact in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_function_of_scores_is_the_operator(power):
+    """Every power, with the variance in the mass, ragged rows."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "query": torch.randn(2, 3, 101, 24, generator=generator),
+        "key_mean": torch.randn(2, 3, 5, 24, generator=generator),
+        "key_variance": torch.rand(2, 3, 5, 24, generator=generator),
+        "log_size": torch.rand(2, 3, 5, generator=generator),
+    }
+    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32}
+    (scores,) = run_node(onnx_functions.block_scores_function(18, power), inputs, attributes)
+    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32)
+    torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+def wan():
+    """A small Wan and its inputs."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=3,
+        out_channels=3, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    return model, wan_inputs()
+
+
+def wan_inputs(batch=2, words=9, width=24):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(batch, 3, 4, 16, width, generator=generator),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": torch.randn(batch, words, 16, generator=generator),
+    }
+
+
+@torch.no_grad()
+def compiled(model, inputs, **options):
+    """What the backend computes."""
+    fast = torch.compile(model, backend="uta", options={"inner": "eager", **SMALL, **options})
+    return fast(**inputs, return_dict=False)[0]
+
+
+def arrays_of(inputs):
+    return {name: x.numpy() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tail": "gaussian"},
+        {"tail": "none", "policy": "topk", "budget": "row"},
+        {"tail": "bins", "reorder": "morton"},
+        {"tail": "gaussian", "dense_layers": "0"},
+    ],
+    ids=str,
+)
+def test_a_file_computes_what_the_backend_computes(tmp_path, options):
+    """Float32 differs by rounding alone: a relative error of 1e-4 is the goal, 1e-5 is asked."""
+    model, inputs = wan()
+    path = tmp_path / "model.onnx"
+    config = Config(density=0.3, **SMALL, **options)
+    explanation = export_onnx(
+        model, (), path, config=config, kwargs={**inputs, "return_dict": False}
+    )
+    (output,) = run(path, arrays_of(inputs))
+    expected = compiled(model, inputs, density=0.3, **options).numpy()
+    assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+
+    loaded = onnx.load(path)
+    onnx.checker.check_model(loaded, full_check=True)
+    sparse = [site.name for site in explanation.sites if site.sparse]
+    nodes = [node for node in loaded.graph.node if node.domain == "uta"]
+    assert [node.name for node in nodes] == [f"{name}/SparseAttention" for name in sparse]
+    assert {node.op_type for node in nodes} == {"SparseAttention"}
+    assert [function.name for function in loaded.functions] == ["SparseAttention"]
+    assert [x.name for x in loaded.graph.input] == list(inputs)
+    assert [x.name for x in loaded.graph.output] == ["output"]
+    metadata = {entry.key: entry.value for entry in loaded.metadata_props}
+    assert json.loads(metadata["uta_fx.config"])["density"] == 0.3
+    assert [site["name"] for site in json.loads(metadata["uta_fx.sites"])] == [
+        site.name for site in explanation.sites
+    ]
+    assert metadata["uta_fx.version"]
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+class Joint(nn.Module):
+    """One attention of video tokens, cut from a clip by a convolution, with text around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+        self.to_qkv = nn.Linear(32, 96)
+
+    def forward(self, clip, before, after):
+        video = self.patch(clip).flatten(2).transpose(1, 2)
+        x = torch.cat([before, video, after], 1)
+        q, k, v = (
+            y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_text_beside_the_video_is_a_second_node(tmp_path):
+    """The text's keys are exact for all: a node of its own, named after the same module."""
+    torch.manual_seed(0)
+    model = Joint().eval()
+    inputs = (torch.randn(1, 3, 4, 16, 24), torch.randn(1, 5, 32), torch.randn(1, 7, 32))
+    path = tmp_path / "joint.onnx"
+    export_onnx(model, inputs, path, config=Config(density=0.4, **SMALL))
+    names = ("clip", "before", "after")
+    (output,) = run(path, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
+    options = {"inner": "eager", "density": 0.4, **SMALL}
+    expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
+    assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+    nodes = [node.name for node in onnx.load(path).graph.node if node.domain == "uta"]
+    assert len(nodes) == 2
+    assert nodes[0].endswith("/video/SparseAttention")
+    assert nodes[1].endswith("/text/SparseAttention")
+
+
+def test_batch_and_text_may_be_dynamic(tmp_path):
+    """One file for every batch and every length of the prompt."""
+    model, inputs = wan()
+    path = tmp_path / "model.onnx"
+    batch, words = torch.export.Dim("batch"), torch.export.Dim("words", max=512)
+    shapes = {
+        "hidden_states": {0: batch},
+        "timestep": {0: batch},
+        "encoder_hidden_states": {0: batch, 1: words},
+        "return_dict": None,
+    }
+    config = Config(density=0.3, **SMALL)
+    kwargs = {**inputs, "return_dict": False}
+    export_onnx(model, (), path, config=config, kwargs=kwargs, dynamic_shapes=shapes)
+    for other in (inputs, wan_inputs(batch=1), wan_inputs(batch=3, words=20)):
+        (output,) = run(path, arrays_of(other))
+        expected = compiled(model, other, density=0.3).numpy()
+        assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_the_size_of_the_video_may_not(tmp_path):
+    """What is sparse is decided for one number of tokens; nothing is written."""
+    model, inputs = wan()
+    shapes = {
+        "hidden_states": {4: 2 * torch.export.Dim("half_width", min=2, max=64)},
+        "timestep": None,
+        "encoder_hidden_states": None,
+        "return_dict": None,
+    }
+    kwargs = {**inputs, "return_dict": False}
+    with pytest.raises(ValueError, match="leave dimension 4 of hidden_states fixed"):
+        export_onnx(
+            model, (), tmp_path / "model.onnx", config=Config(**SMALL), kwargs=kwargs,
+            dynamic_shapes=shapes,
+        )  # fmt: skip
+    assert not os.listdir(tmp_path)
+
+
+class Untranslatable(nn.Module):
+    """An operation that ONNX has no word for."""
+
+    def forward(self, x):
+        return torch.linalg.eigvals(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "path", "message"),
+    [
+        (nn.Linear(4, 4).eval(), {}, "model.txt", "path must end in .onnx"),
+        (nn.Linear(4, 4).eval(), {}, "no/model.onnx", "path must lie in a folder that exists"),
+        (nn.Linear(4, 4).eval(), {"opset": 17}, "model.onnx", "opset must be at least 18, got 17"),
+        (nn.Linear(4, 4).train(), {}, "model.onnx", "model must be in eval mode"),
+        (
+            nn.Linear(4, 4).eval(),
+            {"config": Config(dense_until=0.2)},
+            "model.onnx",
+            "dense_until=0.2 cannot be exported",
+        ),
+        (Untranslatable().eval(), {}, "model.onnx", "model cannot be written as ONNX"),
+    ],
+)
+def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
+    """One sentence, and nothing half written."""
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model, (torch.ones(4, 4),), tmp_path / path, **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_only_a_module_is_exported(tmp_path):
+    """Not a function."""
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        export_onnx(lambda x: x, (torch.ones(4),), tmp_path / "model.onnx")
+
+
+def test_strict_writes_nothing_where_a_site_stays_dense(tmp_path):
+    """As in the backend."""
+    model, inputs = wan()
+    with pytest.raises(ValueError, match=r"strict: blocks\.0\.attn1 stays dense: "):
+        export_onnx(
+            model, (), tmp_path / "model.onnx", config=Config(strict=True, grid=(1, 2, 3), **SMALL),
+            kwargs={**inputs, "return_dict": False},
+        )  # fmt: skip
+    assert not os.listdir(tmp_path)

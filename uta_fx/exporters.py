@@ -1,0 +1,117 @@
+"""Whole models as files that run without PyTorch, with sparse attention inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from uta_fx import __version__
+from uta_fx._optional import require
+from uta_fx.backend import note_on_layers, plan_of
+from uta_fx.config import Config
+from uta_fx.explain import Explanation
+from uta_fx.export.program import sparsify_program
+
+logger = logging.getLogger(__name__)
+
+VERSION_KEY, CONFIG_KEY = "uta_fx.version", "uta_fx.config"
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    opset: int = 18,
+) -> Explanation:
+    """Write a model as an ONNX file in which video attention is sparse.
+
+    The file runs in any ONNX Runtime, with nothing of ours installed: pooling and selection are
+    standard operations, and each sparse attention is one node ``uta::SparseAttention`` beside a
+    function that says what it is in standard operations. ``uta_fx.onnxruntime_session`` runs the
+    node by our own kernel instead. Metadata of the file: ``uta_fx.version``, ``uta_fx.config`` and
+    ``uta_fx.sites``, the last two as JSON.
+
+    Args:
+        model: In eval mode, on any device; compiled or not.
+        args: Its positional arguments; their sizes are those of the file.
+        path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than 2 GB
+            go into a second file beside it, with ``.data`` after its name.
+        config: Settings; None for the defaults. ``inner`` has no effect here.
+        kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
+        dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
+            its video tokens) is fixed in any case, and is refused here by name.
+        opset: Version of the standard operations, 18 or higher. From 23 on dense attention is one
+            operation too, which older runtimes do not know.
+
+    Returns:
+        What was decided about every attention call, and why.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        TypeError: ``model`` is not a module.
+        ValueError: An argument is out of range, ``dense_until`` is set, ``strict`` and a site stays
+            dense, a dimension cannot be dynamic, or an operation has no translation.
+    """
+    require("onnxscript", extra="onnx")
+    from uta_fx.export.onnx_model import write_onnx
+
+    config, target = config or Config(), Path(path)
+    if target.suffix != ".onnx":
+        raise ValueError(f"path must end in .onnx, got {path}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}")
+    program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
+    metadata = {
+        VERSION_KEY: __version__,
+        CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
+    }
+    write_onnx(program, explanation.sites, target, opset=opset, metadata=metadata)
+    return explanation
+
+
+def _sparse_program(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    config: Config,
+) -> tuple[ExportedProgram, Explanation]:
+    """Export and rewrite; what was decided is logged as the backend logs it."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if config.dense_until:
+        raise ValueError(
+            f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
+            " second file with density=1 for the steps that run dense"
+        )
+    model = getattr(model, "_orig_mod", model)
+    if model.training:
+        raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
+    with torch.no_grad():
+        program = torch.export.export(
+            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
+        )
+        program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+    for site in sites:
+        logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
+    refused = [site for site in sites if site.expected and not site.sparse]
+    if refused and config.strict:
+        raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
+    if refused and not any(site.sparse for site in sites):
+        logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
+    note = note_on_layers(sites, config)
+    return program, Explanation(sites=tuple(sites), graphs=1, notes=(note,) if note else ())
