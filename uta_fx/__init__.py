@@ -8,14 +8,16 @@ from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
 from uta_fx.enable import disable, enable
 from uta_fx.explain import Explanation, explain
-from uta_fx.exporters import export_onnx
+from uta_fx.exporters import build_onnxruntime_plugin, export_onnx, onnxruntime_session
 
 __all__ = [
     "Config",
     "Explanation",
+    "build_onnxruntime_plugin",
     "disable",
     "enable",
     "explain",
     "export_onnx",
+    "onnxruntime_session",
     "sparse_attention",
 ]

@@ -83,6 +83,74 @@ def export_onnx(
     return explanation
 
 
+def onnxruntime_session(
+    path: str | os.PathLike[str],
+    providers: Sequence[Any] | None = None,
+    *,
+    plugin: str | os.PathLike[str] | bool = True,
+    options: Any = None,
+) -> Any:
+    """Open a file of ``export_onnx`` in ONNX Runtime, with our kernel where it can run.
+
+    On the CUDA provider the node ``uta::SparseAttention`` runs by our Triton kernels, compiled for
+    this GPU (seconds, once: the result is kept in ``~/.cache/uta-fx``). Everywhere else, and where
+    that cannot be (the log says why), it runs by the function in the file.
+
+    Args:
+        path: The file.
+        providers: As for ``onnxruntime.InferenceSession``; None for CUDA and the CPU, those of the
+            two that the installed ONNX Runtime has.
+        plugin: A library of ``build_onnxruntime_plugin``; True to build it where it can run; False
+            to run the function.
+        options: ``onnxruntime.SessionOptions``; None for the defaults.
+
+    Returns:
+        ``onnxruntime.InferenceSession``.
+
+    Raises:
+        ImportError: onnx or onnxruntime is missing.
+        ValueError: There is no such file, provider or library, or the file is from another version.
+    """
+    require("onnx", extra="onnx")
+    require("onnxruntime", extra="onnx")
+    from uta_fx.export.onnxruntime_session import open_session
+
+    library = plugin if isinstance(plugin, bool) else Path(plugin)
+    return open_session(Path(path), providers, library, options)
+
+
+def build_onnxruntime_plugin(
+    model: str | os.PathLike[str], path: str | os.PathLike[str], *, architecture: int
+) -> None:
+    """Compile our kernels for a file's sparse attention into a library for ONNX Runtime.
+
+    Needs Triton and a C compiler, and no GPU. ONNX Runtime 1.22 or later loads the library by
+    ``SessionOptions.register_custom_ops_library(path)``, from any language; it depends on libc
+    alone. Its node runs on the CUDA provider only, so register it only there.
+
+    Args:
+        model: File of ``export_onnx``.
+        path: Library to write, such as ``model.sm_90.so``; replaced if it is there.
+        architecture: Compute capability of the GPU: 80, 86, 89, 90, 100 or 120.
+
+    Raises:
+        ImportError: onnx or Triton is missing.
+        RuntimeError: There is no C compiler, or it or Triton failed.
+        ValueError: The file has no sparse attention, a size that a kernel needs is dynamic, or the
+            architecture is another.
+    """
+    require("onnx", extra="onnx")
+    require("triton", extra="triton")
+    from uta_fx.export.onnxruntime_plugin import build_plugin
+
+    target = Path(path)
+    if not Path(model).is_file():
+        raise ValueError(f"model must be an ONNX file, got {model}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    build_plugin(Path(model), architecture, target)
+
+
 def _sparse_program(
     model: torch.nn.Module,
     args: Sequence[Any],

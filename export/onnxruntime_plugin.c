@@ -1,0 +1,450 @@
+/* uta::SparseAttention for ONNX Runtime's CUDA provider: our Triton kernels, compiled beforehand.
+ *
+ * `onnxruntime_plugin.py` writes "variants.h", which holds the compiled kernels and, for each, the
+ * list of its arguments; this file computes those arguments from the node's tensors and launches on
+ * ONNX Runtime's own stream. It links against libc alone: ONNX Runtime hands over its table of
+ * functions, the CUDA driver is opened when the first kernel is launched.
+ */
+#include <dlfcn.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- ONNX Runtime's C interface, as much of it as is used here ------------------------------- */
+
+enum { API_VERSION = 22 }; /* the oldest that is supported; its places in the table never change */
+enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_FLOAT16 = 10, TYPE_BFLOAT16 = 16 };
+enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
+enum { DEVICE_ALLOCATOR = 0, MEMORY_DEFAULT = 0, INPUT_REQUIRED = 0 };
+
+typedef void Status;
+typedef struct Api { void *functions[300]; } Api;
+typedef struct ApiBase {
+  const Api *(*get_api)(uint32_t version);
+  const char *(*get_version)(void);
+} ApiBase;
+
+/* name, place in the table, result, arguments */
+#define API_FUNCTIONS(X)                                                                          \
+  X(create_status, 0, Status *, (int code, const char *message))                                  \
+  X(create_custom_op_domain, 26, Status *, (const char *name, void **domain))                     \
+  X(custom_op_domain_add, 27, Status *, (void *domain, const void *op))                           \
+  X(add_custom_op_domain, 28, Status *, (void *options, void *domain))                            \
+  X(get_tensor_data, 51, Status *, (void *value, void **data))                                    \
+  X(get_dimensions_count, 61, Status *, (const void *info, size_t *count))                        \
+  X(get_dimensions, 62, Status *, (const void *info, int64_t *sizes, size_t count))               \
+  X(get_type_and_shape, 65, Status *, (const void *value, void **info))                           \
+  X(create_memory_info, 68, Status *,                                                             \
+    (const char *name, int allocator, int device, int type, void **info))                         \
+  X(get_float_attribute, 85, Status *, (const void *info, const char *name, float *value))        \
+  X(get_int_attribute, 86, Status *, (const void *info, const char *name, int64_t *value))        \
+  X(get_input, 90, Status *, (const void *context, size_t index, const void **value))             \
+  X(get_output, 91, Status *,                                                                     \
+    (void *context, size_t index, const int64_t *sizes, size_t count, void **value))              \
+  X(release_status, 93, void, (Status * status))                                                  \
+  X(release_memory_info, 94, void, (void *info))                                                  \
+  X(release_type_and_shape, 99, void, (void *info))                                               \
+  X(get_stream, 193, Status *, (const void *context, void **stream))                              \
+  X(get_scratch, 277, Status *,                                                                   \
+    (const void *context, const void *memory, size_t bytes, void **buffer))
+
+#define DECLARE(name, place, result, arguments)                                                   \
+  typedef result(*name##_function) arguments;                                                     \
+  static name##_function name;
+API_FUNCTIONS(DECLARE)
+
+static void bind_api(const Api *api) {
+#define BIND(name, place, result, arguments) name = (name##_function)api->functions[place];
+  API_FUNCTIONS(BIND)
+}
+
+/* a description of an operator; the order of the fields is ONNX Runtime's */
+typedef struct CustomOp {
+  uint32_t version;
+  void *(*create_kernel)(const struct CustomOp *, const Api *, const void *);
+  const char *(*get_name)(const struct CustomOp *);
+  const char *(*get_provider)(const struct CustomOp *);
+  int (*get_input_type)(const struct CustomOp *, size_t);
+  size_t (*get_input_count)(const struct CustomOp *);
+  int (*get_output_type)(const struct CustomOp *, size_t);
+  size_t (*get_output_count)(const struct CustomOp *);
+  void (*compute)(void *, void *);
+  void (*destroy)(void *);
+  int (*get_input_characteristic)(const struct CustomOp *, size_t);
+  int (*get_output_characteristic)(const struct CustomOp *, size_t);
+  int (*get_input_memory_type)(const struct CustomOp *, size_t);
+  int (*get_variadic_input_minimum)(const struct CustomOp *);
+  int (*get_variadic_input_homogeneity)(const struct CustomOp *);
+  int (*get_variadic_output_minimum)(const struct CustomOp *);
+  int (*get_variadic_output_homogeneity)(const struct CustomOp *);
+  Status *(*create_kernel_v2)(const struct CustomOp *, const Api *, const void *, void **);
+  Status *(*compute_v2)(void *, void *);
+  Status *(*infer_shape)(const struct CustomOp *, void *);
+  int (*get_start_version)(const struct CustomOp *);
+  int (*get_end_version)(const struct CustomOp *);
+  size_t (*get_may_inplace)(int **, int **);
+  void (*release_may_inplace)(int *, int *);
+  size_t (*get_alias_map)(int **, int **);
+  void (*release_alias_map)(int *, int *);
+  int dtype; /* ours: an operator for each dtype */
+} CustomOp;
+
+static Status *fail(int code, const char *format, ...) {
+  char message[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  return create_status(code, message);
+}
+
+/* ---- The CUDA driver, as much of it as is used here ------------------------------------------ */
+
+enum { CU_ATTRIBUTE_MAX_DYNAMIC_SHARED = 8, DEFAULT_SHARED = 48 * 1024 };
+
+#define DRIVER_FUNCTIONS(X)                                                                       \
+  X(cuCtxGetDevice, (int *device))                                                                \
+  X(cuLibraryLoadData, (void **library, const void *code, void *, void *, unsigned, void *,       \
+                        void *, unsigned))                                                        \
+  X(cuLibraryGetKernel, (void **kernel, void *library, const char *name))                         \
+  X(cuKernelSetAttribute, (int attribute, int value, void *kernel, int device))                   \
+  X(cuMemsetD8Async, (uint64_t address, unsigned char value, size_t bytes, void *stream))         \
+  X(cuLaunchKernel, (void *kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,             \
+                     unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,       \
+                     void *stream, void **arguments, void **extra))                               \
+  X(cuGetErrorName, (int error, const char **name))
+
+#define DECLARE_DRIVER(name, arguments)                                                           \
+  typedef int(*name##_function) arguments;                                                        \
+  static name##_function name;
+DRIVER_FUNCTIONS(DECLARE_DRIVER)
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* Open the driver; the name of what is missing, or NULL. Called under the lock. */
+static const char *open_driver(void) {
+  static void *driver = NULL;
+  if (driver) return NULL;
+  void *opened = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!opened) return "libcuda.so.1";
+#define LOOK_UP(name, arguments)                                                                  \
+  if (!(name = (name##_function)dlsym(opened, #name))) return #name;
+  DRIVER_FUNCTIONS(LOOK_UP)
+  driver = opened;
+  return NULL;
+}
+
+static Status *driver_failure(const char *what, int error) {
+  const char *name = "unknown error";
+  cuGetErrorName(error, &name);
+  return fail(STATUS_FAIL, "uta::SparseAttention: %s failed with %s", what, name);
+}
+
+/* ---- Kernels and their arguments ------------------------------------------------------------- */
+
+/* what a kernel may ask for; the names are those of the Triton kernels */
+#define ARGUMENTS(X)                                                                              \
+  X(q_ptr) X(k_ptr) X(v_ptr) X(o_ptr) X(lse_ptr) X(ids_ptr) X(counts_ptr) X(listed_ptr)           \
+  X(tail_k_ptr) X(tail_v_ptr) X(tail_size_ptr) X(tail_var_ptr) X(slope_ptr)                       \
+  X(q_sb) X(q_sh) X(q_sm) X(k_sb) X(k_sh) X(k_sn) X(v_sb) X(v_sh) X(v_sn)                         \
+  X(o_sb) X(o_sh) X(o_sm) X(ids_sb) X(ids_sh) X(ids_sn) X(counts_sb) X(counts_sh)                 \
+  X(tail_k_sb) X(tail_k_sh) X(tail_k_sn) X(tail_k_sr)                                             \
+  X(tail_v_sb) X(tail_v_sh) X(tail_v_sn) X(tail_v_sr)                                             \
+  X(tail_size_sb) X(tail_size_sh) X(tail_size_sn) X(tail_var_sb) X(tail_var_sh) X(tail_var_sr)    \
+  X(slope_sb) X(slope_sh) X(slope_sn) X(slope_sd)                                                 \
+  X(heads) X(length_q) X(length_kv) X(blocks_kv) X(max_blocks) X(representatives)                 \
+  X(scale) X(scale_log2) X(half_weight_log2)
+#define NAME_ARGUMENT(name) ARG_##name,
+enum { ARGUMENTS(NAME_ARGUMENT) ARGUMENT_COUNT };
+
+/* little-endian: a kernel that wants 32 bits reads the lower half */
+typedef union Value { uint64_t pointer; int64_t integer; float number; } Value;
+
+typedef struct Kernel {
+  const unsigned char *code; /* NULL: this variant does not need it */
+  const char *name;
+  int shared, threads, tiles; /* tiles: programs for each query block */
+  const unsigned char *arguments;
+  int argument_count;
+} Kernel;
+
+enum { MARK, TAIL, LISTED, KERNELS };
+
+/* for which nodes and shapes the kernels were compiled */
+typedef struct Variant {
+  int dtype, dim, dim_v, block_q, block_kv, sign, has_tail, per_block, has_variance, has_slope;
+  int even; /* the keys' length is a multiple of block_kv */
+  Kernel kernels[KERNELS];
+} Variant;
+
+#include "variants.h" /* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT */
+
+enum { MAX_DEVICES = 64 };
+static void *loaded[VARIANT_COUNT][KERNELS];
+static unsigned char allowed[VARIANT_COUNT][KERNELS][MAX_DEVICES];
+
+/* The kernel ready for the current device. */
+static Status *load(int variant, int which, int device, void **kernel) {
+  const Kernel *source = &VARIANTS[variant].kernels[which];
+  void **slot = &loaded[variant][which];
+  int error = 0;
+  const char *what = "loading its kernel for sm_" ARCHITECTURE;
+  pthread_mutex_lock(&lock);
+  if (!*slot) {
+    void *library = NULL;
+    error = cuLibraryLoadData(&library, source->code, NULL, NULL, 0, NULL, NULL, 0);
+    if (!error) error = cuLibraryGetKernel(slot, library, source->name);
+  }
+  if (!error && source->shared > DEFAULT_SHARED && !allowed[variant][which][device]) {
+    what = "asking for shared memory";
+    error = cuKernelSetAttribute(CU_ATTRIBUTE_MAX_DYNAMIC_SHARED, source->shared, *slot, device);
+    allowed[variant][which][device] = !error;
+  }
+  pthread_mutex_unlock(&lock);
+  *kernel = *slot;
+  return error ? driver_failure(what, error) : NULL;
+}
+
+static Status *launch(int variant, int which, int device, int64_t blocks, int64_t batch_heads,
+                      Value *values, void *stream) {
+  const Kernel *source = &VARIANTS[variant].kernels[which];
+  void *kernel, *arguments[ARGUMENT_COUNT + 2];
+  Status *status = load(variant, which, device, &kernel);
+  if (status) return status;
+  for (int i = 0; i < source->argument_count; ++i)
+    arguments[i] = &values[source->arguments[i]];
+  Value none = {0}; /* Triton's scratch buffers, of size 0 */
+  arguments[source->argument_count] = arguments[source->argument_count + 1] = &none;
+  int error = cuLaunchKernel(kernel, (unsigned)(blocks * source->tiles), (unsigned)batch_heads, 1,
+                             source->threads, 1, 1, source->shared, stream, arguments, NULL);
+  return error ? driver_failure("launching a kernel", error) : NULL;
+}
+
+/* ---- The node -------------------------------------------------------------------------------- */
+
+enum {
+  QUERY, KEY, VALUE, IDS, COUNTS, TAIL_KEY, TAIL_VALUE, TAIL_SIZE, TAIL_VARIANCE, TAIL_SLOPE,
+  INPUTS
+};
+static const int RANKS[INPUTS] = {4, 4, 4, 4, 3, 5, 5, 4, 4, 5};
+
+typedef struct Node {
+  float scale, variance_weight;
+  int64_t block_q, block_kv, per_block;
+  int dtype;
+} Node;
+
+typedef struct Tensor { void *data; int64_t sizes[5]; } Tensor;
+
+#define TRY(call)                                                                                 \
+  do {                                                                                            \
+    Status *status_ = (call);                                                                     \
+    if (status_) return status_;                                                                  \
+  } while (0)
+
+static Status *read_input(void *context, size_t index, Tensor *tensor) {
+  const void *value;
+  void *info;
+  size_t rank;
+  TRY(get_input(context, index, &value));
+  TRY(get_type_and_shape(value, &info));
+  Status *status = get_dimensions_count(info, &rank);
+  if (!status && rank != (size_t)RANKS[index])
+    status = fail(STATUS_INVALID_ARGUMENT,
+                  "uta::SparseAttention: input %zu must have %d dimensions, got %zu", index,
+                  RANKS[index], rank);
+  if (!status) status = get_dimensions(info, tensor->sizes, rank);
+  release_type_and_shape(info);
+  if (status) return status;
+  return get_tensor_data((void *)value, &tensor->data);
+}
+
+static Status *find_variant(const Node *node, const Tensor *x, int *found) {
+  int sign = (node->scale > 0) - (node->scale < 0);
+  int has_tail = x[TAIL_KEY].sizes[3] > 0;
+  int has_variance = has_tail && x[TAIL_VARIANCE].sizes[2] > 0;
+  int has_slope = has_tail && x[TAIL_SLOPE].sizes[2] > 0;
+  int even = x[KEY].sizes[2] % node->block_kv == 0;
+  for (*found = 0; *found < VARIANT_COUNT; ++*found) {
+    const Variant *v = &VARIANTS[*found];
+    if (v->dtype == node->dtype && v->dim == x[QUERY].sizes[3] && v->dim_v == x[VALUE].sizes[3] &&
+        v->block_q == node->block_q && v->block_kv == node->block_kv && v->sign == sign &&
+        v->has_tail == has_tail && v->per_block == (node->per_block && has_tail) &&
+        v->has_variance == has_variance && v->has_slope == has_slope && v->even == even)
+      return NULL;
+  }
+  return fail(STATUS_INVALID_ARGUMENT,
+              "uta::SparseAttention: the plugin was not built for this node (head dim %lld, blocks "
+              "%lld x %lld, %lld keys): build it for this file",
+              (long long)x[QUERY].sizes[3], (long long)node->block_q, (long long)node->block_kv,
+              (long long)x[KEY].sizes[2]);
+}
+
+/* strides of the leading dimensions of a contiguous tensor */
+static void set_strides(Value *values, const Tensor *x, int rank, const int *places, int count) {
+  for (int i = 0; i < count; ++i) {
+    int64_t stride = 1;
+    for (int dim = i + 1; dim < rank; ++dim) stride *= x->sizes[dim];
+    values[places[i]].integer = stride;
+  }
+}
+
+static Status *compute(void *state, void *context) {
+  const Node *node = state;
+  Tensor x[INPUTS];
+  for (size_t i = 0; i < INPUTS; ++i) TRY(read_input(context, i, &x[i]));
+  int variant;
+  TRY(find_variant(node, x, &variant));
+  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
+  int64_t blocks_q = x[IDS].sizes[2], length_kv = x[KEY].sizes[2];
+  int64_t blocks_kv = (length_kv + node->block_kv - 1) / node->block_kv;
+  int64_t representatives = x[TAIL_KEY].sizes[3];
+
+  Tensor output = {NULL, {batch, heads, length_q, x[VALUE].sizes[3]}};
+  Tensor lse = {NULL, {batch, heads, length_q}};
+  void *output_value, *lse_value, *stream;
+  TRY(get_output(context, 0, output.sizes, 4, &output_value));
+  TRY(get_output(context, 1, lse.sizes, 3, &lse_value));
+  TRY(get_tensor_data(output_value, &output.data));
+  TRY(get_tensor_data(lse_value, &lse.data));
+  if (batch * heads * length_q == 0) return NULL;
+  TRY(get_stream(context, &stream));
+  pthread_mutex_lock(&lock);
+  const char *missing = open_driver();
+  pthread_mutex_unlock(&lock);
+  if (missing)
+    return fail(STATUS_FAIL, "uta::SparseAttention: the CUDA driver has no %s", missing);
+  int device, error = cuCtxGetDevice(&device);
+  if (error) return driver_failure("asking for the device", error);
+  if (device >= MAX_DEVICES) return fail(STATUS_FAIL, "uta::SparseAttention: device %d", device);
+
+  Value values[ARGUMENT_COUNT];
+  memset(values, 0, sizeof values);
+  static const int pointers[INPUTS] = {
+      ARG_q_ptr,      ARG_k_ptr,      ARG_v_ptr,         ARG_ids_ptr,      ARG_counts_ptr,
+      ARG_tail_k_ptr, ARG_tail_v_ptr, ARG_tail_size_ptr, ARG_tail_var_ptr, ARG_slope_ptr};
+  for (int i = 0; i < INPUTS; ++i) values[pointers[i]].pointer = (uint64_t)x[i].data;
+  values[ARG_o_ptr].pointer = (uint64_t)output.data;
+  values[ARG_lse_ptr].pointer = (uint64_t)lse.data;
+#define STRIDES(tensor, rank, ...)                                                                \
+  do {                                                                                            \
+    static const int places[] = {__VA_ARGS__};                                                    \
+    set_strides(values, &(tensor), rank, places, sizeof places / sizeof *places);                 \
+  } while (0)
+  STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
+  STRIDES(x[KEY], 4, ARG_k_sb, ARG_k_sh, ARG_k_sn);
+  STRIDES(x[VALUE], 4, ARG_v_sb, ARG_v_sh, ARG_v_sn);
+  STRIDES(output, 4, ARG_o_sb, ARG_o_sh, ARG_o_sm);
+  STRIDES(x[IDS], 4, ARG_ids_sb, ARG_ids_sh, ARG_ids_sn);
+  STRIDES(x[COUNTS], 3, ARG_counts_sb, ARG_counts_sh);
+  STRIDES(x[TAIL_KEY], 5, ARG_tail_k_sb, ARG_tail_k_sh, ARG_tail_k_sn, ARG_tail_k_sr);
+  STRIDES(x[TAIL_VALUE], 5, ARG_tail_v_sb, ARG_tail_v_sh, ARG_tail_v_sn, ARG_tail_v_sr);
+  STRIDES(x[TAIL_SIZE], 4, ARG_tail_size_sb, ARG_tail_size_sh, ARG_tail_size_sn);
+  STRIDES(x[TAIL_VARIANCE], 4, ARG_tail_var_sb, ARG_tail_var_sh, ARG_tail_var_sr);
+  STRIDES(x[TAIL_SLOPE], 5, ARG_slope_sb, ARG_slope_sh, ARG_slope_sn, ARG_slope_sd);
+  /* representatives and slopes that all query blocks share */
+  if (x[TAIL_KEY].sizes[2] == 1)
+    values[ARG_tail_k_sn].integer = values[ARG_tail_v_sn].integer =
+        values[ARG_tail_size_sn].integer = 0;
+  if (x[TAIL_SLOPE].sizes[2] == 1) values[ARG_slope_sn].integer = 0;
+  values[ARG_heads].integer = heads;
+  values[ARG_length_q].integer = length_q;
+  values[ARG_length_kv].integer = length_kv;
+  values[ARG_blocks_kv].integer = blocks_kv;
+  values[ARG_max_blocks].integer = x[IDS].sizes[3];
+  values[ARG_representatives].integer = representatives;
+  float scale = fabsf(node->scale);
+  const float log2_e = 1.44269504088896340736f;
+  values[ARG_scale].number = scale;
+  values[ARG_scale_log2].number = (scale == 0 ? 1 : scale) * log2_e;
+  values[ARG_half_weight_log2].number = node->variance_weight / 2 * log2_e;
+
+  if (representatives && node->per_block) {
+    void *memory, *map;
+    size_t bytes = (size_t)(batch * heads * blocks_q * blocks_kv);
+    TRY(create_memory_info("Cuda", DEVICE_ALLOCATOR, device, MEMORY_DEFAULT, &memory));
+    Status *status = get_scratch(context, memory, bytes, &map);
+    release_memory_info(memory);
+    if (status) return status;
+    values[ARG_listed_ptr].pointer = (uint64_t)map;
+    error = cuMemsetD8Async((uint64_t)map, 0, bytes, stream);
+    if (error) return driver_failure("clearing the map of listed blocks", error);
+    TRY(launch(variant, MARK, device, blocks_q, batch * heads, values, stream));
+  }
+  if (representatives) TRY(launch(variant, TAIL, device, blocks_q, batch * heads, values, stream));
+  return launch(variant, LISTED, device, blocks_q, batch * heads, values, stream);
+}
+
+static Status *create_kernel(const CustomOp *op, const Api *api, const void *info, void **kernel) {
+  (void)api;
+  Node *node = calloc(1, sizeof *node);
+  if (!node) return fail(STATUS_FAIL, "uta::SparseAttention: out of memory");
+  node->dtype = op->dtype;
+  Status *status = get_float_attribute(info, "scale", &node->scale);
+  if (!status) status = get_float_attribute(info, "variance_weight", &node->variance_weight);
+  if (!status) status = get_int_attribute(info, "block_q", &node->block_q);
+  if (!status) status = get_int_attribute(info, "block_kv", &node->block_kv);
+  if (!status) status = get_int_attribute(info, "per_block", &node->per_block);
+  if (status)
+    free(node);
+  else
+    *kernel = node;
+  return status;
+}
+
+/* ---- What ONNX Runtime asks about the operator ----------------------------------------------- */
+
+static const char *get_name(const CustomOp *op) { (void)op; return "SparseAttention"; }
+static const char *get_provider(const CustomOp *op) { (void)op; return "CUDAExecutionProvider"; }
+static size_t get_input_count(const CustomOp *op) { (void)op; return INPUTS; }
+static size_t get_output_count(const CustomOp *op) { (void)op; return 2; }
+static int get_input_type(const CustomOp *op, size_t index) {
+  if (index == IDS || index == COUNTS) return TYPE_INT32;
+  return index == TAIL_SIZE ? TYPE_FLOAT : op->dtype;
+}
+static int get_output_type(const CustomOp *op, size_t index) {
+  return index == 0 ? op->dtype : TYPE_FLOAT;
+}
+static int get_characteristic(const CustomOp *op, size_t index) {
+  (void)op, (void)index;
+  return INPUT_REQUIRED;
+}
+static int get_memory_type(const CustomOp *op, size_t index) {
+  (void)op, (void)index;
+  return MEMORY_DEFAULT;
+}
+static int get_start_version(const CustomOp *op) { (void)op; return 1; }
+static int get_end_version(const CustomOp *op) { (void)op; return INT32_MAX; }
+/* The entry that ONNX Runtime looks for. */
+__attribute__((visibility("default"))) Status *RegisterCustomOps(void *options,
+                                                                 const ApiBase *base) {
+  static CustomOp ops[DTYPE_COUNT];
+  static void *domain = NULL;
+  const Api *api = base->get_api(API_VERSION);
+  if (!api) return NULL; /* older than 1.22: it has said so itself */
+  bind_api(api);
+  for (int i = 0; i < DTYPE_COUNT; ++i)
+    ops[i] = (CustomOp){
+        .version = API_VERSION, .get_name = get_name, .get_provider = get_provider,
+        .get_input_type = get_input_type, .get_input_count = get_input_count,
+        .get_output_type = get_output_type, .get_output_count = get_output_count,
+        .destroy = free, .get_input_characteristic = get_characteristic,
+        .get_output_characteristic = get_characteristic, .get_input_memory_type = get_memory_type,
+        .create_kernel_v2 = create_kernel, .compute_v2 = compute,
+        .get_start_version = get_start_version, .get_end_version = get_end_version,
+        .dtype = DTYPES[i]};
+  pthread_mutex_lock(&lock);
+  Status *status = NULL;
+  if (!domain) { /* sessions share it: it lives as long as the library */
+    status = create_custom_op_domain("uta", &domain);
+    for (int i = 0; !status && i < DTYPE_COUNT; ++i)
+      status = custom_op_domain_add(domain, &ops[i]);
+  }
+  pthread_mutex_unlock(&lock);
+  return status ? status : add_custom_op_domain(options, domain);
+}

@@ -1,0 +1,75 @@
+"""An ONNX Runtime session in which our kernel runs where it can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+from uta_fx.export.onnx_functions import DOMAIN, VERSION
+
+logger = logging.getLogger(__name__)
+
+CUDA = "CUDAExecutionProvider"
+
+
+def open_session(
+    path: Path,
+    providers: Sequence[Any] | None,
+    plugin: Path | bool,
+    options: onnxruntime.SessionOptions | None,
+) -> onnxruntime.InferenceSession:
+    """See ``uta_fx.onnxruntime_session``."""
+    _check_version(path)
+    available = onnxruntime.get_available_providers()
+    if providers is None:
+        providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]
+    names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise ValueError(
+            f"providers must be among {', '.join(available)}, got {', '.join(unknown)}"
+        )
+    options = options or onnxruntime.SessionOptions()
+    library = _library(path, names, plugin)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+        logger.info("%s: sparse attention runs by the plugin %s", path, library)
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:
+    """The plugin to register; None, with the reason in the log, where the function runs."""
+    if isinstance(plugin, Path):
+        if not plugin.is_file():
+            raise ValueError(f"plugin must be a file, True or False, got {plugin}")
+        if CUDA not in providers:
+            raise ValueError(f"plugin needs {CUDA} among the providers, got {', '.join(providers)}")
+        return plugin
+    if not plugin or CUDA not in providers:
+        logger.info("%s: sparse attention runs by its function", path)
+        return None
+    try:
+        from uta_fx.export.onnxruntime_plugin import build_cached, gpu_architecture
+
+        return build_cached(path, gpu_architecture())
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        reason = error
+    logger.warning("%s: sparse attention runs by its function, not by a plugin: %s", path, reason)
+    return None
+
+
+def _check_version(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"path must be an ONNX file, got {path}")
+    imports = onnx.load(path, load_external_data=False).opset_import
+    versions = [x.version for x in imports if x.domain == DOMAIN]
+    if versions not in ([], [VERSION]):
+        raise ValueError(
+            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
+            f" this release has version {VERSION}: export the model again"
+        )

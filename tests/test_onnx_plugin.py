@@ -1,0 +1,196 @@
+"""Our kernels inside ONNX Runtime: the library is built and registers here, and runs on a GPU."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, double
+from torch import nn
+
+import uta_fx
+from uta_fx.kernels import reference
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("triton")
+
+from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # need onnx and Triton
+
+CUDA = "CUDAExecutionProvider"
+needs_cuda_runtime = pytest.mark.skipif(
+    CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
+)
+
+
+def write_node(path, case, version=1):
+    """A file with the one node for a case, and what to feed it."""
+    args = case.inputs()
+    schema = onnx_functions.schemas()["SparseAttention"]
+    inputs = dict(zip([x.name for x in schema.inputs], args[:10], strict=True))
+    if case.tail != "row":
+        for name in ("tail_key", "tail_value", "tail_log_size"):
+            inputs[name] = inputs[name].unsqueeze(2)
+    names = ("scale", "variance_weight", "block_q", "block_kv", "per_block")
+    attributes = dict(zip(names, [*args[10:], int(case.tail == "block")], strict=True))
+    types = {
+        torch.float32: onnx.TensorProto.FLOAT,
+        torch.float16: onnx.TensorProto.FLOAT16,
+        torch.bfloat16: onnx.TensorProto.BFLOAT16,
+        torch.int32: onnx.TensorProto.INT32,
+    }
+    values = [
+        onnx.helper.make_tensor_value_info(name, types[x.dtype], x.shape)
+        for name, x in inputs.items()
+    ]
+    output = (*args[0].shape[:3], args[2].shape[-1])
+    results = [
+        onnx.helper.make_tensor_value_info("output", types[case.dtype], output),
+        onnx.helper.make_tensor_value_info("lse", onnx.TensorProto.FLOAT, output[:3]),
+    ]
+    node = onnx.helper.make_node(
+        "SparseAttention", list(inputs), ["output", "lse"], name="attention", domain="uta",
+        **attributes,
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one", values, results),
+        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", version)],
+        functions=[onnx_functions.sparse_attention_function(18)],
+        ir_version=10,
+    )
+    onnx.save(model, path)
+    return args, inputs
+
+
+def build(model, library, architecture):
+    """In a process of its own: Triton's interpreter, in which tests run, cannot compile."""
+    code = (
+        "import sys, uta_fx;"
+        "uta_fx.build_onnxruntime_plugin(*sys.argv[1:3], architecture=int(sys.argv[3]))"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-c", code, model, library, str(architecture)],
+        check=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", [86, 90])
+def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture):
+    """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
+    model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
+    write_node(model, Case(dtype=torch.float16))
+    build(model, library, architecture)
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    with pytest.raises(Exception, match="Could not find an implementation for SparseAttention"):
+        onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def test_a_variant_is_what_the_node_asks_for(tmp_path):
+    """One where the length of the keys is known; nodes that are alike share theirs."""
+    path = tmp_path / "model.onnx"
+    write_node(path, Case(dtype=torch.float16, tail="row", slopes="none"))
+    model = onnx.load(path)
+    (variant,) = onnxruntime_plugin.variants_of(model)
+    assert variant == onnxruntime_plugin.Variant(
+        dtype=onnx.TensorProto.FLOAT16, dim=32, dim_v=32, block_q=32, block_kv=64, sign=1,
+        has_tail=True, per_block=False, has_variance=False, has_slope=False, even=False,
+        representatives=3,
+    )  # fmt: skip
+    model.graph.node.append(model.graph.node[0])
+    assert onnxruntime_plugin.variants_of(model) == [variant]
+    model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
+    assert [x.even for x in onnxruntime_plugin.variants_of(model)] == [False, True]
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
+    with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
+        onnxruntime_plugin.variants_of(model)
+
+
+def test_bad_input_to_the_builder(tmp_path):
+    """One sentence each, and no library."""
+    model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
+    with pytest.raises(ValueError, match="model must be an ONNX file"):
+        uta_fx.build_onnxruntime_plugin(model, library, architecture=90)
+    write_node(model, Case())
+    with pytest.raises(ValueError, match=r"architecture must be one of 80, 86, .*, got 75"):
+        uta_fx.build_onnxruntime_plugin(model, library, architecture=75)
+    with pytest.raises(ValueError, match="path must lie in a folder that exists"):
+        uta_fx.build_onnxruntime_plugin(model, tmp_path / "no" / "p.so", architecture=90)
+    plain = tmp_path / "plain.onnx"
+    torch.onnx.export(nn.Linear(4, 4), (torch.ones(1, 4),), plain, dynamo=True, verbose=False)
+    with pytest.raises(ValueError, match="must have a node uta::SparseAttention"):
+        onnxruntime_plugin.variants_of(onnx.load(plain))
+    assert not library.exists()
+
+
+def test_without_a_gpu_the_function_runs(tmp_path, caplog):
+    """And the log says so."""
+    path = tmp_path / "model.onnx"
+    args, inputs = write_node(path, Case())
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    assert "sparse attention runs by its function" in caplog.text
+    output, _ = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    exact, _ = reference.sparse_attention(*double(args))
+    np.testing.assert_allclose(output, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input_to_a_session(tmp_path):
+    """What is missing or wrong is named."""
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match="path must be an ONNX file"):
+        uta_fx.onnxruntime_session(path)
+    write_node(path, Case())
+    with pytest.raises(ValueError, match=r"providers must be among .*, got NoSuchProvider"):
+        uta_fx.onnxruntime_session(path, ["NoSuchProvider"])
+    with pytest.raises(ValueError, match="plugin must be a file, True or False"):
+        uta_fx.onnxruntime_session(path, plugin=tmp_path / "no.so")
+    with pytest.raises(ValueError, match="plugin needs CUDAExecutionProvider"):
+        uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"], plugin=path)
+    write_node(path, Case(), version=2)
+    with pytest.raises(ValueError, match="written for version 2 of the operators"):
+        uta_fx.onnxruntime_session(path)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+@pytest.mark.parametrize("slopes", ["none", "head", "row"])
+def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
+    """Bit for bit what the operator computes in PyTorch: the same kernels on the same inputs."""
+    path = tmp_path / "model.onnx"
+    args, inputs = write_node(path, Case(dtype=dtype, tail=tail, slopes=slopes))
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "runs by the plugin" in caplog.text
+    on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
+    output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=dtype, device="cuda")
+    lse = torch.empty(args[0].shape[:3], device="cuda")
+    run_bound(session, on_gpu, {"output": output, "lse": lse})
+    operator = uta_fx.kernels.ops.sparse_attention
+    expected, expected_lse = operator(*(x.cuda() if torch.is_tensor(x) else x for x in args))
+    assert torch.equal(output, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def run_bound(session, inputs, outputs):
+    """Run on tensors where they lie: nothing is copied."""
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, x in tensors.items():
+            kind = {torch.bfloat16: onnx.TensorProto.BFLOAT16}.get(x.dtype)
+            kind = kind or onnx.helper.np_dtype_to_tensor_dtype(
+                np.dtype(str(x.dtype).removeprefix("torch."))
+            )
+            bind(name, "cuda", 0, kind, tuple(x.shape), x.data_ptr())
+    torch.cuda.synchronize()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
