@@ -11,8 +11,13 @@ and leave the softmax of the rows that list theirs. Sums are float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import onnx
+import torch
 from onnx.defs import OpSchema
+from torch import Tensor
 
 DOMAIN, VERSION = "uta", 1
 OPSET = 18  # of the standard operations, and the lowest of an exported file
@@ -476,3 +481,60 @@ def _schema(
             for x, (kind, text) in attributes.items()
         ],
     )
+
+
+ELEMENT_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+}
+
+
+def node_model(
+    arguments: Sequence[Any], opset: int = OPSET
+) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """A model of one ``SparseAttention`` node, for tests and measurements.
+
+    Args:
+        arguments: Of ``uta::sparse_attention``, by position.
+        opset: Of the standard operations.
+
+    Returns:
+        The model, with inputs as the schema names them and outputs ``output`` and ``lse``; and what
+        to feed it.
+    """
+    tensors, (scale, variance_weight, block_q, block_kv) = list(arguments[:10]), arguments[10:]
+    per_block = tensors[5].dim() == 4
+    if per_block:
+        tensors[5:8] = [x.unsqueeze(2) for x in tensors[5:8]]
+    schema = schemas()["SparseAttention"]
+    inputs = dict(zip([x.name for x in schema.inputs], tensors, strict=True))
+    query, value = tensors[0], tensors[2]
+    output = (*query.shape[:3], value.shape[-1])
+    make_value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node(
+        "SparseAttention", list(inputs), ["output", "lse"], name="attention", domain=DOMAIN,
+        scale=scale, variance_weight=variance_weight, block_q=block_q, block_kv=block_kv,
+        per_block=int(per_block and tensors[5].shape[3] > 0),
+    )  # fmt: skip
+    graph = onnx.helper.make_graph(
+        [node],
+        "attention",
+        [make_value(name, ELEMENT_TYPES[x.dtype], x.shape) for name, x in inputs.items()],
+        [
+            make_value("output", ELEMENT_TYPES[query.dtype], output),
+            make_value("lse", onnx.TensorProto.FLOAT, output[:3]),
+        ],
+    )
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[
+            onnx.helper.make_opsetid("", opset),
+            onnx.helper.make_opsetid(DOMAIN, VERSION),
+        ],
+        functions=[sparse_attention_function(opset)],
+        ir_version=10,
+    )
+    return model, inputs

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+from torch import Tensor
 
-from uta_fx.export.onnx_functions import DOMAIN, VERSION
+from uta_fx.export.onnx_functions import DOMAIN, ELEMENT_TYPES, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,31 @@ def open_session(
         options.register_custom_ops_library(str(library))
         logger.info("%s: sparse attention runs by the plugin %s", path, library)
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def bind_tensors(
+    session: onnxruntime.InferenceSession,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+) -> onnxruntime.IOBinding:
+    """Let a session read and write tensors where they lie, on the CPU or on a GPU.
+
+    Args:
+        session: The session.
+        inputs: By the names of the file's inputs, contiguous.
+        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
+
+    Returns:
+        What to give to ``session.run_with_iobinding``.
+    """
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, x in tensors.items():
+            if not x.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+            kind, place = ELEMENT_TYPES[x.dtype], x.device.index or 0
+            bind(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
+    return binding
 
 
 def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:

@@ -19,7 +19,6 @@ pytest.importorskip("onnxscript")
 from uta_fx.export import onnx_functions  # noqa: E402  # needs onnx
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
-OPERATOR_INPUTS = [x.name for x in onnx_functions.schemas()["SparseAttention"].inputs]
 
 
 def run(model_or_path, inputs):
@@ -32,14 +31,10 @@ def run(model_or_path, inputs):
     return session.run(None, inputs)
 
 
-def run_node(function, inputs, attributes):
-    """Run one node of our domain by its function."""
+def run_node(function, inputs, attributes, expected):
+    """Run one node of our domain by its function, whose results have the shapes of ``expected``."""
     arrays = {name: x.numpy() for name, x in inputs.items()}
     schema = onnx_functions.schemas()[function.name]
-    dtypes = {
-        "T": onnx.helper.np_dtype_to_tensor_dtype(next(iter(arrays.values())).dtype),
-        "F": onnx.TensorProto.FLOAT,
-    }
     node = onnx.helper.make_node(
         function.name, list(arrays), [x.name for x in schema.outputs], domain="uta", **attributes
     )
@@ -49,12 +44,9 @@ def run_node(function, inputs, attributes):
         )
         for name, x in arrays.items()
     ]
-    ranks = {"output": 4, "value_variance": 3, "lse": 3}
     results = [
-        onnx.helper.make_tensor_value_info(
-            x.name, dtypes[x.type_str], [f"{x.name}_{i}" for i in range(ranks.get(x.name, 4))]
-        )
-        for x in schema.outputs
+        onnx.helper.make_tensor_value_info(x.name, onnx.TensorProto.FLOAT, like.shape)
+        for x, like in zip(schema.outputs, expected, strict=True)
     ]
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "one", values, results),
@@ -69,7 +61,8 @@ def run_node(function, inputs, attributes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tail", ["none", "block", "row"])
 @pytest.mark.parametrize("slopes", ["none", "head", "row"])
-def test_the_function_is_the_operator(dtype, tail, slopes):
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_function_is_the_operator(dtype, tail, slopes, opset):
     """Ragged on both sides, uneven counts, an empty row, every form of tail, opsets 18 and 23.
 
     Sums are float32 and the output is rounded to its dtype once, so it may err by what the
@@ -80,13 +73,9 @@ def test_the_function_is_the_operator(dtype, tail, slopes):
     exact, exact_lse = reference.sparse_attention(*double(args))
     in_float = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
     eager, _ = reference.sparse_attention(*in_float)
-    inputs = dict(zip(OPERATOR_INPUTS, args[:10], strict=True))
-    if tail != "row":
-        for name in ("tail_key", "tail_value", "tail_log_size"):
-            inputs[name] = inputs[name].unsqueeze(2)
-    names = ("scale", "variance_weight", "block_q", "block_kv", "per_block")
-    attributes = dict(zip(names, [*args[10:], int(tail == "block")], strict=True))
-    output, lse = run_node(onnx_functions.sparse_attention_function(18), inputs, attributes)
+    model, inputs = onnx_functions.node_model(args, opset)
+    onnx.checker.check_model(model, full_check=True)
+    output, lse = map(torch.from_numpy, run(model.SerializeToString(), arrays_of(inputs)))
     assert output.dtype == dtype
     rounding = torch.finfo(dtype).eps * exact.abs().amax().item()
     assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + 8 * rounding
@@ -101,10 +90,9 @@ def test_the_function_of_statistics_is_the_operator(length):
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(2, 3, length, 24, generator=generator) + 3
     value = torch.randn(2, 3, length, 40, generator=generator)
-    results = run_node(
-        onnx_functions.block_statistics_function(18), {"key": key, "value": value}, {"block_kv": 32}
-    )
     expected = reference.block_statistics(key.double(), value.double(), 32)
+    function = onnx_functions.block_statistics_function(18)
+    results = run_node(function, {"key": key, "value": value}, {"block_kv": 32}, expected)
     for got, exact in zip(results, expected, strict=True):
         torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
 
@@ -120,8 +108,9 @@ def test_the_function_of_scores_is_the_operator(power):
         "log_size": torch.rand(2, 3, 5, generator=generator),
     }
     attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32}
-    (scores,) = run_node(onnx_functions.block_scores_function(18, power), inputs, attributes)
     exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32)
+    function = onnx_functions.block_scores_function(18, power)
+    (scores,) = run_node(function, inputs, attributes, [exact])
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
 
 

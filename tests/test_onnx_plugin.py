@@ -19,7 +19,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
-from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # need onnx and Triton
+from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # need onnx, Triton
+from uta_fx.export.onnxruntime_session import bind_tensors  # noqa: E402
 
 CUDA = "CUDAExecutionProvider"
 needs_cuda_runtime = pytest.mark.skipif(
@@ -30,38 +31,8 @@ needs_cuda_runtime = pytest.mark.skipif(
 def write_node(path, case, version=1):
     """A file with the one node for a case, and what to feed it."""
     args = case.inputs()
-    schema = onnx_functions.schemas()["SparseAttention"]
-    inputs = dict(zip([x.name for x in schema.inputs], args[:10], strict=True))
-    if case.tail != "row":
-        for name in ("tail_key", "tail_value", "tail_log_size"):
-            inputs[name] = inputs[name].unsqueeze(2)
-    names = ("scale", "variance_weight", "block_q", "block_kv", "per_block")
-    attributes = dict(zip(names, [*args[10:], int(case.tail == "block")], strict=True))
-    types = {
-        torch.float32: onnx.TensorProto.FLOAT,
-        torch.float16: onnx.TensorProto.FLOAT16,
-        torch.bfloat16: onnx.TensorProto.BFLOAT16,
-        torch.int32: onnx.TensorProto.INT32,
-    }
-    values = [
-        onnx.helper.make_tensor_value_info(name, types[x.dtype], x.shape)
-        for name, x in inputs.items()
-    ]
-    output = (*args[0].shape[:3], args[2].shape[-1])
-    results = [
-        onnx.helper.make_tensor_value_info("output", types[case.dtype], output),
-        onnx.helper.make_tensor_value_info("lse", onnx.TensorProto.FLOAT, output[:3]),
-    ]
-    node = onnx.helper.make_node(
-        "SparseAttention", list(inputs), ["output", "lse"], name="attention", domain="uta",
-        **attributes,
-    )  # fmt: skip
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one", values, results),
-        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", version)],
-        functions=[onnx_functions.sparse_attention_function(18)],
-        ir_version=10,
-    )
+    model, inputs = onnx_functions.node_model(args)
+    model.opset_import[1].version = version
     onnx.save(model, path)
     return args, inputs
 
@@ -174,23 +145,9 @@ def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
     on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
     output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=dtype, device="cuda")
     lse = torch.empty(args[0].shape[:3], device="cuda")
-    run_bound(session, on_gpu, {"output": output, "lse": lse})
+    torch.cuda.synchronize()
+    session.run_with_iobinding(bind_tensors(session, on_gpu, {"output": output, "lse": lse}))
     operator = uta_fx.kernels.ops.sparse_attention
     expected, expected_lse = operator(*(x.cuda() if torch.is_tensor(x) else x for x in args))
     assert torch.equal(output, expected)
     assert torch.equal(lse, expected_lse)
-
-
-def run_bound(session, inputs, outputs):
-    """Run on tensors where they lie: nothing is copied."""
-    binding = session.io_binding()
-    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-        for name, x in tensors.items():
-            kind = {torch.bfloat16: onnx.TensorProto.BFLOAT16}.get(x.dtype)
-            kind = kind or onnx.helper.np_dtype_to_tensor_dtype(
-                np.dtype(str(x.dtype).removeprefix("torch."))
-            )
-            bind(name, "cuda", 0, kind, tuple(x.shape), x.data_ptr())
-    torch.cuda.synchronize()
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
