@@ -12,8 +12,15 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes import Sequential as Passes
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    InlinePass,
+    RemoveUnusedNodesPass,
+)
 from onnxscript import opset18
+from onnxscript.optimizer import fold_constants
 from onnxscript.values import Op, Opset
 from torch.export import ExportedProgram
 
@@ -60,12 +67,18 @@ def write_onnx(
             opset_version=opset,
             custom_translation_table=_translations(),
             verbose=False,
+            optimize=False,  # its rewriter takes as long as all the rest and finds little
         )
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(f"model cannot be written as ONNX: {error}") from error
     assert exported is not None
     model = exported.model
+    fold_constants(model)
     _add_functions(model, opset)
+    tidy = Passes(
+        IdentityEliminationPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()
+    )
+    tidy(model)
     _name_sites(model, [site for site in sites if site.sparse])
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
@@ -150,7 +163,6 @@ def _add_functions(model: ir.Model, opset: int) -> None:
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
     InlinePass(criteria=lambda function: function.name != "SparseAttention")(model)
-    RemoveUnusedNodesPass()(model)
 
 
 def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:

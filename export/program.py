@@ -44,10 +44,13 @@ def sparsify_program(
             " attention depends on it, and what is sparse is decided for one number. Export one"
             " file for each size"
         )
+    sites = [site for _, site in pairs]
+    if not any(site.sparse for site in sites):
+        return program, sites
     rewrite(module, pairs, plan)
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return sparse, [site for _, site in pairs]
+    return sparse, sites
 
 
 def _dynamic_dims(program: ExportedProgram) -> set[tuple[str, int]]:
