@@ -54,7 +54,7 @@ def build(model, library, architecture):
 def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture):
     """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
-    write_node(model, Case(dtype=torch.float16))
+    write_node(model, Case())
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
     options = onnxruntime.SessionOptions()
