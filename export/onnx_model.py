@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def write_onnx(
             optimize=False,  # its rewriter takes as long as all the rest and finds little
         )
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(f"model cannot be written as ONNX: {error}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what the exporter wraps says which operation it is
+            cause = cause.__cause__
+        raise ValueError(f"model cannot be written as ONNX: {cause}") from error
     assert exported is not None
     model = exported.model
     fold_constants(model)
@@ -79,6 +83,7 @@ def write_onnx(
         IdentityEliminationPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()
     )
     tidy(model)
+    _spell_out_boolean_where(model)
     _name_sites(model, [site for site in sites if site.sparse])
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
@@ -142,7 +147,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
         )  # fmt: skip
 
+    def squeeze(x: Any, dim: int) -> Any:
+        """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
+        if x.shape[dim] != 1:
+            return opset18.Identity(x)
+        return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
+
     return {
+        torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.uta.sparse_attention.default: sparse_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
@@ -165,14 +177,41 @@ def _add_functions(model: ir.Model, opset: int) -> None:
     InlinePass(criteria=lambda function: function.name != "SparseAttention")(model)
 
 
+def _spell_out_boolean_where(model: ir.Model) -> None:
+    """``Where`` of two booleans as logic: ONNX Runtime has no kernel for it."""
+    for node in list(model.graph):
+        if node.op_type != "Where" or node.outputs[0].dtype != ir.DataType.BOOL:
+            continue
+        condition, yes, no = node.inputs
+        parts = [
+            ir.node("Not", [condition]),
+            ir.node("And", [condition, yes]),
+            ir.node("And", [None, no]),
+            ir.node("Or", [None, None]),
+        ]
+        parts[2].replace_input_with(0, parts[0].outputs[0])
+        for place in range(2):
+            parts[3].replace_input_with(place, parts[1 + place].outputs[0])
+        for part in parts:
+            part.outputs[0].dtype = ir.DataType.BOOL
+        result, value = node.outputs[0], parts[3].outputs[0]
+        value.name, value.shape = result.name, result.shape
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], parts, node.outputs, [value]
+        )
+
+
 def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:
     """Name the nodes after the modules that attend; a joint site is two: its video and its text."""
     names = []
     for site in sites:
         names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
     nodes = [node for node in model.graph if node.op_type == "SparseAttention"]
+    seen: Counter[str] = Counter()
     for name, node in zip(names, nodes, strict=True):
-        node.name = f"{name}/SparseAttention"
+        call = f".{seen[name]}" if seen[name] else ""  # of a module that attends more than once
+        node.name = f"{name}/SparseAttention{call}"
+        seen[name] += 1
 
 
 def _description(site: Site) -> dict[str, Any]:

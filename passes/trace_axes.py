@@ -531,6 +531,13 @@ def _getitem(trace: Trace, node: Node) -> Any:
     return _indexed(trace, node, trace.of(source), index)
 
 
+def _index(trace: Trace, node: Node) -> Axes | None:
+    """aten.index(x, indices), where None stands for all of a dimension."""
+    indices = argument(node, 1, "indices")
+    entries = tuple(slice(None) if entry is None else entry for entry in indices)
+    return _indexed(trace, node, trace.of(argument(node, 0, "input")), entries)
+
+
 def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
     """``x[index]`` for integers, slices, None, Ellipsis and at most one tensor."""
     entries = _entries(index, len(axes))
@@ -782,6 +789,7 @@ for _rule, _names in (
     (_getitem, "getitem"),
     (_slice, "slice narrow"),
     (_select, "select"),
+    (_index, "index"),
     (_index_select, "index_select"),
     (_pad, "pad constant_pad_nd"),
     (_linear, "linear"),

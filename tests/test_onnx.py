@@ -1,5 +1,6 @@
 """Models as ONNX files: the functions, the file, and what ONNX Runtime makes of it."""
 
+import dataclasses
 import json
 import os
 
@@ -10,7 +11,10 @@ from cases import Case, double
 from torch import nn
 
 from uta_fx import Config, export_onnx
+from uta_fx.explain import FULL_CAPTURE
 from uta_fx.kernels import reference
+from uta_fx.study.models import MODELS
+from uta_fx.study.models import SMALL as SMALL_MODEL
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -185,6 +189,27 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     assert os.listdir(tmp_path) == ["model.onnx"]
 
 
+@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX 5B", "LTX-Video", "Mochi", "Allegro"])
+def test_a_model_of_diffusers_computes_what_the_backend_computes(tmp_path, name):
+    """Joint attention, masks, text whose length only a run knows, boolean and odd operations."""
+    pytest.importorskip("diffusers")
+    (entry,) = (entry for entry in MODELS if entry.name == name)
+    model, arguments = entry.build(), entry.arguments()
+    config = dataclasses.replace(SMALL_MODEL, density=0.3, grid=entry.grid)
+    path = tmp_path / "model.onnx"
+    kwargs = {**arguments, "return_dict": False}
+    explanation = export_onnx(model, (), path, config=config, kwargs=kwargs)
+    assert any(site.sparse for site in explanation.sites)
+    parts = [part for x in arguments.values() for part in (x if isinstance(x, tuple) else [x])]
+    tensors = [x for x in parts if torch.is_tensor(x)]
+    names = [x.name for x in onnx.load(path).graph.input]
+    outputs = run(path, dict(zip(names, (x.numpy() for x in tensors), strict=True)))
+    options = {"inner": "eager", "density": 0.3, "min_tokens": 48, "block_q": 16, "block_kv": 16}
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
+        expected = torch.compile(model, backend="uta", options=options)(**kwargs)[0].numpy()
+    assert np.linalg.norm(outputs[0] - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 class Joint(nn.Module):
     """One attention of video tokens, cut from a clip by a convolution, with text around them."""
 
@@ -266,6 +291,13 @@ class Untranslatable(nn.Module):
         return torch.linalg.eigvals(x)
 
 
+class Branching(nn.Module):
+    """What it does depends on its input."""
+
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x
+
+
 @pytest.mark.parametrize(
     ("model", "options", "path", "message"),
     [
@@ -279,7 +311,8 @@ class Untranslatable(nn.Module):
             "model.onnx",
             "dense_until=0.2 cannot be exported",
         ),
-        (Untranslatable().eval(), {}, "model.onnx", "model cannot be written as ONNX"),
+        (Untranslatable().eval(), {}, "model.onnx", "cannot be written as ONNX: No ONNX function"),
+        (Branching().eval(), {}, "model.onnx", "model cannot be traced by torch.export: "),
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):

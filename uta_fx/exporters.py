@@ -62,7 +62,8 @@ def export_onnx(
         ImportError: onnx or onnxscript is missing.
         TypeError: ``model`` is not a module.
         ValueError: An argument is out of range, ``dense_until`` is set, ``strict`` and a site stays
-            dense, a dimension cannot be dynamic, or an operation has no translation.
+            dense, a dimension cannot be dynamic, the model is not one graph, or an operation has no
+            translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.onnx_model import write_onnx
@@ -170,9 +171,13 @@ def _sparse_program(
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
     with torch.no_grad():
-        program = torch.export.export(
-            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
-        )
+        try:
+            program = torch.export.export(
+                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
+            )
+        except Exception as error:  # of many kinds: data that decides, containers, shapes
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"model cannot be traced by torch.export: {reason}") from error
         program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
     for site in sites:
         logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
