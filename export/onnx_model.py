@@ -59,7 +59,7 @@ def write_onnx(
         metadata: Goes into the model's metadata, beside the sites.
 
     Raises:
-        ValueError: An operation of the model has no translation to ONNX.
+        ValueError: An operation of the model has no translation, or none in that opset.
     """
     try:
         exported = torch.onnx.export(
@@ -78,12 +78,18 @@ def write_onnx(
     assert exported is not None
     model = exported.model
     fold_constants(model)
+    sizes = {
+        node: [(value.shape, value.dtype) for value in node.inputs] for node in _sparse_nodes(model)
+    }
     _add_functions(model, opset)
     tidy = Passes(
         IdentityEliminationPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()
     )
     tidy(model)
     _spell_out_boolean_where(model)
+    for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
+        for value, (shape, dtype) in zip(node.inputs, known, strict=True):
+            value.shape, value.dtype = shape, dtype
     _name_sites(model, [site for site in sites if site.sparse])
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
@@ -91,7 +97,10 @@ def write_onnx(
     model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         exported.save(Path(folder) / path.name)
-        onnx.checker.check_model(Path(folder) / path.name, full_check=True)
+        try:
+            onnx.checker.check_model(Path(folder) / path.name, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ValueError(f"model cannot be written in opset {opset}: {error}") from error
         # the model last: a file that can be opened is whole
         for name in sorted(os.listdir(folder), key=path.name.__eq__):
             os.replace(Path(folder) / name, path.parent / name)
@@ -122,7 +131,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         tail = (tail_key, tail_value, tail_log_size)
         if per_block:
             axis = opset18.Constant(value_ints=[2])
-            tail = tuple(opset18.Unsqueeze(x, axis) for x in tail)
+            tail = tuple(_sized_like(opset18.Unsqueeze(x, axis), x) for x in tail)
         return nodes["SparseAttention"](
             query, key, value, block_ids, block_counts, *tail, tail_variance, tail_slope,
             scale=scale, variance_weight=variance_weight, block_q=block_q, block_kv=block_kv,
@@ -159,6 +168,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
     }
+
+
+def _sized_like(unsqueezed: ir.Value, x: ir.Value) -> ir.Value:
+    """Note the sizes of ``x`` with a dimension of 1 in the third place."""
+    assert x.shape is not None
+    unsqueezed.shape, unsqueezed.dtype = ir.Shape([*x.shape[:2], 1, *x.shape[2:]]), x.dtype
+    return unsqueezed
+
+
+def _sparse_nodes(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "SparseAttention"]
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
@@ -206,9 +226,8 @@ def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:
     names = []
     for site in sites:
         names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
-    nodes = [node for node in model.graph if node.op_type == "SparseAttention"]
     seen: Counter[str] = Counter()
-    for name, node in zip(names, nodes, strict=True):
+    for name, node in zip(names, _sparse_nodes(model), strict=True):
         call = f".{seen[name]}" if seen[name] else ""  # of a module that attends more than once
         node.name = f"{name}/SparseAttention{call}"
         seen[name] += 1

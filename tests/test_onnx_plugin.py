@@ -84,6 +84,37 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
         onnxruntime_plugin.variants_of(model)
 
 
+class Attention(nn.Module):
+    """Self-attention of video tokens in float16 arithmetic."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2), dtype=dtype)
+        self.to_qkv = nn.Linear(32, 96, dtype=dtype)
+
+    def forward(self, clip):
+        x = self.patch(clip).flatten(2).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
+    """Every size survives the way into the file."""
+    path = tmp_path / "model.onnx"
+    clip = torch.zeros(1, 3, 4, 16, 24, dtype=dtype)
+    config = uta_fx.Config(min_tokens=128, block_q=32, block_kv=32)
+    uta_fx.export_onnx(Attention(dtype).eval(), (clip,), path, config=config)
+    (variant,) = onnxruntime_plugin.variants_of(onnx.load(path))
+    assert variant == onnxruntime_plugin.Variant(
+        dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
+        sign=1, has_tail=True, per_block=True, has_variance=True, has_slope=True, even=True,
+        representatives=12,
+    )  # fmt: skip
+
+
 def test_bad_input_to_the_builder(tmp_path):
     """One sentence each, and no library."""
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def export_onnx(
     config: Config | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
-    opset: int = 18,
+    opset: int | None = None,
 ) -> Explanation:
     """Write a model as an ONNX file in which video attention is sparse.
 
@@ -52,8 +52,9 @@ def export_onnx(
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
             its video tokens) is fixed in any case, and is refused here by name.
-        opset: Version of the standard operations, 18 or higher. From 23 on dense attention is one
-            operation too, which older runtimes do not know.
+        opset: Version of the standard operations, 18 or higher; None for 18, or 23 where weights
+            are bfloat16, which convolutions know only since 22. From 23 on dense attention is one
+            operation too.
 
     Returns:
         What was decided about every attention call, and why.
@@ -73,6 +74,8 @@ def export_onnx(
         raise ValueError(f"path must end in .onnx, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
+    if opset is None:
+        opset = 23 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
     program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
@@ -150,6 +153,10 @@ def build_onnxruntime_plugin(
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
     build_plugin(Path(model), architecture, target)
+
+
+def _parameters(model: Any) -> Iterator[torch.Tensor]:
+    return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
 
 
 def _sparse_program(
