@@ -32,6 +32,11 @@ def schedule(steps, step):
     return types.SimpleNamespace(timesteps=torch.linspace(1000, 1, steps), step_index=step)
 
 
+def pipeline_of(model, scheduler):
+    """A pipeline as far as ``enable`` looks at one."""
+    return types.SimpleNamespace(transformer=model, scheduler=scheduler)
+
+
 @torch.no_grad()
 def test_a_module_is_enabled_and_disabled():
     """In place, and back to the very same code."""
@@ -51,7 +56,7 @@ def test_the_schedule_decides_between_dense_and_sparse():
     """The first steps equal the dense model; switching recompiles nothing."""
     model, x = Model(), torch.randn(1, 128, 32)
     dense = model(x)
-    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    pipeline = pipeline_of(model, schedule(10, None))
     config = Config(density=0.2, dense_until=0.25, **FAST)
     uta_fx.enable(pipeline, config, fullgraph=True)
     for step in (None, 1, 2, 3, 9):
@@ -68,12 +73,12 @@ def test_a_scheduler_that_takes_the_place_of_another_decides():
     """As pipelines let users do it, after ``enable``."""
     model, x = Model(), torch.randn(1, 128, 32)
     dense = model(x)
-    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    pipeline = pipeline_of(model, schedule(10, None))
     uta_fx.enable(pipeline, Config(density=0.2, dense_until=0.2, **FAST), fullgraph=True)
     pipeline.scheduler = schedule(10, 9)
     assert not torch.equal(model(x), dense)
     pipeline.scheduler = types.SimpleNamespace(timesteps=torch.arange(10))
-    with pytest.raises(ValueError, match=r"counts its steps \(step_index\), got a SimpleNamespace"):
+    with pytest.raises(ValueError, match=r"counts its steps \(step_index\) or a pipeline that"):
         model(x)
 
 
@@ -96,7 +101,8 @@ def test_both_transformers_of_a_pipeline_are_enabled_and_disabled():
 def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
     """And a product that misses an integer by rounding counts as it."""
     assert dense_steps(steps, until) == expected
-    assert sum(runs_dense(schedule(steps, step), until) for step in range(steps)) == expected
+    pipelines = [pipeline_of(None, schedule(steps, step)) for step in range(steps)]
+    assert sum(runs_dense(pipeline, until) for pipeline in pipelines) == expected
 
 
 @torch.no_grad()
@@ -113,6 +119,6 @@ def test_what_cannot_be_enabled_is_named():
         uta_fx.enable("wan")
     with pytest.raises(ValueError, match="needs a pipeline with a scheduler, got a Model"):
         uta_fx.enable(Model(), Config(dense_until=0.2))
-    uncounted = types.SimpleNamespace(transformer=Model(), scheduler=types.SimpleNamespace())
+    uncounted = pipeline_of(Model(), types.SimpleNamespace())
     with pytest.raises(ValueError, match="dense_until needs a scheduler that counts its steps"):
         uta_fx.enable(uncounted, Config(dense_until=0.2))
