@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +161,7 @@ def _install(
     original = space.get(name, part.forward)
     own = getattr(original, "__func__", None) is type(part).forward
     if dense:
-        forward = torch.compile(original, backend=config.inner, **compile_options)
+        forward = _dense(original, config, compile_options)
     else:
         forward = _compiled(original, target, config, compile_options)
     space[name] = _Enabled(part, original, forward, own)
@@ -170,6 +171,25 @@ def _compiled(
     original: Forward, target: Any, config: Config, compile_options: dict[str, Any]
 ) -> Forward:
     """What runs in place of one forward."""
+    sparse = _sparse(original, config, compile_options)
+    if not config.dense_until:
+        return sparse
+    dense = _dense(original, config, compile_options)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # the pipeline's scheduler decides, whichever it has at the time of a call
+        variant = dense if runs_dense(target, config.dense_until) else sparse
+        return variant(*args, **kwargs)
+
+    return forward
+
+
+def _dense(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
+    forward = _with_own_code(original, "dense")
+    return torch.compile(forward, backend=config.inner, **compile_options)
+
+
+def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
     fields = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -178,17 +198,31 @@ def _compiled(
     # torch.compile takes mode or options, not both: ours goes with the options
     mode = {"mode": compile_options["mode"]} if "mode" in compile_options else {}
     others = {name: value for name, value in compile_options.items() if name != "mode"}
-    sparse = torch.compile(original, backend="uta", options=fields | mode, **others)
-    if not config.dense_until:
-        return sparse
-    dense = torch.compile(original, backend=config.inner, **compile_options)
+    forward = _with_own_code(original, "sparse")
+    return torch.compile(forward, backend="uta", options=fields | mode, **others)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # the pipeline's scheduler decides, whichever it has at the time of a call
-        variant = dense if runs_dense(target, config.dense_until) else sparse
-        return variant(*args, **kwargs)
 
-    return forward
+def _with_own_code(forward: Forward, variant: str) -> Forward:
+    """The same method with code of its own, a piece for each variant.
+
+    Dynamo counts recompilations by piece of code, and gives up at its ``recompile_limit``: two
+    variants of one piece would get there in half the time.
+    """
+    if not isinstance(forward, types.MethodType) or not isinstance(
+        forward.__func__, types.FunctionType
+    ):
+        return forward
+    return types.MethodType(_copy(forward.__func__, variant), forward.__self__)
+
+
+@functools.cache
+def _copy(function: types.FunctionType, variant: str) -> types.FunctionType:
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{variant}")
+    copy = types.FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _models_of(target: Any) -> list[nn.Module]:
@@ -250,8 +284,8 @@ def _check_hooks(part: nn.Module) -> None:
     if hooks:
         raise ValueError(
             f"hooks inside a {_name(part)} ({', '.join(hooks)}) would break its compiled graph:"
-            " of offloading, enable_model_cpu_offload works; hooks on whole blocks (group"
-            " offloading by blocks, FirstBlockCache) work with uta_fx.enable(..., blocks=True)"
+            " hooks around a whole model (enable_model_cpu_offload) work, and around its blocks"
+            " (group offloading by blocks, FirstBlockCache) with uta_fx.enable(..., blocks=True)"
         )
 
 
