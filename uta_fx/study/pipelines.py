@@ -165,9 +165,7 @@ def _clip_tokenizer(transformers: Any) -> Any:
 
 def _llama_tokenizer(transformers: Any) -> Any:
     """Knows parts of the words around the prompt, which must not take the room of the prompt."""
-    module = require(
-        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video", extra="diffusers"
-    )
+    module = require("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video", extra="diffusers")
     words = ["<unk>", "<s>", "</s>", "▁", "\n", *CHARACTERS]
     characters = transformers.LlamaTokenizerFast(
         vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="</s>"
