@@ -1,6 +1,7 @@
 """uta_fx.enable over the real pipelines of diffusers, small and with random weights."""
 
 import functools
+import itertools
 import sys
 
 import accelerate
@@ -58,7 +59,10 @@ def wan():
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_whole_generation_compiles_each_variant_once(name):
-    """50 steps, the first ten dense, two prompts: two graphs, no break, however it is guided."""
+    """50 steps, the first ten dense, two prompts: two graphs, no break, however it is guided.
+
+    The dense steps are those of the pipeline without us, to the bit.
+    """
     counters.clear()
     pipe, calls = tiny_pipeline(name), []
     dense = generate(pipe, name, steps=50)
@@ -70,28 +74,18 @@ def test_a_whole_generation_compiles_each_variant_once(name):
     sparse = generate(pipe, name, steps=50)
     same = [torch.equal(a, b) for a, b in zip(dense, sparse, strict=True)]
     assert same == [True] * 10 + [False] * 40
-    generate(pipe, name, prompt="two blue whales in a calm sea", steps=50)
+    generate(pipe, name, prompt="two blue whales in a calm sea", steps=10)
     assert graphs() == 2 and not counters["graph_break"]
     per_step, batch = CALLS[name]
-    assert calls == [batch] * per_step * 50 * 2
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_density_one_is_the_dense_pipeline(name):
-    """To rounding: a hundredth of what density 0.3 changes is far above it; and back by disable."""
-    pipe = tiny_pipeline(name)
-    dense = generate(pipe, name)[-1]
-    outputs = []
-    for density in (1.0, 0.3):
-        uta_fx.enable(pipe, Config(density=density, **SETTINGS), fullgraph=True)
-        outputs.append(generate(pipe, name)[-1])
-        uta_fx.disable(pipe)
-    assert rms(outputs[0] - dense) < 0.01 * rms(outputs[1] - dense)
-    assert torch.equal(generate(pipe, name)[-1], dense)
+    assert calls == [batch] * per_step * (50 + 10)
+    uta_fx.disable(pipe)
+    generate(pipe, name, steps=2)
+    assert graphs() == 2 and "forward" not in vars(pipe.transformer)
 
 
 def test_inductor_compiles_a_generation_once(wan):
-    """The same with the compiler that people use."""
+    """The same with the compiler that people use, on one block: it is slow."""
+    wan.transformer.blocks = wan.transformer.blocks[:1]
     config = Config(density=0.3, dense_until=0.5, min_tokens=130)
     dense = generate(wan, "wan")[-1]
     uta_fx.enable(wan, config, fullgraph=True)
@@ -119,14 +113,14 @@ def test_a_lora_costs_what_it_costs_without_us(wan):
     peft keeps the scale as a number of the layer, and leaves the weights frozen when it unloads:
     Dynamo guards on both.
     """
-    first, second = lora(wan.transformer, 1), lora(wan.transformer, 2)
 
     def counted(pipe):
-        pipe.load_lora_weights(dict(first), adapter_name="style")
+        first, second = lora(pipe.transformer, 1), lora(pipe.transformer, 2)
+        pipe.load_lora_weights(first, adapter_name="style")
         counts, outputs = [], []
         changes = (
             lambda: None,
-            lambda: pipe.load_lora_weights(dict(second), adapter_name="style", hotswap=True),
+            lambda: pipe.load_lora_weights(second, adapter_name="style", hotswap=True),
             lambda: pipe.set_adapters("style", 0.5),
             lambda: pipe.set_adapters("style", 0.25),
             pipe.unload_lora_weights,
@@ -136,19 +130,18 @@ def test_a_lora_costs_what_it_costs_without_us(wan):
             outputs.append(generate(pipe, "wan", steps=2)[-1])
             counts.append(graphs())
         assert not counters["graph_break"]
-        assert not any(torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+        assert not any(torch.equal(a, b) for a, b in itertools.pairwise(outputs))
         return counts
 
-    wan.enable_lora_hotswap(target_rank=4)
+    plain = tiny_pipeline("wan")
+    for pipe in (wan, plain):
+        pipe.transformer.blocks = pipe.transformer.blocks[:1]
+        pipe.enable_lora_hotswap(target_rank=4)
     uta_fx.enable(wan, HALF, fullgraph=True)
     ours = counted(wan)
-    torch._dynamo.reset()
     counters.clear()
-    plain = tiny_pipeline("wan")
-    plain.enable_lora_hotswap(target_rank=4)
-    plain.transformer.forward = torch.compile(
-        plain.transformer.forward, backend="eager", fullgraph=True
-    )
+    forward = torch.compile(plain.transformer.forward, backend="eager", fullgraph=True)
+    plain.transformer.forward = forward
     assert ours == [2 * count for count in counted(plain)]
     assert ours[0] == ours[1] == 2
 
@@ -251,14 +244,14 @@ def test_hooks_inside_a_model_are_refused(wan, put_inside, named, before):
     message = rf"hooks inside a WanTransformer3DModel \(.*{named}.*blocks=True"
     if before:
         put_inside(wan.transformer)
-        with pytest.raises(ValueError, match=message):
-            uta_fx.enable(wan, SPARSE)
-        assert not isinstance(vars(wan.transformer).get("forward"), type(None)) or True
-        return
-    uta_fx.enable(wan, SPARSE)
-    put_inside(wan.transformer)
+    else:
+        uta_fx.enable(wan, SPARSE)
+        put_inside(wan.transformer)
     with pytest.raises(ValueError, match=message):
-        generate(wan, "wan")
+        if before:
+            uta_fx.enable(wan, SPARSE)
+        else:
+            generate(wan, "wan")
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -313,6 +306,8 @@ def test_dense_layers_counts_blocks_that_are_compiled_alone(wan):
         assert torch.equal(alone, generated(dense_layers=layers))
     assert not torch.equal(generated(dense_layers="0"), generated(dense_layers="1"))
     assert torch.equal(generated(dense_layers="0-1", grid=GRID), generate(wan, "wan", steps=2)[-1])
+    with pytest.raises(ValueError, match="dense_layers='2' names blocks that a WanTransformer3D"):
+        generated(dense_layers="2", grid=GRID)
 
 
 def test_compile_repeated_blocks_takes_the_backend(wan):
@@ -325,7 +320,7 @@ def test_compile_repeated_blocks_takes_the_backend(wan):
     wan.transformer.compile_repeated_blocks(backend="uta", fullgraph=True, options=options)
     assert torch.equal(generate(wan, "wan")[-1], expected)
     assert graphs() == 1 and not counters["graph_break"]
-    with pytest.raises(ValueError, match="compiled already .* on a WanTransformerBlock"):
+    with pytest.raises(ValueError, match=r"compiled already .* on a WanTransformerBlock"):
         uta_fx.enable(wan)
 
 

@@ -60,13 +60,15 @@ def enable(
         _check_schedule(target)
     if blocks and config.grid is None:
         raise ValueError("blocks=True needs config.grid: a block does not show how its tokens lie")
-    parts = [_blocks_of(model) if blocks else [model] for model in models]
+    parts = [_blocks_of(model, config) if blocks else [model] for model in models]
     for part in (part for several in parts for part in several):
         _check_hooks(part)
     for several in parts:
+        # the graph of a block counts from 0: which block it is must be known here
+        common = dataclasses.replace(config, dense_layers="") if blocks else config
         for index, part in enumerate(several):
             dense = blocks and config.is_dense_layer(index, len(several))
-            _install(part, target, config, dense, compile_options)
+            _install(part, target, common, dense, compile_options)
     return target
 
 
@@ -241,12 +243,17 @@ def _models_of(target: Any) -> list[nn.Module]:
     return models
 
 
-def _blocks_of(model: nn.Module) -> list[nn.Module]:
+def _blocks_of(model: nn.Module, config: Config) -> list[nn.Module]:
     """What diffusers names blocks: the modules in the lists that a model itself holds."""
     lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
     blocks = [block for part in lists for block in part]
     if not blocks:
         raise ValueError(f"blocks=True needs a model with a list of blocks, got a {_name(model)}")
+    if not config.dense_layers_fit(len(blocks)):
+        raise ValueError(
+            f"dense_layers={config.dense_layers!r} names blocks that a {_name(model)} does not"
+            f" have: it has {len(blocks)}"
+        )
     return blocks
 
 

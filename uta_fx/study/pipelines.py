@@ -109,7 +109,7 @@ def _cogvideox(diffusers: Any, transformers: Any) -> Any:
         ),
         vae=diffusers.AutoencoderKLCogVideoX(
             block_out_channels=(8, 8, 8, 8), latent_channels=LATENTS, layers_per_block=1,
-            norm_num_groups=4, sample_height=96, sample_width=128,
+            norm_num_groups=4,
         ),
         scheduler=diffusers.CogVideoXDPMScheduler(
             prediction_type="v_prediction", timestep_spacing="trailing",
