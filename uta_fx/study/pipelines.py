@@ -90,8 +90,8 @@ def _hunyuan_video(diffusers: Any, transformers: Any) -> Any:
             rope_axes_dim=(4, 6, 6),
         ),
         vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=LATENTS, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
-            norm_num_groups=4,
+            latent_channels=LATENTS, block_out_channels=(4, 4, 4, 4), layers_per_block=1,
+            norm_num_groups=2,
         ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
@@ -108,8 +108,8 @@ def _cogvideox(diffusers: Any, transformers: Any) -> Any:
             use_rotary_positional_embeddings=True,
         ),
         vae=diffusers.AutoencoderKLCogVideoX(
-            block_out_channels=(8, 8, 8, 8), latent_channels=LATENTS, layers_per_block=1,
-            norm_num_groups=4,
+            block_out_channels=(4, 4, 4, 4), latent_channels=LATENTS, layers_per_block=1,
+            norm_num_groups=2,
         ),
         scheduler=diffusers.CogVideoXDPMScheduler(
             prediction_type="v_prediction", timestep_spacing="trailing",
