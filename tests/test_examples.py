@@ -27,27 +27,20 @@ def example(monkeypatch, request):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_from_memory_and_from_a_folder(name, example, tmp_path, capsys):
-    """A video and a table; the weights that from_pretrained reads give the same picture."""
+    """A video and a table; what from_pretrained loads, once offloaded, gives the same video."""
     main = example(name).main
     folder, tiny, loaded = tmp_path / "model", tmp_path / "tiny.mp4", tmp_path / "loaded.mp4"
     main(["--tiny", "--steps", "3", "--out", str(tiny)])
     table = capsys.readouterr().out
     assert all(row in table for row in ROWS) and str(tiny) in table
     tiny_pipeline(EXAMPLES[name]).save_pretrained(folder)
-    main(["--model", str(folder), *SMALL, *EAGER, "--out", str(loaded)])
+    offload = ["--offload"] if name == "generate_wan" else []
+    main(["--model", str(folder), *SMALL, *EAGER, *offload, "--out", str(loaded)])
     assert loaded.read_bytes() == tiny.read_bytes()
     with imageio.get_reader(tiny) as reader:
         assert reader.count_frames() == 17
         first = reader.get_data(0)
     assert first.shape == (96 + 18, 3 * 160 + 2 * 4, 3) and first.std() > 0
-
-
-def test_an_example_offloads_and_writes_a_gif(example, tmp_path):
-    """Model by model, with the hooks that diffusers takes off and on after a generation."""
-    path = tmp_path / "new" / "wan.gif"
-    example("generate_wan").main(["--tiny", "--steps", "3", "--offload", "--out", str(path)])
-    with imageio.get_reader(path) as reader:
-        assert len(reader) == 17
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def write_side_by_side(
         return
     imageio = require("imageio.v2", extra="demo")
     require("imageio_ffmpeg", extra="demo")
-    # players want even sizes: a block of 2 pads to them
+    # players want even sizes: with a block of 2 frames are scaled to them
     with imageio.get_writer(path, fps=frames_per_second, macro_block_size=2) as writer:
         for frame in _beside(videos):
             writer.append_data(np.asarray(frame))
