@@ -22,7 +22,7 @@ from uta_fx.study.pipelines import tiny_pipeline
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(
-        argv, __doc__, model="zai-org/CogVideoX-5b",
+        argv, __doc__, model="THUDM/CogVideoX-5b",
         height=480, width=720, frames=49, steps=50,
     )  # fmt: skip
 
