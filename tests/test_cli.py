@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from imageio import v2 as imageio
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -117,3 +119,21 @@ def test_pictures_show_what_they_are_given(tmp_path):
     assert gif.n_frames == 4
     pictures.write_contact_sheet(tmp_path / "a.png", ["one", "two"], rows, frames=3)
     assert Image.open(tmp_path / "a.png").size[0] > 100
+
+
+@pytest.mark.parametrize("suffix", pictures.VIDEO_SUFFIXES)
+def test_videos_stand_side_by_side(tmp_path, suffix):
+    """Every frame, in the order that they are given; an odd height becomes even in an MP4."""
+    dark = (torch.arange(4) / 10)[:, None, None].expand(3, 4, 33, 20)
+    light = 1 - dark
+    path = tmp_path / f"a{suffix}"
+    pictures.write_side_by_side(path, {"dark": dark, "light": light})
+    with imageio.get_reader(path) as reader:
+        frames = [np.asarray(frame)[..., :3] for frame in reader]
+    assert len(frames) == 4
+    for index, frame in enumerate(frames):
+        left, right = frame[22:47, 4:16].mean(), frame[22:47, 28:40].mean()
+        assert abs(left - 25.5 * index) < 8  # the codec's 3 %
+        assert abs(right - 255 + 25.5 * index) < 8
+    with pytest.raises(ValueError, match=r"path must end in .mp4 or .gif, got .*a.webm"):
+        pictures.write_side_by_side(tmp_path / "a.webm", {"dark": dark})

@@ -8,7 +8,7 @@ from torch import nn
 
 import uta_fx
 from uta_fx import Config
-from uta_fx.enable import dense_steps, runs_dense
+from uta_fx.enable import dense_steps, runs_dense, step_of
 
 FAST = {"inner": "eager", "min_tokens": 64, "reorder": "none", "block_q": 16, "block_kv": 16}
 
@@ -32,6 +32,11 @@ def schedule(steps, step):
     return types.SimpleNamespace(timesteps=torch.linspace(1000, 1, steps), step_index=step)
 
 
+def pipeline_of(model, scheduler):
+    """A pipeline as far as ``enable`` looks at one."""
+    return types.SimpleNamespace(transformer=model, scheduler=scheduler)
+
+
 @torch.no_grad()
 def test_a_module_is_enabled_and_disabled():
     """In place, and back to the very same code."""
@@ -51,7 +56,7 @@ def test_the_schedule_decides_between_dense_and_sparse():
     """The first steps equal the dense model; switching recompiles nothing."""
     model, x = Model(), torch.randn(1, 128, 32)
     dense = model(x)
-    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    pipeline = pipeline_of(model, schedule(10, None))
     config = Config(density=0.2, dense_until=0.25, **FAST)
     uta_fx.enable(pipeline, config, fullgraph=True)
     for step in (None, 1, 2, 3, 9):
@@ -68,12 +73,12 @@ def test_a_scheduler_that_takes_the_place_of_another_decides():
     """As pipelines let users do it, after ``enable``."""
     model, x = Model(), torch.randn(1, 128, 32)
     dense = model(x)
-    pipeline = types.SimpleNamespace(transformer=model, scheduler=schedule(10, None))
+    pipeline = pipeline_of(model, schedule(10, None))
     uta_fx.enable(pipeline, Config(density=0.2, dense_until=0.2, **FAST), fullgraph=True)
     pipeline.scheduler = schedule(10, 9)
     assert not torch.equal(model(x), dense)
     pipeline.scheduler = types.SimpleNamespace(timesteps=torch.arange(10))
-    with pytest.raises(ValueError, match=r"counts its steps \(step_index\), got a SimpleNamespace"):
+    with pytest.raises(ValueError, match=r"counts its steps \(step_index\) or a pipeline that"):
         model(x)
 
 
@@ -96,7 +101,67 @@ def test_both_transformers_of_a_pipeline_are_enabled_and_disabled():
 def test_the_dense_share_is_rounded_up_to_whole_steps(steps, until, expected):
     """And a product that misses an integer by rounding counts as it."""
     assert dense_steps(steps, until) == expected
-    assert sum(runs_dense(schedule(steps, step), until) for step in range(steps)) == expected
+    pipelines = [pipeline_of(None, schedule(steps, step)) for step in range(steps)]
+    assert sum(runs_dense(pipeline, until) for pipeline in pipelines) == expected
+
+
+def test_a_scheduler_that_counts_no_steps_is_followed_by_the_timestep():
+    """CogVideoX's: a timestep's place shows where it lies in memory, of which nothing is read."""
+    timesteps = torch.arange(20, device="meta")[5:15]  # reading it would raise
+    pipeline = pipeline_of(None, types.SimpleNamespace(timesteps=timesteps))
+    pipeline.current_timestep = None
+    assert step_of(pipeline) == 0
+    for step, timestep in enumerate(timesteps):
+        pipeline.current_timestep = timestep
+        assert step_of(pipeline) == step
+        pipeline.current_timestep = timestep.expand(2)
+        assert step_of(pipeline) == step
+
+
+def test_a_timestep_that_is_a_copy_is_followed_by_its_value():
+    """As in pipelines that make numbers of them."""
+    timesteps = torch.tensor([900, 600, 300])
+    pipeline = pipeline_of(None, types.SimpleNamespace(timesteps=timesteps))
+    for timestep in (600, torch.tensor(600)):
+        pipeline.current_timestep = timestep
+        assert step_of(pipeline) == 1
+    pipeline.current_timestep = 500
+    with pytest.raises(ValueError, match=r"500\.0 is none of its scheduler's timesteps"):
+        step_of(pipeline)
+
+
+@pytest.mark.parametrize(("begin", "expected"), [(None, 0), (4, 4)])
+def test_a_schedule_may_begin_later(begin, expected):
+    """Video to video starts inside it, and the counter is empty before the first step."""
+    scheduler = schedule(10, None)
+    scheduler.begin_index = begin
+    assert step_of(pipeline_of(None, scheduler)) == expected
+
+
+@torch.no_grad()
+def test_two_variants_may_recompile_as_often_as_one():
+    """Dynamo gives up at a number of graphs for one piece of code: each variant has its own."""
+    model = Model()
+    pipeline = pipeline_of(model, schedule(10, None))
+    config = Config(density=0.2, dense_until=0.5, **FAST)
+    uta_fx.enable(pipeline, config, fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for batch in (1, 2, 3):
+            for step in (0, 9):
+                pipeline.scheduler.step_index = step
+                model(torch.randn(batch, 128, 32))
+
+
+@torch.no_grad()
+def test_what_had_taken_the_place_of_forward_comes_back():
+    """Code that others patched in is compiled, and there again after disable."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    original = model.forward
+    patched = model.forward = lambda x: original(x) + 1
+    uta_fx.enable(model, Config(density=1.0, **FAST))
+    torch.testing.assert_close(model(x), patched(x))
+    uta_fx.disable(model)
+    assert model.forward is patched
 
 
 @torch.no_grad()
@@ -113,6 +178,42 @@ def test_what_cannot_be_enabled_is_named():
         uta_fx.enable("wan")
     with pytest.raises(ValueError, match="needs a pipeline with a scheduler, got a Model"):
         uta_fx.enable(Model(), Config(dense_until=0.2))
-    uncounted = types.SimpleNamespace(transformer=Model(), scheduler=types.SimpleNamespace())
+    with pytest.raises(TypeError, match="a pipeline with a transformer, got SimpleNamespace"):
+        uta_fx.enable(types.SimpleNamespace(unet=Model()))
+    uncounted = pipeline_of(Model(), types.SimpleNamespace())
     with pytest.raises(ValueError, match="dense_until needs a scheduler that counts its steps"):
         uta_fx.enable(uncounted, Config(dense_until=0.2))
+
+
+def compiled_in_place(forward=False):
+    """A model that was compiled, itself or its forward."""
+    model = Model()
+    if forward:
+        model.forward = torch.compile(model.forward)
+    else:
+        model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda: torch.compile(Model()),
+        lambda: nn.Sequential(torch.compile(Model())),
+        lambda: pipeline_of(torch.compile(Model()), None),
+        lambda: compiled_in_place(),
+        lambda: compiled_in_place(forward=True),
+    ],
+)
+def test_a_model_that_is_compiled_already_is_refused(compiled):
+    """In each way to compile it, as a whole, in a part or in a pipeline."""
+    with pytest.raises(ValueError, match=r"target is compiled already \(torch.compile on a"):
+        uta_fx.enable(compiled())
+
+
+def test_blocks_need_a_grid_and_a_list_of_blocks():
+    """A block shows neither how its tokens lie nor that it is one."""
+    with pytest.raises(ValueError, match=r"blocks=True needs config.grid"):
+        uta_fx.enable(Model(), blocks=True)
+    with pytest.raises(ValueError, match="a model with a list of blocks, got a Model"):
+        uta_fx.enable(Model(), Config(grid=(2, 8, 8)), blocks=True)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from uta_fx.config import Config
+from uta_fx.hooks import hooks_inside, innermost_forward
+
+Forward = Callable[..., Any]
 
 
-def enable(target: Any, config: Config | None = None, **compile_options: Any) -> Any:
+def enable(
+    target: Any, config: Config | None = None, *, blocks: bool = False, **compile_options: Any
+) -> Any:
     """Compile a pipeline's transformers, or a model, with ``backend="uta"``, in place.
 
     Pipelines with two, such as Wan 2.2, have one for each part of the noise schedule.
@@ -21,60 +29,61 @@ def enable(target: Any, config: Config | None = None, **compile_options: Any) ->
     us, and each step runs the one that its place in the scheduler's noise schedule asks for:
     neither recompiles when they change.
 
+    What is compiled runs under the hooks that accelerate and diffusers put around a model, so
+    ``enable_model_cpu_offload`` may come before or after. Hooks inside it (group offloading, the
+    caches of diffusers, layerwise casting) would break the graph: those on whole blocks work with
+    ``blocks``, others are refused.
+
     Args:
         target: A diffusers pipeline with ``transformer`` (and perhaps ``transformer_2``) and
             ``scheduler``, or a module.
         config: Settings; None for the defaults.
+        blocks: Compile the model's blocks, each by itself, in place of the whole model. Alike
+            blocks share their code. Needs ``config.grid``, which a block does not show, and the
+            same one for every call; ``config.dense_layers`` counts blocks.
         **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``, ``mode``).
 
     Returns:
         ``target``.
 
     Raises:
-        TypeError: ``target`` is neither.
-        ValueError: It is enabled already, or ``dense_until`` is asked for without a scheduler that
-            counts its steps (``step_index``; CogVideoX's own schedulers do not).
+        TypeError: ``target`` is neither, or a text encoder or a VAE.
+        ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` without a
+            grid or for a model that has none; ``dense_until`` without a schedule that can be
+            followed. A hook that is put inside later is refused by the next call.
     """
     config = config or Config()
     models = _models_of(target)
-    if any(_is_enabled(model) for model in models):
-        raise ValueError("target is enabled already: call uta_fx.disable first")
-    if config.dense_until:
-        if getattr(target, "scheduler", None) is None:
-            raise ValueError(
-                f"dense_until={config.dense_until} needs a pipeline with a scheduler, got a"
-                f" {type(target).__name__}"
-            )
-        _check_counts(target.scheduler)
     for model in models:
-        model.forward = _Enabled(_compiled(model.forward, target, config, compile_options))
+        _check_model(model)
+    if config.dense_until:
+        _check_schedule(target)
+    if blocks and config.grid is None:
+        raise ValueError("blocks=True needs config.grid: a block does not show how its tokens lie")
+    parts = [_blocks_of(model, config) if blocks else [model] for model in models]
+    for part in (part for several in parts for part in several):
+        _check_hooks(part)
+    for several in parts:
+        # the graph of a block counts from 0: which block it is must be known here
+        common = dataclasses.replace(config, dense_layers="") if blocks else config
+        for index, part in enumerate(several):
+            dense = blocks and config.is_dense_layer(index, len(several))
+            _install(part, target, common, dense, compile_options)
     return target
-
-
-def _compiled(
-    original: Callable[..., Any], target: Any, config: Config, compile_options: dict[str, Any]
-) -> Callable[..., Any]:
-    """What runs in place of one model's forward."""
-    fields = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name != "dense_until"
-    }
-    # torch.compile takes mode or options, not both: ours goes with the options
-    mode = {"mode": compile_options["mode"]} if "mode" in compile_options else {}
-    others = {name: value for name, value in compile_options.items() if name != "mode"}
-    sparse = torch.compile(original, backend="uta", options=fields | mode, **others)
-    if not config.dense_until:
-        return sparse
-    dense = torch.compile(original, backend=config.inner, **compile_options)
-    return _switch(dense, sparse, target, config.dense_until)
 
 
 def disable(target: Any) -> Any:
     """Undo ``enable``; a target that is not enabled stays as it is."""
     for model in _models_of(target):
-        if _is_enabled(model):
-            del model.forward
+        for part in model.modules():
+            space, name = innermost_forward(part)
+            enabled = space.get(name)
+            if not isinstance(enabled, _Enabled):
+                continue
+            if enabled.own and space is vars(part) and name == "forward":
+                del space[name]
+            else:
+                space[name] = enabled.original
     return target
 
 
@@ -83,62 +92,222 @@ def dense_steps(steps: int, dense_until: float) -> int:
     return math.ceil(round(dense_until * steps, 6))
 
 
-def runs_dense(scheduler: Any, dense_until: float) -> bool:
-    """Whether the step that a diffusers scheduler is about to take lies in the dense share.
+def runs_dense(pipeline: Any, dense_until: float) -> bool:
+    """Whether the step that a diffusers pipeline is about to take lies in the dense share.
 
-    The scheduler's own step counter decides, on the host and without a synchronisation: steps that
-    a cache skips are counted, calls are not.
+    Steps are counted, calls are not: neither guidance in two calls nor a cache that leaves some
+    out makes the count drift.
 
     Raises:
-        ValueError: The scheduler does not count its steps.
+        ValueError: The pipeline does not say where in its schedule it is.
     """
-    _check_counts(scheduler)
-    step = scheduler.step_index or 0  # None before the first step
-    return step < dense_steps(len(scheduler.timesteps), dense_until)
+    return step_of(pipeline) < dense_steps(len(pipeline.scheduler.timesteps), dense_until)
 
 
-def _check_counts(scheduler: Any) -> None:
-    if not hasattr(scheduler, "step_index"):
+def step_of(pipeline: Any) -> int:
+    """The step that a diffusers pipeline is about to take, from 0, found on the host.
+
+    The scheduler's own counter says it. Schedulers that have none (CogVideoX's) leave it to the
+    pipeline's ``current_timestep``: as a rule that is a view of one element of the scheduler's
+    ``timesteps``, whose place shows without waiting for the device.
+
+    Raises:
+        ValueError: Neither says it.
+    """
+    scheduler = pipeline.scheduler
+    if hasattr(scheduler, "step_index"):
+        if scheduler.step_index is not None:
+            return int(scheduler.step_index)
+        return int(getattr(scheduler, "begin_index", None) or 0)  # before the first step
+    _check_schedule(pipeline)
+    timestep, timesteps = getattr(pipeline, "current_timestep", None), scheduler.timesteps
+    if timestep is None:  # before the first step
+        return 0
+    if isinstance(timestep, torch.Tensor) and _share_storage(timestep, timesteps):
+        return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+    places = (timesteps == timestep).nonzero()
+    if len(places) == 0:
         raise ValueError(
-            "dense_until needs a scheduler that counts its steps (step_index), got a"
-            f" {type(scheduler).__name__}"
+            f"dense_until: the pipeline's current_timestep {float(timestep)} is none of its"
+            " scheduler's timesteps"
         )
+    return int(places[0])
 
 
-@dataclasses.dataclass(frozen=True)
+def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 class _Enabled:
-    """The forward of an enabled model."""
+    """The forward of what is compiled.
 
-    forward: Callable[..., Any]
+    Attributes:
+        original: The forward that it takes the place of.
+        own: Whether that is the forward of the part's class.
+    """
+
+    def __init__(self, part: nn.Module, original: Forward, forward: Forward, own: bool) -> None:
+        functools.update_wrapper(self, original)  # some pipelines look at the signature
+        self.original, self.own = original, own
+        self._part, self._forward = part, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        _check_hooks(self._part)
+        return self._forward(*args, **kwargs)
 
 
-def _is_enabled(model: torch.nn.Module) -> bool:
-    return isinstance(vars(model).get("forward"), _Enabled)
+def _install(
+    part: nn.Module, target: Any, config: Config, dense: bool, compile_options: dict[str, Any]
+) -> None:
+    space, name = innermost_forward(part)
+    original = space.get(name, part.forward)
+    own = getattr(original, "__func__", None) is type(part).forward
+    if dense:
+        forward = _dense(original, config, compile_options)
+    else:
+        forward = _compiled(original, target, config, compile_options)
+    space[name] = _Enabled(part, original, forward, own)
 
 
-def _switch(
-    dense: Callable[..., Any], sparse: Callable[..., Any], pipeline: Any, dense_until: float
-) -> Callable[..., Any]:
-    """The pipeline's scheduler decides, whichever it has at the time of a call."""
+def _compiled(
+    original: Forward, target: Any, config: Config, compile_options: dict[str, Any]
+) -> Forward:
+    """What runs in place of one forward."""
+    sparse = _sparse(original, config, compile_options)
+    if not config.dense_until:
+        return sparse
+    dense = _dense(original, config, compile_options)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        variant = dense if runs_dense(pipeline.scheduler, dense_until) else sparse
+        # the pipeline's scheduler decides, whichever it has at the time of a call
+        variant = dense if runs_dense(target, config.dense_until) else sparse
         return variant(*args, **kwargs)
 
     return forward
 
 
-def _models_of(target: Any) -> list[torch.nn.Module]:
-    if isinstance(target, torch.nn.Module):
+def _dense(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
+    forward = _with_own_code(original, "dense")
+    return torch.compile(forward, backend=config.inner, **compile_options)
+
+
+def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name != "dense_until"
+    }
+    # torch.compile takes mode or options, not both: ours goes with the options
+    mode = {"mode": compile_options["mode"]} if "mode" in compile_options else {}
+    others = {name: value for name, value in compile_options.items() if name != "mode"}
+    forward = _with_own_code(original, "sparse")
+    return torch.compile(forward, backend="uta", options=fields | mode, **others)
+
+
+def _with_own_code(forward: Forward, variant: str) -> Forward:
+    """The same method with code of its own, a piece for each variant.
+
+    Dynamo counts recompilations by piece of code, and gives up at its ``recompile_limit``: two
+    variants of one piece would get there in half the time.
+    """
+    if not isinstance(forward, types.MethodType) or not isinstance(
+        forward.__func__, types.FunctionType
+    ):
+        return forward
+    return types.MethodType(_copy(forward.__func__, variant), forward.__self__)
+
+
+@functools.cache
+def _copy(function: types.FunctionType, variant: str) -> types.FunctionType:
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{variant}")
+    copy = types.FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _models_of(target: Any) -> list[nn.Module]:
+    if isinstance(target, nn.Module):
         return [target]
     found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
-    models = [model for model in found if isinstance(model, torch.nn.Module)]
+    models = [model for model in found if isinstance(model, nn.Module)]
     if not models:
+        parts = getattr(target, "components", {})
+        modules = [name for name, part in parts.items() if isinstance(part, nn.Module)]
         raise TypeError(
             "target must be a torch.nn.Module or a pipeline with a transformer,"
             f" got {type(target).__name__}"
+            + (f", which has {', '.join(modules)}" if modules else "")
         )
     return models
+
+
+def _blocks_of(model: nn.Module, config: Config) -> list[nn.Module]:
+    """What diffusers names blocks: the modules in the lists that a model itself holds."""
+    lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+    blocks = [block for part in lists for block in part]
+    if not blocks:
+        raise ValueError(f"blocks=True needs a model with a list of blocks, got a {_name(model)}")
+    if not config.dense_layers_fit(len(blocks)):
+        raise ValueError(
+            f"dense_layers={config.dense_layers!r} names blocks that a {_name(model)} does not"
+            f" have: it has {len(blocks)}"
+        )
+    return blocks
+
+
+def _check_model(model: nn.Module) -> None:
+    for library, kind in _OTHER_MODELS.items():
+        if any(base.__module__.startswith(library) for base in type(model).__mro__):
+            raise TypeError(
+                f"target must be a video transformer or its pipeline, got {kind}, {_name(model)}"
+            )
+    for part in model.modules():
+        space, name = innermost_forward(part)
+        forward = space.get(name)
+        if isinstance(forward, _Enabled):
+            raise ValueError("target is enabled already: call uta_fx.disable first")
+        compiled = (
+            part._compiled_call_impl is not None
+            or isinstance(part, torch._dynamo.OptimizedModule)
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        )
+        if compiled:
+            raise ValueError(
+                f"target is compiled already (torch.compile on a {_name(part)}): pass it as it was"
+                " before, uta_fx.enable compiles it"
+            )
+
+
+_OTHER_MODELS = {
+    "transformers.": "a text encoder",
+    "diffusers.models.autoencoders.": "a VAE",
+}
+
+
+def _check_hooks(part: nn.Module) -> None:
+    hooks = hooks_inside(part)
+    if hooks:
+        raise ValueError(
+            f"hooks inside a {_name(part)} ({', '.join(hooks)}) would break its compiled graph:"
+            " hooks around a whole model (enable_model_cpu_offload) work, and around its blocks"
+            " (group offloading by blocks, FirstBlockCache) with uta_fx.enable(..., blocks=True)"
+        )
+
+
+def _check_schedule(pipeline: Any) -> None:
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        raise ValueError(f"dense_until needs a pipeline with a scheduler, got a {_name(pipeline)}")
+    if not hasattr(scheduler, "step_index") and not (
+        hasattr(type(pipeline), "current_timestep") or hasattr(pipeline, "current_timestep")
+    ):
+        raise ValueError(
+            "dense_until needs a scheduler that counts its steps (step_index) or a pipeline that"
+            f" shows its current_timestep, got a {_name(scheduler)} in a {_name(pipeline)}"
+        )
+
+
+def _name(thing: Any) -> str:
+    return type(thing).__name__

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,56 @@ def write_gif(
                 frame = frame.resize((width, height), image.Resampling.BICUBIC)
                 canvas.paste(frame, (margin + column * (width + gap), row * (height + gap)))
         frames.append(canvas)
+    _save_gif(path, frames, frames_per_second)
+
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+def write_side_by_side(
+    path: Path, videos: Mapping[str, Tensor], *, frames_per_second: float = 16
+) -> None:
+    """Write one video that shows several beside each other, each under its label.
+
+    Args:
+        path: File to write, MP4 (H.264) or a looping GIF by its suffix.
+        videos: ``[3, F, H, W]`` in [0, 1] by label, all of one shape.
+        frames_per_second: Speed.
+
+    Raises:
+        ValueError: The suffix is neither.
+    """
+    if path.suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"path must end in {' or '.join(VIDEO_SUFFIXES)}, got {path}")
+    if path.suffix == ".gif":
+        _save_gif(path, list(_beside(videos)), frames_per_second)
+        return
+    imageio = require("imageio.v2", extra="demo")
+    require("imageio_ffmpeg", extra="demo")
+    # players want even sizes: with a block of 2 frames are scaled to them
+    with imageio.get_writer(path, fps=frames_per_second, macro_block_size=2) as writer:
+        for frame in _beside(videos):
+            writer.append_data(np.asarray(frame))
+
+
+def _beside(videos: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The frames, as images of PIL."""
+    image = require("PIL.Image", extra="demo")
+    draw = require("PIL.ImageDraw", extra="demo")
+    header, gap = 18, 4
+    _, count, height, width = next(iter(videos.values())).shape
+    size = (len(videos) * (width + gap) - gap, header + height)
+    for index in range(count):
+        canvas = image.new("RGB", size, "white")
+        pen = draw.Draw(canvas)
+        for column, (label, video) in enumerate(videos.items()):
+            left = column * (width + gap)
+            pen.text((left + 4, 3), label, fill="black")
+            canvas.paste(image.fromarray(_pixels(video[:, index])), (left, header))
+        yield canvas
+
+
+def _save_gif(path: Path, frames: Sequence[Any], frames_per_second: float) -> None:
     frames[0].save(
         path,
         save_all=True,

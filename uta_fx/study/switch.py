@@ -58,7 +58,7 @@ class Switch:
     def _settings(self) -> Config | None:
         """What the step that runs now uses; None for dense attention."""
         config = self.config
-        if config is None or runs_dense(self._pipeline.scheduler, config.dense_until):
+        if config is None or runs_dense(self._pipeline, config.dense_until):
             return None
         return config
 
