@@ -23,7 +23,13 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("explain",), ("study",), ("bench",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (), ("generate",), ("explain",), ("study",), ("bench",),
+        ("export",), ("export", "onnx"), ("export", "plugin"),
+    ],
+)  # fmt: skip
 def test_every_command_has_help(command):
     """With every option explained."""
     result = CliRunner().invoke(app, [*command, "--help"])
@@ -52,6 +58,20 @@ def test_mistakes_end_in_one_sentence(arguments, message):
     assert result.returncode == 2
     assert result.stderr.startswith("uta-fx: ") and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_export_refuses_in_one_sentence(tmp_path):
+    """A file of another kind, and one that is not there."""
+    for arguments, message in (
+        (("onnx", str(tmp_path / "model.txt")), "path must end in .onnx"),
+        (
+            ("plugin", str(tmp_path / "no.onnx"), "p.so", "--architecture", "90"),
+            "model must be an ONNX file",
+        ),
+    ):
+        result = run("export", *arguments)
+        assert result.returncode == 2
+        assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_bench_looks_at_its_output_before_it_times(tmp_path):

@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+export_app = typer.Typer(
+    help="Write models as files that run without PyTorch.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
 console = rich_console.Console()
 
 DEFAULT_PROMPTS = (
@@ -247,6 +251,66 @@ def bench(
         rounds=rounds,
         output=output,
     )
+
+
+@export_app.command("onnx")
+def export_onnx(
+    output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that examples/train_small_wan.py wrote; the shipped one without."
+        ),
+    ] = None,
+    density: Density = DEFAULTS.density,
+    policy: PolicyName = str(DEFAULTS.policy),
+    tail: TailName = str(DEFAULTS.tail),
+    budget: Budget = DEFAULTS.budget,
+    reorder: Reorder = DEFAULTS.reorder,
+    clips: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 1,
+) -> None:
+    """Write the shipped denoiser as an ONNX file with sparse attention inside.
+
+    Other models: uta_fx.export_onnx in Python.
+    """
+    from uta_fx.exporters import export_onnx as write
+    from uta_fx.moving_shapes import load_pipeline
+    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
+
+    config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
+    pipeline = load_pipeline(weights=weights or WEIGHTS)
+    words = pipeline.prompt_encoder.config
+    arguments = {
+        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
+        "timestep": torch.zeros(clips),
+        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
+        "return_dict": False,
+    }
+    print(write(pipeline.transformer, (), output, config=config, kwargs=arguments))
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+
+
+@export_app.command("plugin")
+def export_plugin(
+    model: Annotated[
+        Path, typer.Argument(help="File of uta-fx export onnx or uta_fx.export_onnx.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Library to write, such as model.sm_90.so.")],
+    architecture: Annotated[
+        int, typer.Option(help="Compute capability of the GPU: 80, 86, 89, 90, 100 or 120.")
+    ],
+) -> None:
+    """Compile our kernels for a file's sparse attention into a library for ONNX Runtime.
+
+    Needs no GPU. Register it with SessionOptions.register_custom_ops_library, beside CUDA alone.
+    """
+    from uta_fx.exporters import build_onnxruntime_plugin
+
+    try:
+        build_onnxruntime_plugin(model, output, architecture=architecture)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB, for sm_{architecture}")
 
 
 def _device(name: str) -> torch.device:
