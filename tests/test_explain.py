@@ -9,7 +9,7 @@ from uta_fx import Config
 
 
 def test_it_prints_a_table_of_sites():
-    """Every line of the table is a site; the last one counts."""
+    """Every line of the table is a site; the last ones count."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.WanTransformer3DModel(
@@ -21,10 +21,11 @@ def test_it_prints_a_table_of_sites():
     ]
     explanation = uta_fx.explain(model, *inputs, config=Config(density=0.1))
     lines = str(explanation).splitlines()
-    assert len(lines) == 2 + 4 + 1
+    assert len(lines) == 2 + 4 + 3
     assert "blocks.0.attn1" in lines[2] and "21 x 30 x 52" in lines[2] and "sparse" in lines[2]
     assert "cross-attention" in lines[3]
-    assert lines[-1] == "2 of 4 sites sparse, 1 graph"
+    assert lines[6] == "2 of 4 sites sparse, 1 graph"
+    assert lines[8].endswith("(FLOPs, not time)")
     site = explanation.sites[0]
     assert (site.sparse, site.kind, site.layer, site.grid) == (True, "self", 0, (21, 30, 52))
     assert site.shape == (1, 12, 32760, 128)

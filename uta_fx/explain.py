@@ -194,8 +194,9 @@ class CountedGraph:
         self.runs = 0
         self.flops: Counter[str] = Counter()
         self._gm, self._config = gm, config
-        operands = [x for call, _ in self.sites for x in (call.query, call.key, call.value)]
-        self._shapes: dict[Node, Sequence[int]] = dict.fromkeys(x.node for x in operands)
+        self._shapes: dict[Node, Sequence[int]] = {
+            x.node: () for call, _ in self.sites for x in (call.query, call.key, call.value)
+        }
 
     def __call__(self, *args: Any) -> Any:
         """Run it dense."""

@@ -12,22 +12,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
 from uta_fx.order import Grid
 from uta_fx.passes.site import Cost
 
-# the CPU's attention, which torch's own registry lacks (torch 2.13)
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-
 Shape = Sequence[int]
 
 
 def model_counter() -> FlopCounterMode:
-    """Counts a dense model on any device."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    """Counts a dense model on any device: torch (2.13) lacks the CPU's attention."""
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={cpu_attention: lambda q, k, v, *_, **__: dense_flops(q, k, v[-1])},
+    )
 
 
 def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
