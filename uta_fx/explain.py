@@ -34,13 +34,19 @@ class Explanation:
         sites: In the order of execution.
         graphs: Into how many graphs the model breaks.
         notes: What is odd about the configuration, a sentence each.
-        flops: Of the whole dense model; None where nobody counted.
+        module_flops: Of the dense model, by path of the module whose forward makes them (those of
+            its children not included, "" is the model itself); None where nobody counted.
     """
 
     sites: tuple[Site, ...]
     graphs: int
     notes: tuple[str, ...] = ()
-    flops: int | None = None
+    module_flops: Mapping[str, int] | None = None
+
+    @property
+    def flops(self) -> int | None:
+        """Of the whole dense model; None where nobody counted."""
+        return None if self.module_flops is None else sum(self.module_flops.values())
 
     @property
     def attention_flops(self) -> int:
@@ -50,7 +56,8 @@ class Explanation:
     @property
     def attention_share(self) -> float | None:
         """Of attention in the operations of the dense model; None where nobody counted."""
-        return self.attention_flops / self.flops if self.flops else None
+        flops = self.flops
+        return self.attention_flops / flops if flops else None
 
     @property
     def sparse_share(self) -> float | None:
@@ -67,14 +74,16 @@ class Explanation:
 
         What the model would gain if every operation took the same time.
         """
-        if not self.flops:
+        flops = self.flops
+        if not flops:
             return None
         saved = sum(site.count * (cost.dense - cost.decided) for site, cost in self._costs())
-        return self.flops / (self.flops - saved)
+        return flops / (flops - saved)
 
     def share(self, site: Site) -> float | None:
         """Of a site, all its calls together, in the operations of the dense model."""
-        return site.count * site.cost.dense / self.flops if site.cost and self.flops else None
+        flops = self.flops
+        return site.count * site.cost.dense / flops if site.cost and flops else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts: ready for ``json.dumps``.
@@ -176,7 +185,7 @@ def explain(
         sites=tuple(site for graph in graphs for site in graph.counted_sites()),
         graphs=len(graphs),
         notes=tuple(dict.fromkeys(notes)),  # each once
-        flops=sum(graph.flops.total() for graph in graphs),
+        module_flops=sum((graph.flops for graph in graphs), Counter()),
     )
 
 
