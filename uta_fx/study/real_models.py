@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import inspect
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from uta_fx._optional import require
 from uta_fx.config import Config
@@ -23,6 +23,8 @@ from uta_fx.explain import Explanation, explain
 from uta_fx.order import Grid
 
 DTYPE = torch.bfloat16
+TRACED = 3
+"""Layers of a stack that are traced: the first, one for all between, the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,36 +104,166 @@ class RealModel:
         Args:
             layers: At most so many of each stack; None for all.
         """
-        diffusers = require("diffusers", extra="diffusers")
-        cls = getattr(diffusers, self.class_name)
+        depth = self.depth()
+        cut = {name: min(layers or depth[x], depth[x]) for x, name in self.stacks.items()}
         with torch.device("meta"):
-            model = cls(**self.settings | self._cut(cls, layers)).eval()
+            model: torch.nn.Module = self._class()(**self.settings | cut).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(DTYPE)
         self.prepare(model)
-        whole: torch.nn.Module = model
-        return whole
+        return model
 
     def depth(self) -> dict[str, int]:
         """How many layers each stack has."""
-        cls = getattr(require("diffusers", extra="diffusers"), self.class_name)
-        return {stack: self._count(cls, name) for stack, name in self.stacks.items()}
+        defaults = inspect.signature(self._class()).parameters
+        return {
+            stack: self.settings.get(name, defaults[name].default)
+            for stack, name in self.stacks.items()
+        }
 
-    def _cut(self, cls: Any, layers: int | None) -> dict[str, int]:
-        if layers is None:
-            return {}
-        return {name: min(layers, self._count(cls, name)) for name in self.stacks.values()}
+    def explain(
+        self, size: Size, config: Config | None = None, *, whole: bool = False
+    ) -> Explanation:
+        """What the backend would do to it, and what that would save; takes seconds.
 
-    def _count(self, cls: Any, name: str) -> int:
-        import inspect
+        Args:
+            size: Of the clip; one sample of a batch.
+            config: Settings; None for the defaults.
+            whole: Trace every layer, instead of the first, the second and the last of each stack,
+                the second in place of all between. ``dense_layers`` needs every layer anyway.
 
-        return self.settings.get(name, inspect.signature(cls).parameters[name].default)
+        Raises:
+            ValueError: The clip cannot be cut into whole tokens.
+        """
+        config = config or Config()
+        latent, grid = self.latent(size), self.grid(size)
+        model = self.build(None if whole or config.dense_layers else TRACED)
+        arguments = self.inputs(latent, grid)
+        torch._dynamo.reset()
+        # a text of the meta device has no values: all of its tokens count, as in the longest prompt
+        with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+            found = explain(model, config=config, **arguments)
+            if self.by_block:
+                config = dataclasses.replace(config, grid=grid)
+                found = _explain_blocks(found, model, next(iter(self.stacks)), arguments, config)
+        if not (whole or config.dense_layers):
+            found = extrapolate(found, self.depth())
+        return found
+
+    def _class(self) -> Any:
+        return getattr(require("diffusers", extra="diffusers"), self.class_name)
+
+
+def find_model(name: str) -> RealModel:
+    """The model of a name.
+
+    Raises:
+        ValueError: There is none; the message names those that there are.
+    """
+    if name not in REAL_MODELS:
+        raise ValueError(f"model must be one of {', '.join(REAL_MODELS)}, got {name!r}")
+    return REAL_MODELS[name]
+
+
+def extrapolate(found: Explanation, depth: Mapping[str, int]) -> Explanation:
+    """What was found in the first, second and last layer of each stack, for all layers.
+
+    Args:
+        found: Of a model whose stacks are cut to ``TRACED`` layers.
+        depth: How many layers each stack really has.
+
+    Returns:
+        The second layer counts for all between the first and the last; ``layer`` of a site is that
+        of the first layer that it stands for.
+    """
+    sites, layer = [], 0
+    for site in found.sites:
+        name, times = _place(site.name, depth)
+        sites.append(dataclasses.replace(site, name=name, count=site.count * times))
+        if site.layer is not None:
+            sites[-1] = dataclasses.replace(sites[-1], layer=layer)
+            layer += times
+    flops: Counter[str] = Counter()
+    for path, count in (found.module_flops or {}).items():
+        name, times = _place(path, depth)
+        flops[name] += count * times
+    stacks = [f"{count} {name}" for name, count in depth.items() if count > TRACED]
+    note = f"of {' and '.join(stacks)} the first, second and last were traced; the second stands"
+    notes = (*found.notes, f"{note} for all between") if stacks else found.notes
+    return dataclasses.replace(found, sites=tuple(sites), module_flops=flops, notes=notes)
+
+
+def _place(path: str, depth: Mapping[str, int]) -> tuple[str, int]:
+    """The path in the whole model, and for how many layers it stands."""
+    stack, _, rest = path.partition(".")
+    index, dot, inner = rest.partition(".")
+    layers = depth.get(stack, 0)
+    if layers <= TRACED or index == "0" or not index:
+        return path, 1
+    if index == "1":
+        return f"{stack}.1-{layers - 2}{dot}{inner}", layers - 2
+    return f"{stack}.{layers - 1}{dot}{inner}", 1
+
+
+def _explain_blocks(
+    found: Explanation,
+    model: torch.nn.Module,
+    stack: str,
+    arguments: Mapping[str, Any],
+    config: Config,
+) -> Explanation:
+    """The same with each layer of a stack compiled by itself, which the first one speaks for."""
+    blocks = model.get_submodule(stack)
+    inputs: list[Any] = []
+    hook = next(blocks.children()).register_forward_pre_hook(
+        lambda module, args: inputs.extend(args)
+    )
+    with hook, torch.no_grad():
+        model(**arguments)
+    (alone,) = explain(next(blocks.children()), *inputs, config=config).sites
+    sites, reasons = [], []
+    for site in found.sites:
+        if site.name.startswith(f"{stack}."):
+            reasons.append(site.reason)
+            site = dataclasses.replace(alone, name=site.name, layer=site.layer, count=site.count)
+        sites.append(site)
+    note = (
+        f"{stack} are taken as compiled one by one (compile_repeated_blocks), with"
+        f" grid={config.grid} given; the model as a whole leaves them dense: {reasons[0]}"
+    )
+    return dataclasses.replace(found, sites=tuple(sites), notes=(*found.notes, note))
 
 
 def meta(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     """A tensor without values."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _branch_on_values(model: torch.nn.Module) -> None:
+    """HunyuanVideo 1.5 asks for values: whether there is an image, which texts are padding.
+
+    Masks and image come with values on the CPU, and leave it where the model computes on them.
+    """
+    embedder = model.image_embedder.to_empty(device="cpu")
+    embedder.register_forward_hook(lambda module, inputs, output: output.to("meta"))
+    for module in (model.context_embedder, *model.transformer_blocks):
+        module.register_forward_pre_hook(
+            lambda module, inputs: tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
+        )
+
+
+def _rotate_on_cpu(model: torch.nn.Module) -> None:
+    """Mochi makes its rotary tables under autocast, which the meta device does not have."""
+    model.pos_frequencies = torch.nn.Parameter(
+        torch.empty_like(model.pos_frequencies, device="cpu")
+    )
+    model.rope.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"device": "cpu"}), with_kwargs=True
+    )
+    model.rope.register_forward_hook(
+        lambda module, args, output: tuple(table.to("meta") for table in output)
+    )
 
 
 # fmt: off
@@ -195,7 +327,7 @@ def _mochi_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
         "hidden_states": meta(1, 12, *latent),
         "encoder_hidden_states": meta(1, 256, 4096),
         "timestep": meta(1),
-        "encoder_attention_mask": torch.ones(1, 256, dtype=torch.bool),
+        "encoder_attention_mask": meta(1, 256, dtype=torch.bool),
     }
 
 
@@ -241,6 +373,8 @@ REAL_MODELS = {
         patch=(1, 1, 1),
         sizes={"720p": Size(720, 1280, 121), "480p": Size(480, 832, 121)},
         inputs=_hunyuan_15_inputs,
+        prepare=_branch_on_values,
+        by_block=True,
     ),
     "cogvideox-5b": RealModel(
         title="CogVideoX-5B",
@@ -273,6 +407,51 @@ REAL_MODELS = {
         patch=(1, 2, 2),
         sizes={"480p": Size(480, 848, 163)},
         inputs=_mochi_inputs,
+        prepare=_rotate_on_cpu,
     ),
 }
 # fmt: on
+
+
+HEADER = """# What there is to gain, in operations
+
+One step of one sample through the transformers of released models, at their own sizes, as counted
+by `uta-fx explain --model ...` (torch {torch}, diffusers {diffusers}, no weights): the dense model's
+operations, the share of attention in them, the share of the attention's operations that become
+sparse (text that stays exact does not count), and how many times fewer operations the model then
+has: the speed-up if every operation took the same time. Operations are not time: see
+[measured.md](measured.md) for that. Settings are the defaults. Made by
+`python -m uta_fx.study.real_models`.
+
+| model | size | video tokens | TFLOPs a step | attention | of it sparse | fewer at 0.25 | at 0.1 |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The document, in Markdown; takes minutes."""
+    diffusers = require("diffusers", extra="diffusers")
+    rows, notes = [], []
+    for model in REAL_MODELS.values():
+        for size in model.sizes.values():
+            found = [model.explain(size, Config(density=density)) for density in (0.25, 0.1)]
+            rows.append(_row(model, size, *found))
+        if model.by_block:
+            notes.append(f"\n\n{model.title}: {found[0].notes[0]}.")
+    header = HEADER.format(torch=torch.__version__, diffusers=diffusers.__version__)
+    return header + "\n".join(rows) + "".join(notes)
+
+
+def _row(model: RealModel, size: Size, found: Explanation, sparser: Explanation) -> str:
+    grid = model.grid(size)
+    sides = " x ".join(map(str, grid))
+    return (
+        f"| {model.title} | {size} | {sides} = {math.prod(grid)} | {(found.flops or 0) / 1e12:.1f} |"
+        f" {found.attention_share:.1%} | {found.sparse_share:.1%} |"
+        f" {found.ideal_speedup:.2f}x | {sparser.ideal_speedup:.2f}x |"
+    )
+
+
+if __name__ == "__main__":
+    torch._logging.set_logs(all=logging.CRITICAL)
+    print(table())
