@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -66,8 +69,35 @@ class RealModel:
     patch: Grid
     sizes: Mapping[str, Size]
     inputs: Callable[[Grid, Grid], dict[str, Any]]
-    prepare: Callable[[torch.nn.Module], None] = lambda model: None
+    prepare: Callable[[Any], None] = lambda model: None
     by_block: bool = False
+
+    def size(
+        self,
+        name: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> Size:
+        """One of its sizes, or another.
+
+        Args:
+            name: In ``sizes``; None for the first.
+            height: In place of that of the named size, and so on.
+            width: Likewise.
+            frames: Likewise.
+
+        Raises:
+            ValueError: There is no size of that name; the message names those that there are.
+        """
+        name = name or next(iter(self.sizes))
+        if name not in self.sizes:
+            valid = ", ".join(self.sizes)
+            raise ValueError(f"size must be one of {valid} for {self.title}, got {name!r}")
+        given = {"height": height, "width": width, "frames": frames}
+        changed = {side: value for side, value in given.items() if value is not None}
+        return dataclasses.replace(self.sizes[name], **changed)
 
     def latent(self, size: Size) -> Grid:
         """Frames, rows and columns of the latent of a clip.
@@ -107,7 +137,7 @@ class RealModel:
         depth = self.depth()
         cut = {name: min(layers or depth[x], depth[x]) for x, name in self.stacks.items()}
         with torch.device("meta"):
-            model: torch.nn.Module = self._class()(**self.settings | cut).eval()
+            model: torch.nn.Module = self._class()(**{**self.settings, **cut}).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(DTYPE)
@@ -141,8 +171,7 @@ class RealModel:
         model = self.build(None if whole or config.dense_layers else TRACED)
         arguments = self.inputs(latent, grid)
         torch._dynamo.reset()
-        # a text of the meta device has no values: all of its tokens count, as in the longest prompt
-        with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+        with _counting_all_text():
             found = explain(model, config=config, **arguments)
             if self.by_block:
                 config = dataclasses.replace(config, grid=grid)
@@ -240,7 +269,17 @@ def meta(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _branch_on_values(model: torch.nn.Module) -> None:
+@contextlib.contextmanager
+def _counting_all_text() -> Iterator[None]:
+    """A mask of the meta device has no values: all tokens count, as with the longest prompt."""
+    settings: Any = torch.fx.experimental._config
+    with settings.patch(meta_nonzero_assume_all_nonzero=True), warnings.catch_warnings():
+        # of Mochi, whose rotary tables need float32 and get it without autocast too
+        warnings.filterwarnings("ignore", "In CPU autocast")
+        yield
+
+
+def _branch_on_values(model: Any) -> None:
     """HunyuanVideo 1.5 asks for values: whether there is an image, which texts are padding.
 
     Masks and image come with values on the CPU, and leave it where the model computes on them.
@@ -253,7 +292,7 @@ def _branch_on_values(model: torch.nn.Module) -> None:
         )
 
 
-def _rotate_on_cpu(model: torch.nn.Module) -> None:
+def _rotate_on_cpu(model: Any) -> None:
     """Mochi makes its rotary tables under autocast, which the meta device does not have."""
     model.pos_frequencies = torch.nn.Parameter(
         torch.empty_like(model.pos_frequencies, device="cpu")
@@ -349,7 +388,7 @@ REAL_MODELS = {
         stacks={"blocks": "num_layers"},
         compression=(4, 8, 8),
         patch=(1, 2, 2),
-        sizes=WAN_SIZES,
+        sizes=dict(reversed(WAN_SIZES.items())),
         inputs=_wan_inputs,
     ),
     "hunyuanvideo": RealModel(
@@ -395,7 +434,9 @@ REAL_MODELS = {
         stacks={"transformer_blocks": "num_layers"},
         compression=(8, 32, 32),
         patch=(1, 1, 1),
-        sizes={"512p": Size(512, 704, 161), "480p": Size(480, 832, 161), "720p": Size(704, 1280, 161)},
+        sizes={
+            "512p": Size(512, 704, 161), "480p": Size(480, 832, 161), "720p": Size(704, 1280, 161),
+        },
         inputs=_ltx_inputs,
     ),
     "mochi": RealModel(
@@ -415,12 +456,12 @@ REAL_MODELS = {
 
 HEADER = """# What there is to gain, in operations
 
-One step of one sample through the transformers of released models, at their own sizes, as counted
-by `uta-fx explain --model ...` (torch {torch}, diffusers {diffusers}, no weights): the dense model's
-operations, the share of attention in them, the share of the attention's operations that become
-sparse (text that stays exact does not count), and how many times fewer operations the model then
-has: the speed-up if every operation took the same time. Operations are not time: see
-[measured.md](measured.md) for that. Settings are the defaults. Made by
+One step of one sample through the transformers of released models, at their own sizes, counted by
+`uta-fx explain --model ...` (torch {torch}, diffusers {diffusers}, no weights): the operations of
+the dense model, the share of attention in them, the share of the attention's operations that become
+sparse (text, which stays exact, does not), and how many times fewer operations the model then has:
+the speed-up if every operation took the same time. Operations are not time: for that see
+[measured.md](measured.md). Settings are the defaults. Made by
 `python -m uta_fx.study.real_models`.
 
 | model | size | video tokens | TFLOPs a step | attention | of it sparse | fewer at 0.25 | at 0.1 |
@@ -444,9 +485,9 @@ def table() -> str:
 
 def _row(model: RealModel, size: Size, found: Explanation, sparser: Explanation) -> str:
     grid = model.grid(size)
-    sides = " x ".join(map(str, grid))
+    tokens = f"{' x '.join(map(str, grid))} = {math.prod(grid)}"
     return (
-        f"| {model.title} | {size} | {sides} = {math.prod(grid)} | {(found.flops or 0) / 1e12:.1f} |"
+        f"| {model.title} | {size} | {tokens} | {(found.flops or 0) / 1e12:.1f} |"
         f" {found.attention_share:.1%} | {found.sparse_share:.1%} |"
         f" {found.ideal_speedup:.2f}x | {sparser.ideal_speedup:.2f}x |"
     )
