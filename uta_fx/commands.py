@@ -176,19 +176,20 @@ def explain(
     Traces on the meta device: no weights, no GPU, seconds.
     """
     config = Config(density=density, min_tokens=min_tokens)
-    about: dict[str, Any]
+    about: dict[str, Any] = {"density": density}
     if model is None:
         given = {"size": size, "height": height, "width": width, "frames": frames}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"--{name} needs --model: the shipped model has one size")
-        about, found = {"model": "moving-shapes"}, _explain_shipped(config)
+        about["model"], found = "moving-shapes", _explain_shipped(config)
     else:
         from uta_fx.study.real_models import find_model
 
         real = find_model(model)
         clip = real.size(size, height=height, width=width, frames=frames)
-        about, found = {"model": model, **vars(clip)}, real.explain(clip, config)
+        about |= {"model": model, **vars(clip)}
+        found = real.explain(clip, config)
         if not as_json:
             print(f"{real.title}, {clip}, density {density:g}\n")
     print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)

@@ -107,8 +107,8 @@ class Explanation:
 
     def __str__(self) -> str:
         header: tuple[str, ...] = (
-            "site", "calls", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs", "of model",
-            "decision", "TFLOPs then", "reason",
+            "site", "calls", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs a call",
+            "of model", "decision", "TFLOPs then", "reason",
         )  # fmt: skip
         rows = [self._row(site) for site in self.sites]
         if all(site.count == 1 for site in self.sites):
