@@ -164,6 +164,14 @@ def test_a_report_is_also_json():
     assert report["sparse_share"] < 1
 
 
+def test_what_is_not_counted_is_said():
+    """FlexAttention takes functions: torch's counter refuses it."""
+    entry = next(entry for entry in MODELS if entry.name == "AnyFlow FAR")
+    found = entry.explain()
+    assert found.flops > found.attention_flops > 0
+    assert found.notes == ("operations inside flex_attention are not counted",)
+
+
 @pytest.mark.parametrize("name", ["hunyuanvideo", "mochi"])
 def test_the_second_layer_stands_for_those_between(name):
     """Five layers traced whole cost what three of them say: both stacks, a last layer unlike them.

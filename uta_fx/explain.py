@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
 from uta_fx.backend import note_on_layers, plan_of
@@ -180,7 +181,7 @@ def explain(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or Config()
     graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
-    notes = filter(None, (note_on_layers([site for _, site in x.sites], config) for x in graphs))
+    notes = (note for graph in graphs for note in graph.notes)
     return Explanation(
         sites=tuple(site for graph in graphs for site in graph.counted_sites()),
         graphs=len(graphs),
@@ -206,6 +207,15 @@ class CountedGraph:
         self._shapes: dict[Node, Sequence[int]] = {
             x.node: () for call, _ in self.sites for x in (call.query, call.key, call.value)
         }
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the configuration or the count, a sentence each."""
+        layers = note_on_layers([site for _, site in self.sites], self._config)
+        targets = (node.target for node in self._gm.graph.nodes)
+        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)}
+        count = [f"operations inside {name} are not counted" for name in sorted(left_out)]
+        return ([layers] if layers else []) + count
 
     def __call__(self, *args: Any) -> Any:
         """Run it dense."""
@@ -252,7 +262,10 @@ def run_graphs(
 
 
 class _Counting(Interpreter):
-    """Runs a graph, notes sizes of some nodes and counts the operations of each module."""
+    """Runs a graph, notes sizes of some nodes and counts the operations of each module.
+
+    Operators that take functions (FlexAttention) run uncounted: torch's counter refuses them.
+    """
 
     def __init__(
         self, gm: GraphModule, shapes: dict[Node, Sequence[int]], flops: Counter[str]
@@ -260,14 +273,12 @@ class _Counting(Interpreter):
         super().__init__(gm)
         self._shapes, self._flops = shapes, flops
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with model_counter() as self._counter:
-            return super().run(*args, **kwargs)
-
     def run_node(self, n: Node) -> Any:
-        before = self._counter.get_total_flops()
-        result = super().run_node(n)
-        self._flops[module_path(n)] += self._counter.get_total_flops() - before
+        if isinstance(n.target, HigherOrderOperator):
+            return super().run_node(n)
+        with model_counter() as counter:
+            result = super().run_node(n)
+        self._flops[module_path(n)] += counter.get_total_flops()
         if n in self._shapes:
             self._shapes[n] = result.shape
         return result

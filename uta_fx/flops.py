@@ -9,21 +9,25 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
 from uta_fx.order import Grid
 from uta_fx.passes.site import Cost
 
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
 Shape = Sequence[int]
 
 
 def model_counter() -> FlopCounterMode:
     """Counts a dense model on any device: torch (2.13) lacks the CPU's attention."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(
         display=False,
@@ -74,6 +78,8 @@ def _sparse_parts(
     The operators are counted by the formulas below; what a policy or a tail multiplies beside them
     is counted by torch and goes to ``scores`` (pooled logits, weights of representatives).
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     query, key = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
     value = query.new_empty((*shape[:3], dim_v))
     parts: Counter[str] = Counter()

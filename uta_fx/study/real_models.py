@@ -54,7 +54,7 @@ class RealModel:
             there are.
         compression: How many frames, rows and columns of pixels one latent is.
         patch: How many latents, in frames, rows and columns, one token is.
-        sizes: By name, those that it was made for; the first is the default.
+        sizes: By name; the first is the default, the one it was made for.
         inputs: Makes the arguments of one step, of one sample, from the latent's frames, rows and
             columns and from the token grid.
         prepare: Makes the model ready for inputs without values.
@@ -461,10 +461,10 @@ One step of one sample through the transformers of released models, at their own
 the dense model, the share of attention in them, the share of the attention's operations that become
 sparse (text, which stays exact, does not), and how many times fewer operations the model then has:
 the speed-up if every operation took the same time. Operations are not time: for that see
-[measured.md](measured.md). Settings are the defaults. Made by
-`python -m uta_fx.study.real_models`.
+[measured.md](measured.md). Settings are the defaults but for the density; texts are as long as the
+longest prompt. Made by `python -m uta_fx.study.real_models`.
 
-| model | size | video tokens | TFLOPs a step | attention | of it sparse | fewer at 0.25 | at 0.1 |
+| model | size | video tokens | TFLOPs | attention | of it sparse | density 0.25 | density 0.1 |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -478,7 +478,7 @@ def table() -> str:
             found = [model.explain(size, Config(density=density)) for density in (0.25, 0.1)]
             rows.append(_row(model, size, *found))
         if model.by_block:
-            notes.append(f"\n\n{model.title}: {found[0].notes[0]}.")
+            notes.append(f"\n\n{model.title}, last size: {found[0].notes[0]}.")
     header = HEADER.format(torch=torch.__version__, diffusers=diffusers.__version__)
     return header + "\n".join(rows) + "".join(notes)
 
