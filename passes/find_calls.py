@@ -54,9 +54,14 @@ class Call:
     @property
     def path(self) -> str:
         """Path of the calling module, such as ``blocks.0.attn1``, or else the node's name."""
-        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        words = re.findall(r"\w+", str(stack[-1][0])) if stack else []
-        return ".".join(word for word in words if word not in _NOT_MODULES) or self.node.name
+        return module_path(self.node) or self.node.name
+
+
+def module_path(node: Node) -> str:
+    """Path of the module whose forward makes a node; empty for that of the whole model."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    words = re.findall(r"\w+", str(stack[-1][0])) if stack else []
+    return ".".join(word for word in words if word not in _NOT_MODULES)
 
 
 def find_calls(gm: GraphModule) -> list[Call]:

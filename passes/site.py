@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of one attention call; a multiply-add is two.
+
+    Attributes:
+        dense: Of the model's own attention.
+        decided: Of what the decision makes of it: ``dense`` where the site stays dense.
+        parts: What ``decided`` is the sum of, where the site becomes sparse: ``statistics`` of the
+            key blocks, ``scores`` that choose among them, ``listed`` blocks, ``tail``, and ``text``
+            (text queries and text keys, which stay exact).
+    """
+
+    dense: int
+    decided: int
+    parts: Mapping[str, int]
+
+    @property
+    def sparsified(self) -> int:
+        """The operations of ``dense`` that something sparse takes the place of: without text."""
+        return self.dense - self.parts["text"] if self.parts else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +52,8 @@ class Site:
             ``min_tokens`` and not named by ``dense_layers``.
         sparse: Whether it is rewritten.
         reason: One sentence: why it is sparse, or why it stays dense.
+        count: How many calls it stands for: more than one where a graph runs several times.
+        cost: Of one call; None where nobody counted.
     """
 
     name: str
@@ -42,6 +67,8 @@ class Site:
     expected: bool
     sparse: bool
     reason: str
+    count: int = 1
+    cost: Cost | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,6 +127,35 @@ def test_explain_lists_every_site():
     assert "8 of 16 sites sparse, 1 graph" in result.stdout
 
 
+def test_explain_needs_no_weights_of_a_released_model():
+    """Its configuration, another size: as a table, and the same as JSON."""
+    size = ("--height", "256", "--width", "320", "--frames", "97", "--density", "0.1")
+    arguments = ("explain", "--model", "wan-2.1-1.3b", "--min-tokens", "1024", *size)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Wan 2.1 1.3B, 256 x 320, 97 frames, density 0.1\n")
+    assert "blocks.1-28.attn1" in result.stdout and "30 of 60 sites sparse" in result.stdout
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert (report["model"], report["frames"], report["density"]) == ("wan-2.1-1.3b", 97, 0.1)
+    assert report["sites"][2]["count"] == 28 and report["sites"][2]["grid"] == [25, 16, 20]
+    assert f"{report['ideal_speedup']:.2f}x fewer operations" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "wan"), "model must be one of wan-2.1-1.3b, wan-2.1-14b, hunyuanvideo,"),
+        (("--model", "mochi", "--frames", "8"), "frames must be one more than a multiple of 6"),
+        (("--height", "64"), "--height needs --model"),
+    ],
+)
+def test_explain_refuses_what_is_not_there(arguments, message):
+    """In one sentence."""
+    result = run("explain", *arguments)
+    assert result.returncode == 2 and result.stderr.startswith(f"uta-fx: {message}")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_pictures_show_what_they_are_given(tmp_path):
     """Frames keep their order and the difference is amplified."""
     dense = torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 2

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
 from uta_fx._optional import require
 from uta_fx.config import Config
+
+if TYPE_CHECKING:
+    from uta_fx.explain import Explanation
 
 typer = require("typer", extra="demo")
 rich_console = require("rich.console", extra="demo")
@@ -146,30 +150,71 @@ def generate(
 
 @app.command()
 def explain(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A released model, from its configuration alone: wan-2.1-1.3b, wan-2.1-14b,"
+            " hunyuanvideo, hunyuanvideo-1.5, cogvideox-5b, ltx-video or mochi; without it the"
+            " shipped model."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of the clip of --model: 480p, 720p; the model's own default without."),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Rows of pixels, in place of --size's.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Columns of pixels, in place of --size's.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, in place of --size's.")] = None,
     density: Density = DEFAULTS.density,
     min_tokens: Annotated[
         int, typer.Option(help="Sites with fewer tokens stay dense.")
     ] = DEFAULTS.min_tokens,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List every attention of the shipped model: sparse or dense, and why."""
+    """List every attention of a model: sparse or dense, why, and what it saves in operations.
+
+    Traces on the meta device: no weights, no GPU, seconds.
+    """
+    config = Config(density=density, min_tokens=min_tokens)
+    about: dict[str, Any] = {"density": density}
+    if model is None:
+        given = {"size": size, "height": height, "width": width, "frames": frames}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{name} needs --model: the shipped model has one size")
+        about["model"], found = "moving-shapes", _explain_shipped(config)
+    else:
+        from uta_fx.study.real_models import find_model
+
+        real = find_model(model)
+        clip = real.size(size, height=height, width=width, frames=frames)
+        about |= {"model": model, **vars(clip)}
+        found = real.explain(clip, config)
+        if not as_json:
+            print(f"{real.title}, {clip}, density {density:g}\n")
+    print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)
+
+
+def _explain_shipped(config: Config) -> Explanation:
     from uta_fx.explain import explain as explain_model
     from uta_fx.moving_shapes import load_pipeline
     from uta_fx.moving_shapes.pipeline import CLIP_SHAPE
 
-    config = Config(density=density, min_tokens=min_tokens)
     pipeline = load_pipeline().to("meta")
     words = torch.empty(
         1, pipeline.prompt_encoder.config.length, pipeline.prompt_encoder.config.dim, device="meta"
     )
-    print(
-        explain_model(
-            pipeline.transformer,
-            hidden_states=torch.empty(1, *CLIP_SHAPE, device="meta"),
-            timestep=torch.empty(1, device="meta"),
-            encoder_hidden_states=words,
-            return_dict=False,
-            config=config,
-        )
+    return explain_model(
+        pipeline.transformer,
+        hidden_states=torch.empty(1, *CLIP_SHAPE, device="meta"),
+        timestep=torch.empty(1, device="meta"),
+        encoder_hidden_states=words,
+        return_dict=False,
+        config=config,
     )
 
 

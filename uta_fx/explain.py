@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._ops import HigherOrderOperator
+from torch.fx import GraphModule, Interpreter, Node
 
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
-from uta_fx.passes.site import Site
+from uta_fx.flops import dense_flops, model_counter, sparse_cost
+from uta_fx.passes.find_calls import Call, module_path
+from uta_fx.passes.site import Cost, Operand, Site
 from uta_fx.passes.sparsify import understand
 
 # what fullgraph=True switches on
@@ -21,42 +27,136 @@ FULL_CAPTURE = {"capture_dynamic_output_shape_ops": True, "capture_scalar_output
 class Explanation:
     """Every attention call of a model with the decision about it; prints as a table.
 
+    Operations are counted as ``torch.utils.flop_counter`` counts them (matrix products,
+    convolutions, attention; a multiply-add is two). They are not time: a kernel may reach more or
+    less of the machine's peak than dense attention does, and gathers and softmax cost time too.
+
     Attributes:
         sites: In the order of execution.
         graphs: Into how many graphs the model breaks.
         notes: What is odd about the configuration, a sentence each.
+        module_flops: Of the dense model, by path of the module whose forward makes them (those of
+            its children not included, "" is the model itself); None where nobody counted.
     """
 
     sites: tuple[Site, ...]
     graphs: int
     notes: tuple[str, ...] = ()
+    module_flops: Mapping[str, int] | None = None
+
+    @property
+    def flops(self) -> int | None:
+        """Of the whole dense model; None where nobody counted."""
+        return None if self.module_flops is None else sum(self.module_flops.values())
+
+    @property
+    def attention_flops(self) -> int:
+        """Of all attention of the dense model, cross-attention and short texts included."""
+        return sum(site.count * cost.dense for site, cost in self._costs())
+
+    @property
+    def attention_share(self) -> float | None:
+        """Of attention in the operations of the dense model; None where nobody counted."""
+        flops = self.flops
+        return self.attention_flops / flops if flops else None
+
+    @property
+    def sparse_share(self) -> float | None:
+        """Of the attention's operations, those that become sparse; None without attention.
+
+        Text queries, and text keys of video queries, count as attention that stays dense.
+        """
+        sparsified = sum(site.count * cost.sparsified for site, cost in self._costs())
+        return sparsified / self.attention_flops if self.attention_flops else None
+
+    @property
+    def ideal_speedup(self) -> float | None:
+        """Operations of the dense model over those of the sparse one; None where nobody counted.
+
+        What the model would gain if every operation took the same time.
+        """
+        flops = self.flops
+        if not flops:
+            return None
+        saved = sum(site.count * (cost.dense - cost.decided) for site, cost in self._costs())
+        return flops / (flops - saved)
+
+    def share(self, site: Site) -> float | None:
+        """Of a site, all its calls together, in the operations of the dense model."""
+        flops = self.flops
+        return site.count * site.cost.dense / flops if site.cost and flops else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts: ready for ``json.dumps``.
+
+        A site's ``flops`` are those of one call; ``share`` is that of all its calls.
+        """
+        return {
+            "graphs": self.graphs,
+            "notes": list(self.notes),
+            "flops": self.flops,
+            "attention_flops": self.attention_flops,
+            "attention_share": self.attention_share,
+            "sparse_share": self.sparse_share,
+            "ideal_speedup": self.ideal_speedup,
+            "sites": [
+                dataclasses.asdict(site)
+                | {"dtype": str(site.dtype).removeprefix("torch."), "share": self.share(site)}
+                for site in self.sites
+            ],
+        }
 
     def __str__(self) -> str:
-        header = ("site", "kind", "B, H, L, D", "keys", "grid", "text", "decision", "reason")
-        rows = [
-            (
-                site.name,
-                site.kind,
-                ", ".join(map(str, site.shape)),
-                str(site.length_kv),
-                " x ".join(map(str, site.grid)) if site.grid else "-",
-                " + video + ".join(map(str, site.text)) if site.text else "-",
-                "sparse" if site.sparse else "dense",
-                site.reason,
-            )
-            for site in self.sites
-        ]
+        header: tuple[str, ...] = (
+            "site", "calls", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs a call",
+            "of model", "decision", "TFLOPs then", "reason",
+        )  # fmt: skip
+        rows = [self._row(site) for site in self.sites]
+        if all(site.count == 1 for site in self.sites):
+            header, rows = (header[0], *header[2:]), [(row[0], *row[2:]) for row in rows]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (header, *rows)
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        sparse = sum(site.sparse for site in self.sites)
+        sparse = sum(site.count for site in self.sites if site.sparse)
+        total = sum(site.count for site in self.sites)
         plural = "graph" if self.graphs == 1 else "graphs"
-        lines.append(f"{sparse} of {len(rows)} sites sparse, {self.graphs} {plural}")
+        lines.append(f"{sparse} of {total} sites sparse, {self.graphs} {plural}")
+        lines += self._totals()
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _row(self, site: Site) -> tuple[str, ...]:
+        cost, share = site.cost, self.share(site)
+        return (
+            site.name,
+            str(site.count),
+            site.kind,
+            ", ".join(map(str, site.shape)),
+            str(site.length_kv),
+            " x ".join(map(str, site.grid)) if site.grid else "-",
+            " + video + ".join(map(str, site.text)) if site.text else "-",
+            _tera(cost.dense) if cost else "-",
+            "-" if share is None else f"{share:.1%}",
+            "sparse" if site.sparse else "dense",
+            _tera(cost.decided) if cost and site.sparse else "-",
+            site.reason,
+        )
+
+    def _totals(self) -> list[str]:
+        if not self.flops or self.sparse_share is None:
+            return []
+        return [
+            f"{_tera(self.flops)} TFLOPs in the dense model, {self.attention_share:.1%} of them"
+            f" attention; {self.sparse_share:.1%} of the attention's become sparse",
+            f"{self.ideal_speedup:.2f}x fewer operations: what the model would gain if all of them"
+            " took the same time (FLOPs, not time)",
+        ]
+
+    def _costs(self) -> Iterable[tuple[Site, Cost]]:
+        return ((site, site.cost) for site in self.sites if site.cost)
 
 
 def explain(
@@ -66,7 +166,7 @@ def explain(
 
     The model runs once, dense, on the given inputs (tensors on the ``meta`` device cost nothing).
     It is traced as ``torch.compile(model, fullgraph=True)`` traces it, sizes that only a run knows
-    included, but may break into several graphs.
+    included, but may break into several graphs; what runs between them is not counted.
 
     Args:
         model: Any module, compiled or not.
@@ -80,18 +180,110 @@ def explain(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or Config()
-    graphs: list[list[Site]] = []
-
-    def record(gm: GraphModule, _: list[torch.Tensor]) -> Any:
-        graphs.append([site for _, site in understand(gm, plan_of(config))])
-        return gm.forward
-
-    model = getattr(model, "_orig_mod", model)
-    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
-        torch.compile(model, backend=record, dynamic=False)(*args, **kwargs)
-    notes = filter(None, (note_on_layers(sites, config) for sites in graphs))
+    graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
+    notes = (note for graph in graphs for note in graph.notes)
     return Explanation(
-        sites=tuple(site for sites in graphs for site in sites),
+        sites=tuple(site for graph in graphs for site in graph.counted_sites()),
         graphs=len(graphs),
         notes=tuple(dict.fromkeys(notes)),  # each once
+        module_flops=sum((graph.flops for graph in graphs), Counter()),
     )
+
+
+class CountedGraph:
+    """A traced graph with its sites; counts operations whenever it runs.
+
+    Attributes:
+        sites: Calls and what was decided about them.
+        runs: How often it ran.
+        flops: Operations by path of the module that makes them, of all runs together.
+    """
+
+    def __init__(self, gm: GraphModule, config: Config) -> None:
+        self.sites = understand(gm, plan_of(config))
+        self.runs = 0
+        self.flops: Counter[str] = Counter()
+        self._gm, self._config = gm, config
+        self._shapes: dict[Node, Sequence[int]] = {
+            x.node: () for call, _ in self.sites for x in (call.query, call.key, call.value)
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the configuration or the count, a sentence each."""
+        layers = note_on_layers([site for _, site in self.sites], self._config)
+        targets = (node.target for node in self._gm.graph.nodes)
+        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)}
+        count = [f"operations inside {name} are not counted" for name in sorted(left_out)]
+        return ([layers] if layers else []) + count
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it dense."""
+        self.runs += 1
+        return _Counting(self._gm, self._shapes, self.flops).run(*args)
+
+    def counted_sites(self) -> list[Site]:
+        """The sites with what they cost, and how many calls they stand for."""
+        return [
+            dataclasses.replace(site, count=self.runs, cost=self._cost(call, site))
+            for call, site in self.sites
+        ]
+
+    def _cost(self, call: Call, site: Site) -> Cost | None:
+        """By the sizes of the last run, which knows them all."""
+        shapes = [self._shape(x) for x in (call.query, call.key, call.value)]
+        if any(len(shape) != 4 for shape in shapes):
+            return None
+        query, key, value = shapes
+        if site.sparse:
+            tokens = math.prod(site.grid) if site.grid else query[2]
+            return sparse_cost(query, value[3], site.dtype, tokens, site.grid, self._config)
+        dense = dense_flops(query, key, value[3])
+        return Cost(dense, dense, {})
+
+    def _shape(self, operand: Operand) -> tuple[int, ...]:
+        sizes = self._shapes[operand.node]
+        return tuple(1 if dim is None else sizes[dim] for dim in operand.order)
+
+
+def run_graphs(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Config
+) -> list[CountedGraph]:
+    """Trace a model, run it once and return its graphs; as ``explain`` does."""
+    graphs: list[CountedGraph] = []
+
+    def record(gm: GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(CountedGraph(gm, config))
+        return graphs[-1]
+
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
+        torch.compile(model, backend=record, dynamic=False)(*args, **kwargs)
+    return graphs
+
+
+class _Counting(Interpreter):
+    """Runs a graph, notes sizes of some nodes and counts the operations of each module.
+
+    Operators that take functions (FlexAttention) run uncounted: torch's counter refuses them.
+    """
+
+    def __init__(
+        self, gm: GraphModule, shapes: dict[Node, Sequence[int]], flops: Counter[str]
+    ) -> None:
+        super().__init__(gm)
+        self._shapes, self._flops = shapes, flops
+
+    def run_node(self, n: Node) -> Any:
+        if isinstance(n.target, HigherOrderOperator):
+            return super().run_node(n)
+        with model_counter() as counter:
+            result = super().run_node(n)
+        self._flops[module_path(n)] += counter.get_total_flops()
+        if n in self._shapes:
+            self._shapes[n] = result.shape
+        return result
+
+
+def _tera(flops: int) -> str:
+    """``6.594``, or in three digits where it is less than a thousandth."""
+    return f"{flops / 1e12:.3f}" if flops >= 1e9 else f"{flops / 1e12:.2g}"

@@ -1,0 +1,158 @@
+"""What attention costs in floating-point operations, dense and sparse; a multiply-add is two.
+
+Counted as ``torch.utils.flop_counter`` counts: matrix products, convolutions and attention, nothing
+elementwise. Operations are not time: gathers, softmax and launches are not among them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from uta_fx.attention import sparse_attention
+from uta_fx.config import Config
+from uta_fx.order import Grid
+from uta_fx.passes.site import Cost
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
+Shape = Sequence[int]
+
+
+def model_counter() -> FlopCounterMode:
+    """Counts a dense model on any device: torch (2.13) lacks the CPU's attention."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={cpu_attention: lambda q, k, v, *_, **__: dense_flops(q, k, v[-1])},
+    )
+
+
+def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
+    """``2 B H Lq Lk (D + Dv)``: two matrix products.
+
+    Args:
+        query: ``[B, H, Lq, D]``, a shape.
+        key: ``[B, H, Lk, D]``; its heads may be fewer.
+        dim_v: Dv, head dim of the values.
+    """
+    batch, heads, length_q, dim = query
+    return 2 * batch * heads * length_q * key[2] * (dim + dim_v)
+
+
+def sparse_cost(
+    query: Shape, dim_v: int, dtype: torch.dtype, tokens: int, grid: Grid | None, config: Config
+) -> Cost:
+    """What self- or joint attention costs dense, and what ``config`` makes of it.
+
+    Args:
+        query: ``[B, H, L, D]``, a shape; keys are as long.
+        dim_v: Head dim of the values.
+        dtype: Of the tensors.
+        tokens: Video tokens, at most L; the others are text: their rows and their keys for the
+            video's rows stay exact.
+        grid: Frames, height and width of the video tokens; None keeps their order.
+        config: Settings.
+    """
+    batch, heads, _, dim = query
+    video = (batch, heads, tokens, dim)
+    parts = dict(_sparse_parts(video, dim_v, dtype, grid, config))
+    dense = dense_flops(query, query, dim_v)
+    parts["text"] = dense - dense_flops(video, video, dim_v)
+    return Cost(dense, sum(parts.values()), parts)
+
+
+@functools.cache
+def _sparse_parts(
+    shape: tuple[int, ...], dim_v: int, dtype: torch.dtype, grid: Grid | None, config: Config
+) -> tuple[tuple[str, int], ...]:
+    """The video's own parts: the operation runs on the meta device and is counted.
+
+    The operators are counted by the formulas below; what a policy or a tail multiplies beside them
+    is counted by torch and goes to ``scores`` (pooled logits, weights of representatives).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, key = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
+    value = query.new_empty((*shape[:3], dim_v))
+    parts: Counter[str] = Counter()
+    formulas: dict[Any, Callable[..., int]] = {
+        torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
+        torch.ops.uta.block_scores: functools.partial(_scores, parts),
+        torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        sparse_attention(query, key, value, config=config, grid=grid)
+    parts["scores"] += counter.get_total_flops() - parts.total()
+    return tuple((name, parts[name]) for name in ("statistics", "scores", "listed", "tail"))
+
+
+def _statistics(parts: Counter[str], key: Shape, value: Shape, *_: Any, out_shape: Any) -> int:
+    """The covariance of keys with values, ``2 B H L D Dv``; means and variances are elementwise."""
+    batch, heads, length, dim = key
+    return _add(parts, "statistics", 2 * batch * heads * length * dim * value[-1])
+
+
+def _scores(
+    parts: Counter[str],
+    query: Shape,
+    key_mean: Shape,
+    key_variance: Shape,
+    log_size: Shape,
+    scale: float,
+    variance_weight: float,
+    variance_power: float,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    """``2 B H L Nk D`` for each product: two passes over the means, as in the Triton kernel.
+
+    The variances enter the first pass where they are part of the mass, the second also where they
+    are part of the score.
+    """
+    batch, heads, length, dim = query
+    products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
+    return _add(parts, "scores", products * 2 * batch * heads * length * key_mean[2] * dim)
+
+
+def _attention(
+    parts: Counter[str],
+    density: float,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    block_ids: Shape,
+    block_counts: Shape,
+    tail_key: Shape,
+    tail_value: Shape,
+    tail_log_size: Shape,
+    tail_variance: Shape,
+    tail_slope: Shape,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    """The listed share of dense attention, and the tail's own products.
+
+    A representative costs a row ``2 (D + Dv)``, ``2 (2 D + Dv)`` with a variance; a slope ``2 D
+    Dv``. ``density`` says how many blocks are listed: what the lists hold, a run decides.
+    """
+    batch, heads, length, dim = query
+    dim_v, rows = value[-1], batch * heads * length
+    of_one = 2 * dim + dim_v if tail_variance[2] else dim + dim_v
+    tail = 2 * rows * tail_key[-2] * of_one
+    if tail_slope[2]:
+        tail += 2 * rows * dim * dim_v
+    listed = round(density * dense_flops(query, key, dim_v))
+    return _add(parts, "tail", tail) + _add(parts, "listed", listed)
+
+
+def _add(parts: Counter[str], name: str, flops: int) -> int:
+    parts[name] += flops
+    return flops
