@@ -31,7 +31,8 @@ LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that a program of the pairing looks at at a time
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged position
-THREADS = 384  # two groups that multiply and one, of which a single warp works, that copies
+MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
+STAGES = {64: 10, 128: 6}  # of the ring, by head dim: pairs of a key and a value block
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def _softmax_step(s, row_max, row_sum, scale_log2, ragged, last_keys, S_LAYOUT: 
 @gluon.jit
 def _attend(
     q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-    q_sm, o_sm, o_sd, rows, last_keys, scale_log2,
+    q_sm, o_sm, rows, last_keys, scale_log2,
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr, EVEN: gl.constexpr, RESUME: gl.constexpr,
@@ -174,7 +175,7 @@ def _attend(
 
     o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
     o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-    o_ptrs = o_base + o_rows[:, None] * o_sm + o_dims[None, :] * o_sd
+    o_ptrs = o_base + o_rows[:, None] * o_sm + o_dims[None, :]
     o_mask = (o_rows < rows)[:, None]
     s_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
     lse_ptrs = lse_base + s_rows
@@ -236,7 +237,7 @@ def _attend(
 def _paired_kernel(
     q_ptr, k_desc, v_desc, o_ptr, lse_ptr, ids_ptr, plan_ptr,
     q_sb, q_sh, q_sm,
-    o_sb, o_sh, o_sm, o_sd,
+    o_sb, o_sh, o_sm,
     heads, length_q, blocks_kv,
     last_keys,  # in the last key block
     scale_log2,  # |s| * log2(e), 1 where s is 0
@@ -271,12 +272,12 @@ def _paired_kernel(
         [
             (_attend, (
                 q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-                q_sm, o_sm, o_sd, rows, last_keys, scale_log2,
+                q_sm, o_sm, rows, last_keys, scale_log2,
                 0, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
             )),
             (_attend, (
                 q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-                q_sm, o_sm, o_sd, rows, last_keys, scale_log2,
+                q_sm, o_sm, rows, last_keys, scale_log2,
                 1, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
             )),
             (_copy_blocks, (
@@ -286,4 +287,78 @@ def _paired_kernel(
         ],
         [4, 1],
         [240, 24],
+    )  # fmt: skip
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int) -> bool:
+    """Whether ``attend_listed`` serves these tensors, all of whose last dimensions are contiguous.
+
+    It wants a GPU of compute capability 9.0, 16 bits, head dims of 64 or 128, the same for keys and
+    values, blocks of 64, and keys and values that the copy engine can address.
+    """
+    return (
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device) == (9, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and key.shape[-1] == value.shape[-1]
+        and value.shape[-1] in STAGES
+        and block_q == block_kv == BLOCK
+        and all(_is_addressable(x) for x in (key, value))
+    )
+
+
+def _is_addressable(x: Tensor) -> bool:
+    """Whether a tensor map can hold it: 16 bytes of alignment, strides above zero."""
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:-1])
+
+
+def attend_listed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    listed: Tensor,
+    block_counts: Tensor,
+    max_blocks: int,
+    scale_log2: float,
+    sign: int,
+    resume: bool,
+) -> None:
+    """Launch the kernels for tensors that ``takes`` accepts; nothing waits for the host.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, D]``.
+        output: ``[B, H, Lq, D]``, last dimension contiguous: written, and where ``resume`` read.
+        lse: float32 ``[B, H, Lq]``, contiguous: likewise.
+        listed: uint8 ``[B, H, Nq, Nk]``, 1 where a query block lists a key block.
+        block_counts: int32 ``[B, H, Nq]``, last dimension contiguous. A query block whose count is
+            not that of its ones in ``listed`` has an id outside: its rows become NaN.
+        max_blocks: Most blocks that a list can hold.
+        scale_log2: ``|s| * log2(e)``, 1 where s is 0.
+        sign: Of s.
+        resume: ``output`` and ``lse`` hold attention over the tail, to go on from.
+    """
+    batch, heads, length_q, dim = query.shape
+    length_kv = key.shape[2]
+    blocks_q, blocks_kv = listed.shape[2:]
+    pairs = triton.cdiv(blocks_q, 2)
+    ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.int32)
+    plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
+    grid = (pairs, batch * heads)
+    _pair_lists_kernel[grid](
+        ids, plan, listed, block_counts, *block_counts.stride()[:2],
+        heads, blocks_q, blocks_kv, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
+    )  # fmt: skip
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    maps = (TensorDescriptor.from_tensor(x, [1, 1, BLOCK, dim], layout) for x in (key, value))
+    _paired_kernel[grid](
+        query, *maps, output, lse, ids, plan,
+        *query.stride()[:3], *output.stride()[:3],
+        heads, length_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, scale_log2,
+        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES[dim],
+        SIGN=sign, EVEN=length_kv % BLOCK == 0, RESUME=resume,
+        num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels import gluon_attention
 from uta_fx.kernels.ops import empty_outputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -372,7 +373,6 @@ def sparse_attention(
     representatives = tail_key.shape[-2]
     limit = shared_limit(query)
     sizes = (query.dtype, max(dim, dim_v), block_q)
-    listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
     query, key, value, block_ids, block_counts = (
         _last_contiguous(x) for x in (query, key, value, block_ids, block_counts)
     )
@@ -384,19 +384,20 @@ def sparse_attention(
     }  # fmt: skip
     scale = abs(scale)
     scale_log2 = (scale or 1.0) * LOG2_E.value
+    per_block = representatives > 0 and tail_key.dim() == 4
+    paired = not listed_tile and output.stride(-1) == 1
+    paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
     with torch.cuda.device_of(query):
+        mapped = blocks_kv if per_block or paired else 0
+        listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
+        if mapped:
+            _mark_listed_kernel[(blocks_q, batch * heads)](
+                listed, block_ids, block_counts,
+                *block_ids.stride()[:3], *block_counts.stride()[:2],
+                heads, blocks_kv, block_ids.shape[-1],
+                CHUNK=ID_CHUNK,
+            )  # fmt: skip
         if representatives:
-            per_block = tail_key.dim() == 4
-            listed = query.new_zeros(
-                (batch, heads, blocks_q, blocks_kv if per_block else 0), dtype=torch.uint8
-            )
-            if per_block:
-                _mark_listed_kernel[(blocks_q, batch * heads)](
-                    listed, block_ids, block_counts,
-                    *block_ids.stride()[:3], *block_counts.stride()[:2],
-                    heads, blocks_kv, block_ids.shape[-1],
-                    CHUNK=ID_CHUNK,
-                )  # fmt: skip
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
                 _last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
@@ -419,6 +420,13 @@ def sparse_attention(
                 HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
                 num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
             )  # fmt: skip
+        if paired:
+            gluon_attention.attend_listed(
+                query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],
+                scale_log2, dims["SIGN"], representatives > 0,
+            )  # fmt: skip
+            return output, lse
+        listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),
