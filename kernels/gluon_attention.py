@@ -29,10 +29,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
-CHUNK = 512  # key blocks that a program of the pairing looks at at a time
+CHUNK = 512  # key blocks that are ordered at a time
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged position
 MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
-STAGES = {64: 10, 128: 6}  # of the ring, by head dim: pairs of a key and a value block
+HEAD_DIM = 128  # at 64, where the exponentials and not the copies bound it, it loses
+STAGES = 6  # of the ring: pairs of a key and a value block
 
 
 @triton.jit
@@ -293,15 +294,14 @@ def _paired_kernel(
 def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int) -> bool:
     """Whether ``attend_listed`` serves these tensors, all of whose last dimensions are contiguous.
 
-    It wants a GPU of compute capability 9.0, 16 bits, head dims of 64 or 128, the same for keys and
-    values, blocks of 64, and keys and values that the copy engine can address.
+    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 128 for keys and values,
+    blocks of 64, and keys and values that the copy engine can address.
     """
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device) == (9, 0)
         and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] == value.shape[-1]
-        and value.shape[-1] in STAGES
+        and key.shape[-1] == value.shape[-1] == HEAD_DIM
         and block_q == block_kv == BLOCK
         and all(_is_addressable(x) for x in (key, value))
     )
@@ -358,7 +358,7 @@ def attend_listed(
         query, *maps, output, lse, ids, plan,
         *query.stride()[:3], *output.stride()[:3],
         heads, length_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, scale_log2,
-        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES[dim],
+        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
         SIGN=sign, EVEN=length_kv % BLOCK == 0, RESUME=resume,
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
