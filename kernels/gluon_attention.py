@@ -298,18 +298,28 @@ def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int
     blocks of 64, and keys and values that the copy engine can address.
     """
     return (
-        query.is_cuda
-        and torch.cuda.get_device_capability(query.device) == (9, 0)
+        on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
         and key.shape[-1] == value.shape[-1] == HEAD_DIM
         and block_q == block_kv == BLOCK
-        and all(_is_addressable(x) for x in (key, value))
+        and all(is_addressable(x) for x in (key, value))
     )
 
 
-def _is_addressable(x: Tensor) -> bool:
+def on_hopper(x: Tensor) -> bool:
+    """Whether it lives on a GPU of compute capability 9.0."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def is_addressable(x: Tensor) -> bool:
     """Whether a tensor map can hold it: 16 bytes of alignment, strides above zero."""
     return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:-1])
+
+
+def tensor_map(x: Tensor, rows: int) -> TensorDescriptor:
+    """Of ``[B, H, L, D]`` in tiles of ``rows``; rows beyond L read as zero."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], layout)
 
 
 def attend_listed(
@@ -352,8 +362,7 @@ def attend_listed(
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
     )  # fmt: skip
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    maps = (TensorDescriptor.from_tensor(x, [1, 1, BLOCK, dim], layout) for x in (key, value))
+    maps = (tensor_map(x, BLOCK) for x in (key, value))
     _paired_kernel[grid](
         query, *maps, output, lse, ids, plan,
         *query.stride()[:3], *output.stride()[:3],

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uta_fx.kernels import gluon_attention
+from uta_fx.kernels import gluon_attention, gluon_tail
 from uta_fx.kernels.ops import empty_outputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -402,24 +402,35 @@ def sparse_attention(
                 _last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             )
-            tail_tile = tail_tile or fit_tile(
-                _TAIL_TILES, *sizes, max(16, triton.next_power_of_2(representatives)), 2, 3, limit
-            )
-            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
-                query, output, lse, listed,
-                tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
-                *query.stride()[:3], *output.stride(),
-                *_block_strides(tail_key), *_block_strides(tail_value),
-                *_block_strides(tail_log_size.unsqueeze(-1))[:3],
-                *tail_variance.stride()[:3], *tail_slope.stride()[:2],
-                tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
-                heads, length_q, representatives,
-                scale, scale_log2, variance_weight / 2 * LOG2_E.value,
-                BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
-                PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
-                HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
-                num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
-            )  # fmt: skip
+            tail = (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
+            half_weight_log2 = variance_weight / 2 * LOG2_E.value
+            paired_tail = not tail_tile and output.stride(-1) == 1
+            if paired_tail and gluon_tail.takes(
+                query, tail_key, tail_value, tail_variance, tail_slope, block_q
+            ):
+                gluon_tail.attend_tail(
+                    query, output, lse, listed, *tail,
+                    scale, scale_log2, dims["SIGN"], half_weight_log2,
+                )  # fmt: skip
+            else:
+                tail_tile = tail_tile or fit_tile(
+                    _TAIL_TILES, *sizes, max(16, triton.next_power_of_2(representatives)), 2, 3, limit
+                )
+                _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+                    query, output, lse, listed,
+                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
+                    *query.stride()[:3], *output.stride(),
+                    *_block_strides(tail_key), *_block_strides(tail_value),
+                    *_block_strides(tail_log_size.unsqueeze(-1))[:3],
+                    *tail_variance.stride()[:3], *tail_slope.stride()[:2],
+                    tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
+                    heads, length_q, representatives,
+                    scale, scale_log2, half_weight_log2,
+                    BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
+                    PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
+                    HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
+                    num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
+                )  # fmt: skip
         if paired:
             gluon_attention.attend_listed(
                 query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],

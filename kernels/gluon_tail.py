@@ -1,0 +1,354 @@
+"""The tail of ``uta::sparse_attention`` on Hopper: two query blocks share the representatives.
+
+One warp copies representatives into a ring of shared memory; two groups of four warps attend to
+them, one for each query block. The products of one step overlap with the softmax of the next, as in
+``gluon_attention``. Softmax is base 2 inside.
+"""
+# pyright: reportArgumentType=false
+# (Triton declares launch arguments as constexpr; an int is what one passes)
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from uta_fx.kernels.gluon_attention import (
+    BLOCK,
+    LN_2,
+    LOG2_E,
+    MAX_REGISTERS,
+    is_addressable,
+    on_hopper,
+    tensor_map,
+)
+
+HEAD_DIMS = (64, 128)
+STEP = 64  # representatives
+STAGES = 3  # of the ring: keys, variances and values of a step
+
+
+@gluon.jit
+def _copy_tail(
+    k_desc, v_desc, var_desc, slope_desc, k_ring, v_ring, var_ring, slope_tile,
+    full, empty, slope_full, batch, head, steps,
+    STEP: gl.constexpr, STAGES: gl.constexpr,
+    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+):  # fmt: skip
+    """Copy the head's representatives, step by step, each into the next stage, and its slope."""
+    parts: gl.constexpr = 3 if HAS_VARIANCE else 2
+    for t in range(steps):
+        stage = t % STAGES
+        mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
+        bar = full.index(stage)
+        at = t * STEP
+        mbarrier.expect(bar, parts * k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [batch, head, at, 0], bar, k_ring.index(stage))
+        if HAS_VARIANCE:
+            tma.async_copy_global_to_shared(
+                var_desc, [batch, head, at, 0], bar, var_ring.index(stage)
+            )
+        tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], bar, v_ring.index(stage))
+        if HAS_SLOPE:
+            if t == 0:
+                mbarrier.expect(slope_full, slope_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    slope_desc, [batch, head, 0, 0], slope_full, slope_tile
+                )
+
+
+@gluon.jit
+def _load_bias(size_base, listed_row, start, representatives, STEP: gl.constexpr, L: gl.constexpr):
+    """Base-2 log-size of a step's representatives, -inf where listed or beyond the last one."""
+    offs = start + gl.arange(0, STEP, gl.SliceLayout(0, L))
+    inside = offs < representatives
+    size = gl.load(size_base + offs, mask=inside, other=-float("inf"))  # [STEP]
+    listed = gl.load(listed_row + offs, mask=inside, other=1)  # [STEP]
+    return gl.where(listed != 0, -float("inf"), size * LOG2_E)
+
+
+@gluon.jit
+def _tail_softmax(
+    s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
+    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+):  # fmt: skip
+    """Weights of one step and the running softmax and gain after it."""
+    logits = s * scale_log2 + bias[None, :]
+    if HAS_VARIANCE:
+        logits += sigma2 * half_weight_log2
+    new_max = gl.maximum(row_max, gl.max(logits, 1))
+    # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
+    base = gl.where(new_max == -float("inf"), 0.0, new_max)
+    p = gl.exp2(logits - base[:, None])
+    shrink = gl.exp2(row_max - base)
+    row_sum = row_sum * shrink + gl.sum(p, 1)
+    if HAS_SLOPE:
+        damped = p / (1.0 + sigma2) if HAS_VARIANCE else p
+        gain = gain * shrink + gl.sum(damped, 1)
+    return p, shrink, new_max, row_sum, gain
+
+
+@gluon.jit
+def _attend_tail(
+    q_base, o_base, lse_base, size_base, listed_ptr,
+    k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
+    q_sm, o_sm, rows, steps, first_block, blocks_q, representatives,
+    scale, scale_log2, half_weight_log2,
+    WHICH: gl.constexpr,  # of the pair
+    D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    SIGN: gl.constexpr, HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+):  # fmt: skip
+    """Store attention of one query block over the tail; ``rows``: of the pair's, how many exist."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = k_ring.dtype
+    # a block beyond the last one has no rows to store: any map of blocks will do
+    q_block = gl.minimum(first_block + WHICH, blocks_q - 1)
+    listed_row = listed_ptr + q_block.to(gl.int64) * representatives
+
+    q_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, Q_LAYOUT))
+    q_dims = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
+    q_ptrs = q_base + q_rows[:, None] * q_sm + q_dims[None, :]
+    q = gl.load(q_ptrs, mask=(q_rows < rows)[:, None], other=0.0)  # [BLOCK, D]
+    if SIGN != 1:
+        q = (q * SIGN).to(dtype)
+    q_tile = q_tiles.index(WHICH)
+    q_tile.store(q)
+    fence_async_shared()
+    scaled = q.to(gl.float32) * scale
+    q_square = (scaled * scaled).to(dtype)  # [BLOCK, D]
+
+    row_max = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    row_sum = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    gain = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    acc = gl.zeros([BLOCK, D], gl.float32, O_LAYOUT)
+    none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
+
+    bias = _load_bias(size_base, listed_row, 0, representatives, STEP, S_LAYOUT)
+    mbarrier.wait(full.index(0), 0)
+    k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
+    s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
+    sigma2 = none
+    if HAS_VARIANCE:
+        var = var_ring.index(0).reshape([STEP, D]).permute((1, 0))
+        sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
+        s, sigma2 = warpgroup_mma_wait(0, deps=[s, sigma2])
+    else:
+        s = warpgroup_mma_wait(0, deps=[s])
+    p, shrink, row_max, row_sum, gain = _tail_softmax(
+        s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
+        HAS_VARIANCE, HAS_SLOPE,
+    )  # fmt: skip
+    p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
+    stage = 0
+    for t in range(1, steps):
+        before = stage
+        stage = t % STAGES
+        bias = _load_bias(size_base, listed_row, t * STEP, representatives, STEP, S_LAYOUT)
+        mbarrier.wait(full.index(stage), t // STAGES & 1)
+        k = k_ring.index(stage).reshape([STEP, D]).permute((1, 0))
+        s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
+        if HAS_VARIANCE:
+            var = var_ring.index(stage).reshape([STEP, D]).permute((1, 0))
+            sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
+        v = v_ring.index(before).reshape([STEP, D])
+        acc = warpgroup_mma(p16, v, acc, is_async=True)
+        if HAS_VARIANCE:
+            s, sigma2 = warpgroup_mma_wait(1, deps=[s, sigma2])
+        else:
+            s = warpgroup_mma_wait(1, deps=[s])
+        p, shrink, row_max, row_sum, gain = _tail_softmax(
+            s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
+            HAS_VARIANCE, HAS_SLOPE,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before))
+        p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
+        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    v = v_ring.index(stage).reshape([STEP, D])
+    acc = warpgroup_mma(p16, v, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+
+    inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
+    acc *= gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    if HAS_SLOPE:
+        # the gain, at most 1 by now, goes into q, so that the product is added in place
+        share = gl.convert_layout(gain * inverse * scale, gl.SliceLayout(1, P_LAYOUT))
+        q_gain = (q_tile.load(P_LAYOUT).to(gl.float32) * share[:, None]).to(dtype)
+        mbarrier.wait(slope_full, 0)
+        acc = warpgroup_mma(q_gain, slope_tile.reshape([D, D]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    lse = (row_max + gl.log2(row_sum)) * LN_2
+    o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
+    o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+    o_ptrs = o_base + o_rows[:, None] * o_sm + o_dims[None, :]
+    gl.store(o_ptrs, acc.to(dtype), mask=(o_rows < rows)[:, None])
+    s_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
+    gl.store(lse_base + s_rows, lse, mask=s_rows < rows)
+
+
+@gluon.jit
+def _paired_tail_kernel(
+    q_ptr, k_desc, v_desc, var_desc, slope_desc, size_ptr, listed_ptr, o_ptr, lse_ptr,
+    q_sb, q_sh, q_sm,
+    o_sb, o_sh, o_sm,
+    size_sb, size_sh,
+    heads, length_q, blocks_q, representatives,
+    scale,  # |s|; its sign is in SIGN
+    scale_log2,  # |s| * log2(e), 1 where s is 0
+    half_weight_log2,  # variance_weight / 2 * log2(e)
+    D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    SIGN: gl.constexpr,  # of s: 1, -1 or 0
+    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+):  # fmt: skip
+    """Store attention of two query blocks over the representatives of what they do not list.
+
+    A row without one is zero, its lse -inf.
+    """
+    pair = gl.program_id(0)
+    batch_head = gl.program_id(1)
+    batch, head = batch_head // heads, batch_head % heads
+    batch64, head64 = batch.to(gl.int64), head.to(gl.int64)
+    first_row = pair.to(gl.int64) * (2 * BLOCK)
+    rows = length_q - pair * (2 * BLOCK)
+    steps = gl.cdiv(representatives, STEP)
+    q_base = q_ptr + batch64 * q_sb + head64 * q_sh + first_row * q_sm
+    o_base = o_ptr + batch64 * o_sb + head64 * o_sh + first_row * o_sm
+    lse_base = lse_ptr + batch_head.to(gl.int64) * length_q + first_row
+    size_base = size_ptr + batch64 * size_sb + head64 * size_sh
+    listed_base = listed_ptr + batch_head.to(gl.int64) * blocks_q * representatives
+
+    shape: gl.constexpr = [STAGES, 1, 1, STEP, D]
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, shape, v_desc.layout)
+    var_ring = k_ring
+    if HAS_VARIANCE:
+        var_ring = gl.allocate_shared_memory(var_desc.dtype, shape, var_desc.layout)
+    slope_tile = k_ring.index(0)
+    if HAS_SLOPE:
+        slope_tile = gl.allocate_shared_memory(
+            slope_desc.dtype, [1, 1, D, D], slope_desc.layout
+        )
+    q_shape: gl.constexpr = [BLOCK, D]
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(q_shape, k_desc.dtype)
+    q_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK, D], q_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    slope_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(slope_full, count=1)
+
+    gl.warp_specialize(
+        [
+            (_attend_tail, (
+                q_base, o_base, lse_base, size_base, listed_base,
+                k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
+                q_sm, o_sm, rows, steps, 2 * pair, blocks_q, representatives,
+                scale, scale_log2, half_weight_log2,
+                0, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
+            )),
+            (_attend_tail, (
+                q_base, o_base, lse_base, size_base, listed_base,
+                k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
+                q_sm, o_sm, rows, steps, 2 * pair, blocks_q, representatives,
+                scale, scale_log2, half_weight_log2,
+                1, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
+            )),
+            (_copy_tail, (
+                k_desc, v_desc, var_desc, slope_desc, k_ring, v_ring, var_ring, slope_tile,
+                full, empty, slope_full, batch, head, steps,
+                STEP, STAGES, HAS_VARIANCE, HAS_SLOPE,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def takes(
+    query: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    block_q: int,
+) -> bool:
+    """Whether ``attend_tail`` serves these tensors, all of whose last dimensions are contiguous.
+
+    It wants a GPU of compute capability 9.0, 16 bits, head dims of 64 or 128, the same for keys and
+    values, query blocks of 64, one representative a key block, at most one slope a head, and
+    representatives that the copy engine can address.
+    """
+    copied = (tail_key, tail_value, *(x for x in (tail_variance, tail_slope) if x.shape[2]))
+    return (
+        on_hopper(query)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and tail_key.dim() == 4
+        and tail_key.shape[-1] == tail_value.shape[-1]
+        and tail_key.shape[-1] in HEAD_DIMS
+        and block_q == BLOCK
+        and tail_slope.shape[2] <= 1
+        and all(is_addressable(x) for x in copied)
+    )
+
+
+def attend_tail(
+    query: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    listed: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    scale: float,
+    scale_log2: float,
+    sign: int,
+    half_weight_log2: float,
+) -> None:
+    """Launch the kernel for tensors that ``takes`` accepts.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        output: ``[B, H, Lq, D]``, last dimension contiguous: written.
+        lse: float32 ``[B, H, Lq]``, contiguous: written.
+        listed: uint8 ``[B, H, Nq, Nk]``, 1 where a query block lists a key block.
+        tail_key: As in ``reference.sparse_attention``, and so are the four after it.
+        tail_value: ``[B, H, Nk, D]``.
+        tail_log_size: ``[B, H, Nk]``, last dimension contiguous.
+        tail_variance: ``[B, H, Nk, D]`` or ``[B, H, 0, D]``.
+        tail_slope: ``[B, H, 1, D, D]`` or ``[B, H, 0, D, D]``.
+        scale: ``|s|``.
+        scale_log2: ``|s| * log2(e)``, 1 where s is 0.
+        sign: Of s.
+        half_weight_log2: ``variance_weight / 2 * log2(e)``.
+    """
+    batch, heads, length_q, dim = query.shape
+    blocks_q, representatives = listed.shape[2:]
+    has_variance, has_slope = tail_variance.shape[2] > 0, tail_slope.shape[2] > 0
+    key_map = tensor_map(tail_key, STEP)
+    _paired_tail_kernel[(triton.cdiv(blocks_q, 2), batch * heads)](
+        query, key_map, tensor_map(tail_value, STEP),
+        tensor_map(tail_variance, STEP) if has_variance else key_map,
+        tensor_map(tail_slope[:, :, 0], dim) if has_slope else key_map,
+        tail_log_size, listed, output, lse,
+        *query.stride()[:3], *output.stride()[:3], *tail_log_size.stride()[:2],
+        heads, length_q, blocks_q, representatives, scale, scale_log2, half_weight_log2,
+        D=dim, BLOCK=BLOCK, STEP=STEP, STAGES=STAGES,
+        SIGN=sign, HAS_VARIANCE=has_variance, HAS_SLOPE=has_slope,
+        num_warps=4, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
