@@ -30,10 +30,9 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time
-PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged position
+PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
 MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
-HEAD_DIM = 128  # at 64, where the exponentials and not the copies bound it, it loses
-STAGES = 6  # of the ring: pairs of a key and a value block
+STAGES = {64: 10, 128: 6}  # of the ring, by head dim: pairs of a key and a value block
 
 
 @triton.jit
@@ -43,14 +42,15 @@ def _pair_lists_kernel(
     listed_ptr,  # uint8 [B, H, Nq, Nk]
     counts_ptr,
     counts_sb, counts_sh,
-    heads, blocks_q, blocks_kv, max_blocks,
+    heads, blocks_q, blocks_kv, whole, max_blocks,
     CHUNK: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Order the key blocks that a pair of query blocks, a and b, lists.
 
-    First those of a alone and of b alone in turns, as many of each; then those of both; last what
-    one of them has more of its own. So neither waits long for the other's, and entry j of either is
-    at a place that needs no list: ``2 j + which`` in the first part and ``j + alternating`` after.
+    First, where one of them lists it, the ragged block, which is the one beyond ``whole``. Then
+    those of a alone and of b alone in turns, as many of each; then those of both; last what one of
+    them has more of its own. So neither waits long for the other's, and entry j of either is at a
+    place that needs no list: ``2 j + which`` among those in turns and ``j + alternating`` after.
     """
     pair = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
@@ -60,31 +60,37 @@ def _pair_lists_kernel(
     row_a = listed_ptr + (batch_head * blocks_q + 2 * pair) * blocks_kv
     row_b = row_a + blocks_kv
     only_a, only_b, both = 0, 0, 0
-    for start in range(0, blocks_kv, CHUNK):
-        inside = start + offs < blocks_kv
+    for start in range(0, whole, CHUNK):
+        inside = start + offs < whole
         a = tl.load(row_a + start + offs, mask=inside, other=0).to(tl.int32)  # [CHUNK]
         b = tl.load(row_b + start + offs, mask=inside & has_b, other=0).to(tl.int32)
         only_a += tl.sum(a & ~b, 0)
         only_b += tl.sum(b & ~a, 0)
         both += tl.sum(a & b, 0)
+    is_ragged = whole < blocks_kv
+    ragged_a = tl.load(row_a + whole, mask=is_ragged, other=0).to(tl.int32)
+    ragged_b = tl.load(row_b + whole, mask=is_ragged & has_b, other=0).to(tl.int32)
+    first = ragged_a | ragged_b
     alternating = tl.minimum(only_a, only_b)
     counts_row = counts_ptr + batch * counts_sb + head * counts_sh + 2 * pair
     given_a = tl.minimum(tl.load(counts_row), max_blocks)
     given_b = tl.minimum(tl.load(counts_row + 1, mask=has_b, other=0), max_blocks)
     # ids are distinct: one that is missing from the map lies outside of it
-    bad = (given_a != only_a + both).to(tl.int32) | (given_b != only_b + both).to(tl.int32) << 1
+    bad_a = (given_a != only_a + both + ragged_a).to(tl.int32)
+    bad_b = (given_b != only_b + both + ragged_b).to(tl.int32)
 
     ids_row = ids_out_ptr + (batch_head * tl.num_programs(0) + pair) * blocks_kv
     plan = plan_ptr + (batch_head * tl.num_programs(0) + pair) * PLAN
     tl.store(plan, alternating)
     tl.store(plan + 1, only_a + both)
     tl.store(plan + 2, only_b + both)
-    tl.store(plan + 3, bad)
-    tl.store(plan + 4, -1)
+    tl.store(plan + 3, bad_a | bad_b << 1)
+    tl.store(plan + 4, ragged_a | ragged_b << 1)
+    tl.store(ids_row, whole, mask=first != 0)
     seen_a, seen_b, seen_both = 0, 0, 0
-    for start in range(0, blocks_kv, CHUNK):
+    for start in range(0, whole, CHUNK):
         ids = start + offs
-        inside = ids < blocks_kv
+        inside = ids < whole
         a = tl.load(row_a + ids, mask=inside, other=0).to(tl.int32)  # [CHUNK]
         b = tl.load(row_b + ids, mask=inside & has_b, other=0).to(tl.int32)
         alone_a, alone_b, shared = a & ~b, b & ~a, a & b
@@ -95,12 +101,18 @@ def _pair_lists_kernel(
         at_a = tl.where(rank_a < alternating, 2 * rank_a, rest + rank_a)
         at_b = tl.where(rank_b < alternating, 2 * rank_b + 1, rest + rank_b)
         at = tl.where(shared != 0, 2 * alternating + rank_both, tl.where(a != 0, at_a, at_b))
-        used = (a | b) != 0
-        tl.store(ids_row + at, ids, mask=used)
-        tl.store(plan + 4 + ids * 0, at, mask=used & (ids == blocks_kv - 1))
+        tl.store(ids_row + first + at, ids, mask=(a | b) != 0)
         seen_a += tl.sum(alone_a, 0)
         seen_b += tl.sum(alone_b, 0)
         seen_both += tl.sum(shared, 0)
+
+
+@gluon.jit
+def exp2(x):
+    """2^x in one instruction, results below 2^-126 as zero; ``gl.exp2`` takes four to keep them."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -114,8 +126,10 @@ def _copy_blocks(
     """
     alternating = gl.load(plan)
     count_a, count_b = gl.load(plan + 1), gl.load(plan + 2)
-    total = alternating + gl.maximum(count_a, count_b)
-    shared_end = alternating + gl.minimum(count_a, count_b)
+    ragged = gl.load(plan + 4)
+    first = gl.minimum(ragged, 1)
+    total = first + alternating + gl.maximum(count_a, count_b)
+    shared_end = first + alternating + gl.minimum(count_a, count_b)
     block = gl.load(ids_row, mask=total > 0, other=0)
     for t in range(total):
         following = gl.load(ids_row + t + 1, mask=t + 1 < total, other=0)
@@ -129,20 +143,18 @@ def _copy_blocks(
         tma.async_copy_global_to_shared(
             v_desc, [batch, head, block * BLOCK, 0], bar, v_ring.index(stage)
         )
-        alone = (t < 2 * alternating) | (t >= shared_end)
+        alone = (t < first + 2 * alternating) | (t >= shared_end)
+        alone = gl.where(t < first, ragged != 3, alone)
         mbarrier.arrive(empty.index(stage), pred=alone)
         block = following
 
 
 @gluon.jit
-def _softmax_step(s, row_max, row_sum, scale_log2, ragged, last_keys, S_LAYOUT: gl.constexpr):
+def _softmax_step(s, row_max, row_sum, scale_log2):
     """Weights of one tile of logits and the running softmax after it."""
-    if ragged:
-        offs = gl.arange(0, s.shape[1], gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where((offs < last_keys)[None, :], s, -float("inf"))
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(s * scale_log2 - new_max[:, None])
-    shrink = gl.exp2(row_max - new_max)
+    p = exp2(s * scale_log2 - new_max[:, None])
+    shrink = exp2(row_max - new_max)
     return p, shrink, new_max, row_sum * shrink + gl.sum(p, 1)
 
 
@@ -161,11 +173,11 @@ def _attend(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     dtype: gl.constexpr = k_ring.dtype
     alternating = gl.load(plan)
-    count = gl.load(plan + 1 + WHICH)
     bad = gl.load(plan + 3) >> WHICH & 1
-    ragged_at = -1
-    if not EVEN:
-        ragged_at = gl.load(plan + 4)
+    ragged = gl.load(plan + 4)
+    first = gl.minimum(ragged, 1)  # entries before those in turns
+    own = ragged >> WHICH & 1  # and of them this query block's
+    count = own + gl.load(plan + 1 + WHICH)
 
     q_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, Q_LAYOUT))
     q_dims = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
@@ -191,20 +203,22 @@ def _attend(
 
     no_logits = gl.zeros([BLOCK, BLOCK], gl.float32, S_LAYOUT)
     if count > 0:
-        at = gl.where(alternating > 0, WHICH, 0)
+        at = gl.where(own != 0, 0, first + gl.where(alternating > 0, WHICH, 0))
         stage = at % STAGES
         mbarrier.wait(full.index(stage), at // STAGES & 1)
         k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
         s = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        p, shrink, row_max, row_sum = _softmax_step(
-            s, row_max, row_sum, scale_log2, at == ragged_at, last_keys, S_LAYOUT
-        )
+        if not EVEN:
+            inside = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT)) < last_keys
+            s = gl.where(inside[None, :] | (own == 0), s, -float("inf"))
+        p, shrink, row_max, row_sum = _softmax_step(s, row_max, row_sum, scale_log2)
         p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
         for j in range(1, count):
             before = stage
-            at = gl.where(j < alternating, 2 * j + WHICH, j + alternating)
+            i = j - own
+            at = first + gl.where(i < alternating, 2 * i + WHICH, i + alternating)
             stage = at % STAGES
             mbarrier.wait(full.index(stage), at // STAGES & 1)
             k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
@@ -212,9 +226,7 @@ def _attend(
             v = v_ring.index(before).reshape([BLOCK, D])
             acc = warpgroup_mma(p16, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
-            p, shrink, row_max, row_sum = _softmax_step(
-                s, row_max, row_sum, scale_log2, at == ragged_at, last_keys, S_LAYOUT
-            )
+            p, shrink, row_max, row_sum = _softmax_step(s, row_max, row_sum, scale_log2)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(before))
             p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
@@ -300,7 +312,8 @@ def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] == value.shape[-1] == HEAD_DIM
+        and key.shape[-1] == value.shape[-1]
+        and value.shape[-1] in STAGES
         and block_q == block_kv == BLOCK
         and all(is_addressable(x) for x in (key, value))
     )
@@ -360,14 +373,14 @@ def attend_listed(
     grid = (pairs, batch * heads)
     _pair_lists_kernel[grid](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
-        heads, blocks_q, blocks_kv, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
+        heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
     )  # fmt: skip
     maps = (tensor_map(x, BLOCK) for x in (key, value))
     _paired_kernel[grid](
         query, *maps, output, lse, ids, plan,
         *query.stride()[:3], *output.stride()[:3],
         heads, length_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, scale_log2,
-        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
+        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES[dim],
         SIGN=sign, EVEN=length_kv % BLOCK == 0, RESUME=resume,
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from uta_fx.kernels.gluon_attention import (
     LN_2,
     LOG2_E,
     MAX_REGISTERS,
+    exp2,
     is_addressable,
     on_hopper,
     tensor_map,
@@ -77,6 +78,14 @@ def _load_bias(size_base, listed_row, start, representatives, STEP: gl.constexpr
 
 
 @gluon.jit
+def _reciprocal(x):
+    """1 / x to one unit in the last place in one instruction, of a normal number."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _tail_softmax(
     s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
     HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
@@ -88,11 +97,11 @@ def _tail_softmax(
     new_max = gl.maximum(row_max, gl.max(logits, 1))
     # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
     base = gl.where(new_max == -float("inf"), 0.0, new_max)
-    p = gl.exp2(logits - base[:, None])
-    shrink = gl.exp2(row_max - base)
+    p = exp2(logits - base[:, None])
+    shrink = exp2(row_max - base)
     row_sum = row_sum * shrink + gl.sum(p, 1)
     if HAS_SLOPE:
-        damped = p / (1.0 + sigma2) if HAS_VARIANCE else p
+        damped = p * _reciprocal(1.0 + sigma2) if HAS_VARIANCE else p
         gain = gain * shrink + gl.sum(damped, 1)
     return p, shrink, new_max, row_sum, gain
 
@@ -237,9 +246,7 @@ def _paired_tail_kernel(
         var_ring = gl.allocate_shared_memory(var_desc.dtype, shape, var_desc.layout)
     slope_tile = k_ring.index(0)
     if HAS_SLOPE:
-        slope_tile = gl.allocate_shared_memory(
-            slope_desc.dtype, [1, 1, D, D], slope_desc.layout
-        )
+        slope_tile = gl.allocate_shared_memory(slope_desc.dtype, [1, 1, D, D], slope_desc.layout)
     q_shape: gl.constexpr = [BLOCK, D]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(q_shape, k_desc.dtype)
     q_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK, D], q_layout)

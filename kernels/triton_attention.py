@@ -414,7 +414,12 @@ def sparse_attention(
                 )  # fmt: skip
             else:
                 tail_tile = tail_tile or fit_tile(
-                    _TAIL_TILES, *sizes, max(16, triton.next_power_of_2(representatives)), 2, 3, limit
+                    _TAIL_TILES,
+                    *sizes,
+                    max(16, triton.next_power_of_2(representatives)),
+                    2,
+                    3,
+                    limit,
                 )
                 _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
                     query, output, lse, listed,

@@ -26,7 +26,8 @@ needs_hopper = pytest.mark.skipif(not on_hopper(), reason="needs a GPU of comput
 @pytest.mark.parametrize("blocks", [1, 37, 2 * CHUNK + 5])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_a_pair_finds_its_blocks_where_the_plan_says(rows, share, blocks):
+@pytest.mark.parametrize("ragged", [0, 1])  # how many of the blocks are
+def test_a_pair_finds_its_blocks_where_the_plan_says(ragged, rows, share, blocks):
     generator = torch.Generator().manual_seed(0)
     listed = torch.rand(1, 2, rows, blocks, generator=generator) < share
     listed[:, :, 1:] &= torch.rand(1, 2, rows - 1, blocks, generator=generator) < 0.7
@@ -37,26 +38,27 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(rows, share, blocks):
     plan = torch.full((1, 2, pairs, PLAN), -7, dtype=torch.int32, device=DEVICE)
     gluon_attention._pair_lists_kernel[(pairs, 2)](
         ids, plan, listed.to(DEVICE, torch.uint8), counts.to(DEVICE), *counts.stride()[:2],
-        2, rows, blocks, blocks + 1, CHUNK=CHUNK, PLAN=PLAN,
+        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN,
     )  # fmt: skip
     for head in range(2):
         for pair in range(pairs):
-            alternating, *counts_ab, bad, ragged_at = plan[0, head, pair, :5].tolist()
+            alternating, *counts_ab, bad, ragged_rows = plan[0, head, pair, :5].tolist()
             order = ids[0, head, pair].tolist()
             wanted = [set(row.nonzero()[:, 0].tolist()) for row in listed[0, head, 2 * pair :][:2]]
             wanted += [set()] * (2 - len(wanted))
+            first = int(ragged_rows > 0)
             for which in range(2):
-                places = [
-                    2 * j + which if j < alternating else j + alternating
-                    for j in range(counts_ab[which])
+                own = ragged_rows >> which & 1
+                assert own == (ragged == 1 and blocks - 1 in wanted[which])
+                places = [0] * own + [
+                    first + (2 * i + which if i < alternating else i + alternating)
+                    for i in range(counts_ab[which])
                 ]
-                found = [order[at] for at in places]
-                assert set(found) == wanted[which] and len(found) == len(wanted[which])
+                assert sorted(order[at] for at in places) == sorted(wanted[which])
             union = wanted[0] | wanted[1]
-            assert alternating + max(counts_ab) == len(union)
+            assert first + alternating + max(counts_ab) == len(union)
             assert set(order[: len(union)]) == union
-            last = blocks - 1
-            assert ragged_at == (order.index(last) if last in union else -1)
+            assert not first or order[0] == blocks - 1
             assert bad == (1 if head == 1 and pair == 0 else 0)
 
 
@@ -68,9 +70,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-described = f"tensordesc<bf16[1, 1, {g.BLOCK}, {g.HEAD_DIM}],{layout!r}>"
+described = f"tensordesc<bf16[1, 1, {g.BLOCK}, 128],{layout!r}>"
 constants = {
-    "D": g.HEAD_DIM, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES,
+    "D": 128, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES[128],
     "SIGN": -1, "EVEN": False, "RESUME": True,
 }
 types = {
