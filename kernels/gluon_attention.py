@@ -32,7 +32,8 @@ BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
 MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
-STAGES = {64: 10, 128: 6}  # of the ring, by head dim: pairs of a key and a value block
+HEAD_DIM = 128  # at 64, bound by the softmax, it is no faster than Triton's tile
+STAGES = 6  # of the ring: pairs of a key and a value block
 
 
 @triton.jit
@@ -312,8 +313,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] == value.shape[-1]
-        and value.shape[-1] in STAGES
+        and key.shape[-1] == value.shape[-1] == HEAD_DIM
         and block_q == block_kv == BLOCK
         and all(is_addressable(x) for x in (key, value))
     )
@@ -380,7 +380,7 @@ def attend_listed(
         query, *maps, output, lse, ids, plan,
         *query.stride()[:3], *output.stride()[:3],
         heads, length_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, scale_log2,
-        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES[dim],
+        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
         SIGN=sign, EVEN=length_kv % BLOCK == 0, RESUME=resume,
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

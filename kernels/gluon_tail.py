@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from uta_fx.kernels.gluon_attention import (
     BLOCK,
+    HEAD_DIM,
     LN_2,
     LOG2_E,
     MAX_REGISTERS,
@@ -33,7 +34,6 @@ from uta_fx.kernels.gluon_attention import (
     tensor_map,
 )
 
-HEAD_DIMS = (64, 128)
 STEP = 64  # representatives
 STAGES = 3  # of the ring: keys, variances and values of a step
 
@@ -41,11 +41,18 @@ STAGES = 3  # of the ring: keys, variances and values of a step
 @gluon.jit
 def _copy_tail(
     k_desc, v_desc, var_desc, slope_desc, k_ring, v_ring, var_ring, slope_tile,
-    full, empty, slope_full, batch, head, steps,
+    bias_ring, full, empty, slope_full, size_base, listed_a, listed_b,
+    batch, head, steps, representatives,
     STEP: gl.constexpr, STAGES: gl.constexpr,
     HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
 ):  # fmt: skip
-    """Copy the head's representatives, step by step, each into the next stage, and its slope."""
+    """Copy the head's representatives, step by step, each into the next stage, and its slope.
+
+    Beside them goes the base-2 log of their sizes for each query block of the pair, -inf where it
+    lists the block or where there is none.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([STEP // 32], [32], [1], [0])
+    nothing: gl.constexpr = -float("inf")
     parts: gl.constexpr = 3 if HAS_VARIANCE else 2
     for t in range(steps):
         stage = t % STAGES
@@ -59,22 +66,20 @@ def _copy_tail(
                 var_desc, [batch, head, at, 0], bar, var_ring.index(stage)
             )
         tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], bar, v_ring.index(stage))
+        offs = at + gl.arange(0, STEP, LINE)
+        inside = offs < representatives
+        size = gl.load(size_base + offs, mask=inside, other=nothing) * LOG2_E  # [STEP]
+        in_a = gl.load(listed_a + offs, mask=inside, other=1)  # [STEP]
+        in_b = gl.load(listed_b + offs, mask=inside, other=1)  # [STEP]
+        bias_ring.index(2 * stage).store(gl.where(in_a != 0, nothing, size))
+        bias_ring.index(2 * stage + 1).store(gl.where(in_b != 0, nothing, size))
+        mbarrier.arrive(bar)
         if HAS_SLOPE:
             if t == 0:
                 mbarrier.expect(slope_full, slope_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     slope_desc, [batch, head, 0, 0], slope_full, slope_tile
                 )
-
-
-@gluon.jit
-def _load_bias(size_base, listed_row, start, representatives, STEP: gl.constexpr, L: gl.constexpr):
-    """Base-2 log-size of a step's representatives, -inf where listed or beyond the last one."""
-    offs = start + gl.arange(0, STEP, gl.SliceLayout(0, L))
-    inside = offs < representatives
-    size = gl.load(size_base + offs, mask=inside, other=-float("inf"))  # [STEP]
-    listed = gl.load(listed_row + offs, mask=inside, other=1)  # [STEP]
-    return gl.where(listed != 0, -float("inf"), size * LOG2_E)
 
 
 @gluon.jit
@@ -108,10 +113,9 @@ def _tail_softmax(
 
 @gluon.jit
 def _attend_tail(
-    q_base, o_base, lse_base, size_base, listed_ptr,
-    k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
-    q_sm, o_sm, rows, steps, first_block, blocks_q, representatives,
-    scale, scale_log2, half_weight_log2,
+    q_base, o_base, lse_base,
+    k_ring, v_ring, var_ring, bias_ring, slope_tile, q_tiles, full, empty, slope_full,
+    q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr, HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
@@ -122,10 +126,6 @@ def _attend_tail(
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     dtype: gl.constexpr = k_ring.dtype
-    # a block beyond the last one has no rows to store: any map of blocks will do
-    q_block = gl.minimum(first_block + WHICH, blocks_q - 1)
-    listed_row = listed_ptr + q_block.to(gl.int64) * representatives
-
     q_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, Q_LAYOUT))
     q_dims = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
     q_ptrs = q_base + q_rows[:, None] * q_sm + q_dims[None, :]
@@ -144,8 +144,9 @@ def _attend_tail(
     acc = gl.zeros([BLOCK, D], gl.float32, O_LAYOUT)
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
 
-    bias = _load_bias(size_base, listed_row, 0, representatives, STEP, S_LAYOUT)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     mbarrier.wait(full.index(0), 0)
+    bias = bias_ring.index(WHICH).load(COLUMNS)  # [STEP]
     k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
     s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
     sigma2 = none
@@ -164,7 +165,6 @@ def _attend_tail(
     for t in range(1, steps):
         before = stage
         stage = t % STAGES
-        bias = _load_bias(size_base, listed_row, t * STEP, representatives, STEP, S_LAYOUT)
         mbarrier.wait(full.index(stage), t // STAGES & 1)
         k = k_ring.index(stage).reshape([STEP, D]).permute((1, 0))
         s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
@@ -173,6 +173,7 @@ def _attend_tail(
             sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
         v = v_ring.index(before).reshape([STEP, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
+        bias = bias_ring.index(2 * stage + WHICH).load(COLUMNS)
         if HAS_VARIANCE:
             s, sigma2 = warpgroup_mma_wait(1, deps=[s, sigma2])
         else:
@@ -237,6 +238,9 @@ def _paired_tail_kernel(
     lse_base = lse_ptr + batch_head.to(gl.int64) * length_q + first_row
     size_base = size_ptr + batch64 * size_sb + head64 * size_sh
     listed_base = listed_ptr + batch_head.to(gl.int64) * blocks_q * representatives
+    listed_a = listed_base + 2 * pair.to(gl.int64) * representatives
+    # a block beyond the last one has no rows to store: any map of blocks will do
+    listed_b = listed_base + gl.minimum(2 * pair + 1, blocks_q - 1).to(gl.int64) * representatives
 
     shape: gl.constexpr = [STAGES, 1, 1, STEP, D]
     k_ring = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
@@ -250,33 +254,34 @@ def _paired_tail_kernel(
     q_shape: gl.constexpr = [BLOCK, D]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(q_shape, k_desc.dtype)
     q_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK, D], q_layout)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bias_ring = gl.allocate_shared_memory(gl.float32, [2 * STAGES, STEP], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     slope_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=2)  # the copies and the bias
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(slope_full, count=1)
 
     gl.warp_specialize(
         [
             (_attend_tail, (
-                q_base, o_base, lse_base, size_base, listed_base,
-                k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
-                q_sm, o_sm, rows, steps, 2 * pair, blocks_q, representatives,
-                scale, scale_log2, half_weight_log2,
+                q_base, o_base, lse_base,
+                k_ring, v_ring, var_ring, bias_ring, slope_tile, q_tiles, full, empty, slope_full,
+                q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
                 0, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
             )),
             (_attend_tail, (
-                q_base, o_base, lse_base, size_base, listed_base,
-                k_ring, v_ring, var_ring, slope_tile, q_tiles, full, empty, slope_full,
-                q_sm, o_sm, rows, steps, 2 * pair, blocks_q, representatives,
-                scale, scale_log2, half_weight_log2,
+                q_base, o_base, lse_base,
+                k_ring, v_ring, var_ring, bias_ring, slope_tile, q_tiles, full, empty, slope_full,
+                q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
                 1, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
             )),
             (_copy_tail, (
                 k_desc, v_desc, var_desc, slope_desc, k_ring, v_ring, var_ring, slope_tile,
-                full, empty, slope_full, batch, head, steps,
+                bias_ring, full, empty, slope_full, size_base, listed_a, listed_b,
+                batch, head, steps, representatives,
                 STEP, STAGES, HAS_VARIANCE, HAS_SLOPE,
             )),
         ],
@@ -295,17 +300,16 @@ def takes(
 ) -> bool:
     """Whether ``attend_tail`` serves these tensors, all of whose last dimensions are contiguous.
 
-    It wants a GPU of compute capability 9.0, 16 bits, head dims of 64 or 128, the same for keys and
-    values, query blocks of 64, one representative a key block, at most one slope a head, and
-    representatives that the copy engine can address.
+    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 128 for keys and values, query
+    blocks of 64, one representative a key block, at most one slope a head, and representatives
+    that the copy engine can address.
     """
     copied = (tail_key, tail_value, *(x for x in (tail_variance, tail_slope) if x.shape[2]))
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
         and tail_key.dim() == 4
-        and tail_key.shape[-1] == tail_value.shape[-1]
-        and tail_key.shape[-1] in HEAD_DIMS
+        and tail_key.shape[-1] == tail_value.shape[-1] == HEAD_DIM
         and block_q == BLOCK
         and tail_slope.shape[2] <= 1
         and all(is_addressable(x) for x in copied)

@@ -70,9 +70,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-described = f"tensordesc<bf16[1, 1, {g.BLOCK}, 128],{layout!r}>"
+described = f"tensordesc<bf16[1, 1, {g.BLOCK}, {g.HEAD_DIM}],{layout!r}>"
 constants = {
-    "D": 128, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES[128],
+    "D": g.HEAD_DIM, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES,
     "SIGN": -1, "EVEN": False, "RESUME": True,
 }
 types = {
