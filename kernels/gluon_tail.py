@@ -44,7 +44,6 @@ def _copy_tail(
     bias_ring, full, empty, slope_full, size_base, listed_a, listed_b,
     batch, head, steps, representatives,
     STEP: gl.constexpr, STAGES: gl.constexpr,
-    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
 ):  # fmt: skip
     """Copy the head's representatives, step by step, each into the next stage, and its slope.
 
@@ -53,18 +52,14 @@ def _copy_tail(
     """
     LINE: gl.constexpr = gl.BlockedLayout([STEP // 32], [32], [1], [0])
     nothing: gl.constexpr = -float("inf")
-    parts: gl.constexpr = 3 if HAS_VARIANCE else 2
     for t in range(steps):
         stage = t % STAGES
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
         bar = full.index(stage)
         at = t * STEP
-        mbarrier.expect(bar, parts * k_desc.block_type.nbytes)
+        mbarrier.expect(bar, 3 * k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [batch, head, at, 0], bar, k_ring.index(stage))
-        if HAS_VARIANCE:
-            tma.async_copy_global_to_shared(
-                var_desc, [batch, head, at, 0], bar, var_ring.index(stage)
-            )
+        tma.async_copy_global_to_shared(var_desc, [batch, head, at, 0], bar, var_ring.index(stage))
         tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], bar, v_ring.index(stage))
         offs = at + gl.arange(0, STEP, LINE)
         inside = offs < representatives
@@ -74,12 +69,9 @@ def _copy_tail(
         bias_ring.index(2 * stage).store(gl.where(in_a != 0, nothing, size))
         bias_ring.index(2 * stage + 1).store(gl.where(in_b != 0, nothing, size))
         mbarrier.arrive(bar)
-        if HAS_SLOPE:
-            if t == 0:
-                mbarrier.expect(slope_full, slope_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    slope_desc, [batch, head, 0, 0], slope_full, slope_tile
-                )
+        if t == 0:
+            mbarrier.expect(slope_full, slope_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(slope_desc, [batch, head, 0, 0], slope_full, slope_tile)
 
 
 @gluon.jit
@@ -92,22 +84,18 @@ def _reciprocal(x):
 
 @gluon.jit
 def _tail_softmax(
-    s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
-    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+    s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2
 ):  # fmt: skip
     """Weights of one step and the running softmax and gain after it."""
     logits = s * scale_log2 + bias[None, :]
-    if HAS_VARIANCE:
-        logits += sigma2 * half_weight_log2
+    logits += sigma2 * half_weight_log2
     new_max = gl.maximum(row_max, gl.max(logits, 1))
     # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
     base = gl.where(new_max == -float("inf"), 0.0, new_max)
     p = exp2(logits - base[:, None])
     shrink = exp2(row_max - base)
     row_sum = row_sum * shrink + gl.sum(p, 1)
-    if HAS_SLOPE:
-        damped = p * _reciprocal(1.0 + sigma2) if HAS_VARIANCE else p
-        gain = gain * shrink + gl.sum(damped, 1)
+    gain = gain * shrink + gl.sum(p * _reciprocal(1.0 + sigma2), 1)
     return p, shrink, new_max, row_sum, gain
 
 
@@ -118,7 +106,7 @@ def _attend_tail(
     q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    SIGN: gl.constexpr, HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
+    SIGN: gl.constexpr,
 ):  # fmt: skip
     """Store attention of one query block over the tail; ``rows``: of the pair's, how many exist."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
@@ -149,16 +137,11 @@ def _attend_tail(
     bias = bias_ring.index(WHICH).load(COLUMNS)  # [STEP]
     k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
     s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
-    sigma2 = none
-    if HAS_VARIANCE:
-        var = var_ring.index(0).reshape([STEP, D]).permute((1, 0))
-        sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
-        s, sigma2 = warpgroup_mma_wait(0, deps=[s, sigma2])
-    else:
-        s = warpgroup_mma_wait(0, deps=[s])
+    var = var_ring.index(0).reshape([STEP, D]).permute((1, 0))
+    sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
+    s, sigma2 = warpgroup_mma_wait(0, deps=[s, sigma2])
     p, shrink, row_max, row_sum, gain = _tail_softmax(
         s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
-        HAS_VARIANCE, HAS_SLOPE,
     )  # fmt: skip
     p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
     stage = 0
@@ -168,19 +151,14 @@ def _attend_tail(
         mbarrier.wait(full.index(stage), t // STAGES & 1)
         k = k_ring.index(stage).reshape([STEP, D]).permute((1, 0))
         s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
-        if HAS_VARIANCE:
-            var = var_ring.index(stage).reshape([STEP, D]).permute((1, 0))
-            sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
+        var = var_ring.index(stage).reshape([STEP, D]).permute((1, 0))
+        sigma2 = warpgroup_mma(q_square, var, none, use_acc=False, is_async=True)
         v = v_ring.index(before).reshape([STEP, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
         bias = bias_ring.index(2 * stage + WHICH).load(COLUMNS)
-        if HAS_VARIANCE:
-            s, sigma2 = warpgroup_mma_wait(1, deps=[s, sigma2])
-        else:
-            s = warpgroup_mma_wait(1, deps=[s])
+        s, sigma2 = warpgroup_mma_wait(1, deps=[s, sigma2])
         p, shrink, row_max, row_sum, gain = _tail_softmax(
             s, sigma2, bias, row_max, row_sum, gain, scale_log2, half_weight_log2,
-            HAS_VARIANCE, HAS_SLOPE,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before))
@@ -192,13 +170,12 @@ def _attend_tail(
 
     inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
     acc *= gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    if HAS_SLOPE:
-        # the gain, at most 1 by now, goes into q, so that the product is added in place
-        share = gl.convert_layout(gain * inverse * scale, gl.SliceLayout(1, P_LAYOUT))
-        q_gain = (q_tile.load(P_LAYOUT).to(gl.float32) * share[:, None]).to(dtype)
-        mbarrier.wait(slope_full, 0)
-        acc = warpgroup_mma(q_gain, slope_tile.reshape([D, D]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+    # the gain, at most 1 by now, goes into q, so that the product is added in place
+    share = gl.convert_layout(gain * inverse * scale, gl.SliceLayout(1, P_LAYOUT))
+    q_gain = (q_tile.load(P_LAYOUT).to(gl.float32) * share[:, None]).to(dtype)
+    mbarrier.wait(slope_full, 0)
+    acc = warpgroup_mma(q_gain, slope_tile.reshape([D, D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
     lse = (row_max + gl.log2(row_sum)) * LN_2
     o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
     o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
@@ -220,7 +197,6 @@ def _paired_tail_kernel(
     half_weight_log2,  # variance_weight / 2 * log2(e)
     D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr,  # of s: 1, -1 or 0
-    HAS_VARIANCE: gl.constexpr, HAS_SLOPE: gl.constexpr,
 ):  # fmt: skip
     """Store attention of two query blocks over the representatives of what they do not list.
 
@@ -245,12 +221,8 @@ def _paired_tail_kernel(
     shape: gl.constexpr = [STAGES, 1, 1, STEP, D]
     k_ring = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, shape, v_desc.layout)
-    var_ring = k_ring
-    if HAS_VARIANCE:
-        var_ring = gl.allocate_shared_memory(var_desc.dtype, shape, var_desc.layout)
-    slope_tile = k_ring.index(0)
-    if HAS_SLOPE:
-        slope_tile = gl.allocate_shared_memory(slope_desc.dtype, [1, 1, D, D], slope_desc.layout)
+    var_ring = gl.allocate_shared_memory(var_desc.dtype, shape, var_desc.layout)
+    slope_tile = gl.allocate_shared_memory(slope_desc.dtype, [1, 1, D, D], slope_desc.layout)
     q_shape: gl.constexpr = [BLOCK, D]
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(q_shape, k_desc.dtype)
     q_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BLOCK, D], q_layout)
@@ -270,19 +242,19 @@ def _paired_tail_kernel(
                 q_base, o_base, lse_base,
                 k_ring, v_ring, var_ring, bias_ring, slope_tile, q_tiles, full, empty, slope_full,
                 q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
-                0, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
+                0, D, BLOCK, STEP, STAGES, SIGN,
             )),
             (_attend_tail, (
                 q_base, o_base, lse_base,
                 k_ring, v_ring, var_ring, bias_ring, slope_tile, q_tiles, full, empty, slope_full,
                 q_sm, o_sm, rows, steps, scale, scale_log2, half_weight_log2,
-                1, D, BLOCK, STEP, STAGES, SIGN, HAS_VARIANCE, HAS_SLOPE,
+                1, D, BLOCK, STEP, STAGES, SIGN,
             )),
             (_copy_tail, (
                 k_desc, v_desc, var_desc, slope_desc, k_ring, v_ring, var_ring, slope_tile,
                 bias_ring, full, empty, slope_full, size_base, listed_a, listed_b,
                 batch, head, steps, representatives,
-                STEP, STAGES, HAS_VARIANCE, HAS_SLOPE,
+                STEP, STAGES,
             )),
         ],
         [4, 1],
@@ -301,18 +273,18 @@ def takes(
     """Whether ``attend_tail`` serves these tensors, all of whose last dimensions are contiguous.
 
     It wants a GPU of compute capability 9.0, 16 bits, a head dim of 128 for keys and values, query
-    blocks of 64, one representative a key block, at most one slope a head, and representatives
-    that the copy engine can address.
+    blocks of 64, one representative a key block with its variance, one slope a head, and
+    all of them where the copy engine can address them.
     """
-    copied = (tail_key, tail_value, *(x for x in (tail_variance, tail_slope) if x.shape[2]))
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
         and tail_key.dim() == 4
         and tail_key.shape[-1] == tail_value.shape[-1] == HEAD_DIM
         and block_q == BLOCK
-        and tail_slope.shape[2] <= 1
-        and all(is_addressable(x) for x in copied)
+        and tail_variance.shape[2] > 0
+        and tail_slope.shape[2] == 1
+        and all(is_addressable(x) for x in (tail_key, tail_value, tail_variance, tail_slope))
     )
 
 
@@ -341,8 +313,8 @@ def attend_tail(
         tail_key: As in ``reference.sparse_attention``, and so are the four after it.
         tail_value: ``[B, H, Nk, D]``.
         tail_log_size: ``[B, H, Nk]``, last dimension contiguous.
-        tail_variance: ``[B, H, Nk, D]`` or ``[B, H, 0, D]``.
-        tail_slope: ``[B, H, 1, D, D]`` or ``[B, H, 0, D, D]``.
+        tail_variance: ``[B, H, Nk, D]``.
+        tail_slope: ``[B, H, 1, D, D]``.
         scale: ``|s|``.
         scale_log2: ``|s| * log2(e)``, 1 where s is 0.
         sign: Of s.
@@ -350,16 +322,12 @@ def attend_tail(
     """
     batch, heads, length_q, dim = query.shape
     blocks_q, representatives = listed.shape[2:]
-    has_variance, has_slope = tail_variance.shape[2] > 0, tail_slope.shape[2] > 0
-    key_map = tensor_map(tail_key, STEP)
     _paired_tail_kernel[(triton.cdiv(blocks_q, 2), batch * heads)](
-        query, key_map, tensor_map(tail_value, STEP),
-        tensor_map(tail_variance, STEP) if has_variance else key_map,
-        tensor_map(tail_slope[:, :, 0], dim) if has_slope else key_map,
+        query, tensor_map(tail_key, STEP), tensor_map(tail_value, STEP),
+        tensor_map(tail_variance, STEP), tensor_map(tail_slope[:, :, 0], dim),
         tail_log_size, listed, output, lse,
         *query.stride()[:3], *output.stride()[:3], *tail_log_size.stride()[:2],
         heads, length_q, blocks_q, representatives, scale, scale_log2, half_weight_log2,
-        D=dim, BLOCK=BLOCK, STEP=STEP, STAGES=STAGES,
-        SIGN=sign, HAS_VARIANCE=has_variance, HAS_SLOPE=has_slope,
+        D=dim, BLOCK=BLOCK, STEP=STEP, STAGES=STAGES, SIGN=sign,
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
