@@ -3,7 +3,7 @@
 Two kernels share the work of a row: the tail kernel stores attention over the representatives, with
 its log-sum-exp, where the results belong; the listed kernel takes it up from there as the state of
 its own running softmax and overwrites it. Apart, each has the registers that it needs. Softmax is
-base 2 inside.
+base 2 inside. ``gluon_attention`` and ``gluon_tail`` take the place of one or both on Hopper.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -364,7 +364,10 @@ def sparse_attention(
     One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
     nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
     of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. ``listed_tile`` and ``tail_tile`` take the place of the tuned ones.
+    the kernels. On Hopper, what ``gluon_attention.takes`` and ``gluon_tail.takes`` accept goes to
+    their kernels: a memset and two launches more at most, and five bytes for each pair of blocks at
+    most. ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of
+    the tuned tiles.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -413,14 +416,8 @@ def sparse_attention(
                     scale, scale_log2, dims["SIGN"], half_weight_log2,
                 )  # fmt: skip
             else:
-                tail_tile = tail_tile or fit_tile(
-                    _TAIL_TILES,
-                    *sizes,
-                    max(16, triton.next_power_of_2(representatives)),
-                    2,
-                    3,
-                    limit,
-                )
+                most = max(16, triton.next_power_of_2(representatives))
+                tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
                 _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
                     query, output, lse, listed,
                     tail_key, tail_value, tail_log_size, tail_variance, tail_slope,

@@ -1,4 +1,4 @@
-"""The Hopper kernel for listed blocks: its order of blocks anywhere, the rest on such a GPU."""
+"""The kernels for Hopper: the order of blocks anywhere, the rest on such a GPU."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
-from uta_fx.kernels import gluon_attention, triton_attention
+from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
 from uta_fx.kernels.gluon_attention import CHUNK, PLAN
 
 
@@ -63,25 +63,32 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(ragged, rows, share, blocks
 
 
 COMPILE = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
+from uta_fx.kernels import gluon_tail as t
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-described = f"tensordesc<bf16[1, 1, {g.BLOCK}, {g.HEAD_DIM}],{layout!r}>"
-constants = {
-    "D": g.HEAD_DIM, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES,
-    "SIGN": -1, "EVEN": False, "RESUME": True,
-}
+map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
+tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
+constants = {"D": g.HEAD_DIM, "BLOCK": g.BLOCK, "SIGN": -1}
+if sys.argv[1] == "listed":
+    function = g._paired_kernel
+    constants |= {"PLAN": g.PLAN, "STAGES": g.STAGES, "EVEN": False, "RESUME": True}
+else:
+    function = t._paired_tail_kernel
+    constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
 types = {
     "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
-    "k_desc": described, "v_desc": described, "scale_log2": "fp32",
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "k_desc": tile, "v_desc": tile, "var_desc": tile,
+    "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
 } | dict.fromkeys(constants, "constexpr")
-signature = {name: types.get(name, "i32") for name in g._paired_kernel.arg_names}
+signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(
-    GluonASTSource(g._paired_kernel, signature, constants),
+    GluonASTSource(function, signature, constants),
     target=GPUTarget("cuda", 90, 32),
     options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS},
 )
@@ -90,11 +97,12 @@ assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
 """
 
 
-def test_it_compiles_for_hopper_without_one(tmp_path):
-    """And fits its shared memory; products of both operands are those of Hopper."""
+@pytest.mark.parametrize("kernel", ["listed", "tail"])
+def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
+    """And fits its shared memory; its products are the instructions of Hopper."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = [sys.executable, "-c", COMPILE]
+    script = [sys.executable, "-c", COMPILE, kernel]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -113,6 +121,21 @@ def test_only_what_it_serves_is_taken():
         assert not gluon_attention.takes(*case)
 
 
+def test_only_a_tail_that_it_serves_is_taken():
+    query, *_, key, value, _, variance, slope, _, _, block, _ = CASE.inputs(torch.float16)
+    assert gluon_tail.takes(query, key, value, variance, slope, block) == on_hopper()
+    two_slopes = torch.cat([slope, slope], 2)
+    for case in (
+        (query, key, value, variance, slope, 128),
+        (query, key, value, variance[:, :, :0], slope, block),
+        (query, key, value, variance, slope[:, :, :0], block),
+        (query, key, value, variance, two_slopes, block),
+        (query, key[:, :, None], value[:, :, None], variance, slope, block),
+        (query, key[..., 1:], value, variance, slope, block),
+    ):
+        assert not gluon_tail.takes(*case)
+
+
 CASE = Case(length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64)
 CASES = {
     "everything": CASE,
@@ -127,6 +150,10 @@ CASES = {
     "negative_scale": dataclasses.replace(CASE, scale=-0.2),
     "zero_scale": dataclasses.replace(CASE, scale=0.0),
     "steep_logits": dataclasses.replace(CASE, scale=2.0, variance_weight=0.1),
+    "no_variance": dataclasses.replace(CASE, variance=False),
+    "no_slope": dataclasses.replace(CASE, slopes="none"),
+    "damping_without_mass": dataclasses.replace(CASE, variance_weight=0.0),
+    "long_tail": dataclasses.replace(CASE, length_q=260, length_kv=12805, listed=0.2),
     "rings_run_round": dataclasses.replace(CASE, length_kv=40000, listed=0.2, tail="none"),
 }
 
