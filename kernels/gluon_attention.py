@@ -123,7 +123,10 @@ def _copy_blocks(
 ):  # fmt: skip
     """Copy the pair's key and value blocks in their order, each into the next stage of the ring.
 
-    Both groups free a stage; for a group that has no use for a block this warp does so.
+    Both groups free a stage; for a group that has no use for a block this warp does so. Such a
+    group goes on by two places at most and waits for a phase of a stage whose phase before it may
+    not have seen: that one must be over, or its parity is taken for the one waited for. So a copy
+    begins when the one ``STAGES - 2`` places before it has come to its end.
     """
     alternating = gl.load(plan)
     count_a, count_b = gl.load(plan + 1), gl.load(plan + 2)
@@ -136,6 +139,9 @@ def _copy_blocks(
         following = gl.load(ids_row + t + 1, mask=t + 1 < total, other=0)
         stage = t % STAGES
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
+        if t >= STAGES - 2:
+            ended = t - (STAGES - 2)
+            mbarrier.wait(full.index(ended % STAGES), ended // STAGES & 1)
         bar = full.index(stage)
         mbarrier.expect(bar, 2 * k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
