@@ -3,7 +3,7 @@
 Two kernels share the work of a row: the tail kernel stores attention over the representatives, with
 its log-sum-exp, where the results belong; the listed kernel takes it up from there as the state of
 its own running softmax and overwrites it. Apart, each has the registers that it needs. Softmax is
-base 2 inside.
+base 2 inside. ``gluon_attention`` and ``gluon_tail`` take the place of one or both on Hopper.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels import gluon_attention, gluon_tail
 from uta_fx.kernels.ops import empty_outputs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -363,7 +364,10 @@ def sparse_attention(
     One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
     nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
     of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. ``listed_tile`` and ``tail_tile`` take the place of the tuned ones.
+    the kernels. On Hopper, what ``gluon_attention.takes`` and ``gluon_tail.takes`` accept goes to
+    their kernels: a memset and two launches more at most, and five bytes for each pair of blocks at
+    most. ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of
+    the tuned tiles.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -372,7 +376,6 @@ def sparse_attention(
     representatives = tail_key.shape[-2]
     limit = shared_limit(query)
     sizes = (query.dtype, max(dim, dim_v), block_q)
-    listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
     query, key, value, block_ids, block_counts = (
         _last_contiguous(x) for x in (query, key, value, block_ids, block_counts)
     )
@@ -384,41 +387,59 @@ def sparse_attention(
     }  # fmt: skip
     scale = abs(scale)
     scale_log2 = (scale or 1.0) * LOG2_E.value
+    per_block = representatives > 0 and tail_key.dim() == 4
+    paired = not listed_tile and output.stride(-1) == 1
+    paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
     with torch.cuda.device_of(query):
+        mapped = blocks_kv if per_block or paired else 0
+        listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
+        if mapped:
+            _mark_listed_kernel[(blocks_q, batch * heads)](
+                listed, block_ids, block_counts,
+                *block_ids.stride()[:3], *block_counts.stride()[:2],
+                heads, blocks_kv, block_ids.shape[-1],
+                CHUNK=ID_CHUNK,
+            )  # fmt: skip
         if representatives:
-            per_block = tail_key.dim() == 4
-            listed = query.new_zeros(
-                (batch, heads, blocks_q, blocks_kv if per_block else 0), dtype=torch.uint8
-            )
-            if per_block:
-                _mark_listed_kernel[(blocks_q, batch * heads)](
-                    listed, block_ids, block_counts,
-                    *block_ids.stride()[:3], *block_counts.stride()[:2],
-                    heads, blocks_kv, block_ids.shape[-1],
-                    CHUNK=ID_CHUNK,
-                )  # fmt: skip
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
                 _last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             )
-            tail_tile = tail_tile or fit_tile(
-                _TAIL_TILES, *sizes, max(16, triton.next_power_of_2(representatives)), 2, 3, limit
-            )
-            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
-                query, output, lse, listed,
-                tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
-                *query.stride()[:3], *output.stride(),
-                *_block_strides(tail_key), *_block_strides(tail_value),
-                *_block_strides(tail_log_size.unsqueeze(-1))[:3],
-                *tail_variance.stride()[:3], *tail_slope.stride()[:2],
-                tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
-                heads, length_q, representatives,
-                scale, scale_log2, variance_weight / 2 * LOG2_E.value,
-                BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
-                PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
-                HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
-                num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
+            tail = (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
+            half_weight_log2 = variance_weight / 2 * LOG2_E.value
+            paired_tail = not tail_tile and output.stride(-1) == 1
+            if paired_tail and gluon_tail.takes(
+                query, tail_key, tail_value, tail_variance, tail_slope, block_q
+            ):
+                gluon_tail.attend_tail(
+                    query, output, lse, listed, *tail,
+                    scale, scale_log2, dims["SIGN"], half_weight_log2,
+                )  # fmt: skip
+            else:
+                most = max(16, triton.next_power_of_2(representatives))
+                tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
+                _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+                    query, output, lse, listed,
+                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
+                    *query.stride()[:3], *output.stride(),
+                    *_block_strides(tail_key), *_block_strides(tail_value),
+                    *_block_strides(tail_log_size.unsqueeze(-1))[:3],
+                    *tail_variance.stride()[:3], *tail_slope.stride()[:2],
+                    tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
+                    heads, length_q, representatives,
+                    scale, scale_log2, half_weight_log2,
+                    BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
+                    PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
+                    HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
+                    num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
+                )  # fmt: skip
+        if paired:
+            gluon_attention.attend_listed(
+                query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],
+                scale_log2, dims["SIGN"], representatives > 0,
             )  # fmt: skip
+            return output, lse
+        listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),

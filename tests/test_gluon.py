@@ -1,0 +1,252 @@
+"""The kernels for Hopper: the order of blocks anywhere, the rest on such a GPU."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from test_triton import DEVICE, Case, assert_as_accurate_as_eager
+
+from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
+from uta_fx.kernels.gluon_attention import CHUNK, PLAN
+
+
+def on_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+needs_hopper = pytest.mark.skipif(not on_hopper(), reason="needs a GPU of compute capability 9.0")
+
+
+@pytest.mark.parametrize("blocks", [1, 37, 2 * CHUNK + 5])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("ragged", [0, 1])  # how many of the blocks are
+def test_a_pair_finds_its_blocks_where_the_plan_says(ragged, rows, share, blocks):
+    generator = torch.Generator().manual_seed(0)
+    listed = torch.rand(1, 2, rows, blocks, generator=generator) < share
+    listed[:, :, 1:] &= torch.rand(1, 2, rows - 1, blocks, generator=generator) < 0.7
+    counts = listed.sum(-1).int()
+    counts[0, 1, 0] += 1  # one id was outside
+    pairs = -(-rows // 2)
+    ids = torch.full((1, 2, pairs, blocks), -1, dtype=torch.int32, device=DEVICE)
+    plan = torch.full((1, 2, pairs, PLAN), -7, dtype=torch.int32, device=DEVICE)
+    gluon_attention._pair_lists_kernel[(pairs, 2)](
+        ids, plan, listed.to(DEVICE, torch.uint8), counts.to(DEVICE), *counts.stride()[:2],
+        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN,
+    )  # fmt: skip
+    for head in range(2):
+        for pair in range(pairs):
+            alternating, *counts_ab, bad, ragged_rows = plan[0, head, pair, :5].tolist()
+            order = ids[0, head, pair].tolist()
+            wanted = [set(row.nonzero()[:, 0].tolist()) for row in listed[0, head, 2 * pair :][:2]]
+            wanted += [set()] * (2 - len(wanted))
+            first = int(ragged_rows > 0)
+            for which in range(2):
+                own = ragged_rows >> which & 1
+                assert own == (ragged == 1 and blocks - 1 in wanted[which])
+                places = [0] * own + [
+                    first + (2 * i + which if i < alternating else i + alternating)
+                    for i in range(counts_ab[which])
+                ]
+                assert sorted(order[at] for at in places) == sorted(wanted[which])
+            union = wanted[0] | wanted[1]
+            assert first + alternating + max(counts_ab) == len(union)
+            assert set(order[: len(union)]) == union
+            assert not first or order[0] == blocks - 1
+            assert bad == (1 if head == 1 and pair == 0 else 0)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from uta_fx.kernels import gluon_attention as g
+from uta_fx.kernels import gluon_tail as t
+
+layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
+tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
+constants = {"D": g.HEAD_DIM, "BLOCK": g.BLOCK, "SIGN": -1}
+if sys.argv[1] == "listed":
+    function = g._paired_kernel
+    constants |= {"PLAN": g.PLAN, "STAGES": g.STAGES, "EVEN": False, "RESUME": True}
+else:
+    function = t._paired_tail_kernel
+    constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
+types = {
+    "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "k_desc": tile, "v_desc": tile, "var_desc": tile,
+    "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
+} | dict.fromkeys(constants, "constexpr")
+signature = {name: types.get(name, "i32") for name in function.arg_names}
+kernel = triton.compile(
+    GluonASTSource(function, signature, constants),
+    target=GPUTarget("cuda", 90, 32),
+    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS},
+)
+assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
+assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
+"""
+
+
+@pytest.mark.parametrize("kernel", ["listed", "tail"])
+def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
+    """And fits its shared memory; its products are the instructions of Hopper."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = [sys.executable, "-c", COMPILE, kernel]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_what_it_serves_is_taken():
+    x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
+    assert gluon_attention.takes(x, x, x, 64, 64) == on_hopper()
+    short = x[..., :64]
+    shifted = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
+    odd = torch.zeros(1, 2, 128, 129, dtype=x.dtype, device=DEVICE)[..., :128]
+    for case in (
+        (x, x, x, 128, 64), (x, x, x, 64, 32), (x.float(), x.float(), x.float(), 64, 64),
+        (short, short, short, 64, 64), (x, x, short, 64, 64), (x, shifted, x, 64, 64),
+        (x, x, odd, 64, 64), (x, x[:, :1].expand(1, 2, 128, 128), x, 64, 64),
+    ):  # fmt: skip
+        assert not gluon_attention.takes(*case)
+
+
+def test_only_a_tail_that_it_serves_is_taken():
+    query, *_, key, value, _, variance, slope, _, _, block, _ = CASE.inputs(torch.float16)
+    assert gluon_tail.takes(query, key, value, variance, slope, block) == on_hopper()
+    two_slopes = torch.cat([slope, slope], 2)
+    for case in (
+        (query, key, value, variance, slope, 128),
+        (query, key, value, variance[:, :, :0], slope, block),
+        (query, key, value, variance, slope[:, :, :0], block),
+        (query, key, value, variance, two_slopes, block),
+        (query, key[:, :, None], value[:, :, None], variance, slope, block),
+        (query, key[..., 1:], value, variance, slope, block),
+    ):
+        assert not gluon_tail.takes(*case)
+
+
+CASE = Case(length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64)
+CASES = {
+    "everything": CASE,
+    "whole_blocks": dataclasses.replace(CASE, length_q=256, length_kv=512),
+    "no_tail": dataclasses.replace(CASE, tail="none"),
+    "own_tail_of_each_query_block": dataclasses.replace(CASE, tail="row"),
+    "odd_blocks": dataclasses.replace(CASE, batch=2, heads=3, length_q=130, length_kv=700),
+    "one_token": dataclasses.replace(CASE, length_q=1, length_kv=1),
+    "nothing_listed": dataclasses.replace(CASE, listed=0.0),
+    "nothing_at_all": dataclasses.replace(CASE, listed=0.0, tail="none"),
+    "everything_listed": dataclasses.replace(CASE, listed=1.0),
+    "negative_scale": dataclasses.replace(CASE, scale=-0.2),
+    "zero_scale": dataclasses.replace(CASE, scale=0.0),
+    "steep_logits": dataclasses.replace(CASE, scale=2.0, variance_weight=0.1),
+    "no_variance": dataclasses.replace(CASE, variance=False),
+    "no_slope": dataclasses.replace(CASE, slopes="none"),
+    "damping_without_mass": dataclasses.replace(CASE, variance_weight=0.0),
+    "long_tail": dataclasses.replace(CASE, length_q=260, length_kv=12805, listed=0.2),
+    "rings_run_round": dataclasses.replace(CASE, length_kv=40000, listed=0.2, tail="none"),
+}
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_pairs_are_as_accurate_as_eager(case, dtype):
+    args = case.inputs(dtype)
+    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert_as_accurate_as_eager(args)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("row", [2, 3, 4])  # first and second of a pair, and one without a second
+@pytest.mark.parametrize("tail", ["none", "block"])
+def test_an_id_outside_makes_its_rows_nan_and_no_others(tail, row):
+    """The neighbour's blocks come in another order: its weights are rounded apart, and its output.
+
+    Half a unit of each weight in both orders, of at most the largest value; a unit of the output.
+    """
+    args = dataclasses.replace(CASE, tail=tail, listed=0.6).inputs(torch.bfloat16)
+    args[4][:, 1, row] = 3
+    expected, expected_lse = triton_attention.sparse_attention(*args)
+    args[3][:, 1, row, 2] = 2**31 - 1
+    output, lse = triton_attention.sparse_attention(*args)
+    rows = torch.zeros_like(lse, dtype=torch.bool)
+    rows[:, 1, row * 64 : row * 64 + 64] = True
+    assert output[rows].isnan().all() and lse[rows].isnan().all()
+    others = output[~rows].double() - expected[~rows].double()
+    largest = max(args[2].abs().max(), args[6].abs().max() if args[6].numel() else 0)
+    assert others.abs().max() <= torch.finfo(output.dtype).eps * (largest + expected.abs().max())
+    assert torch.allclose(lse[~rows], expected_lse[~rows], rtol=1e-6, atol=1e-6)
+    pair = row // 2 * 128
+    rows[:, 1, pair : pair + 128] = True
+    assert torch.equal(output[~rows], expected[~rows])
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_strides_and_memory_beyond_cannot_matter():
+    """Heads before tokens in memory, NaN after the last token, and in blocks nobody lists."""
+    args = dataclasses.replace(CASE, batch=2, tail="none", listed=0.6).inputs(torch.bfloat16)
+    args[3] = args[3].sort(-1).values
+    args[4].clamp_(max=4)  # of nine: the first four
+    args[3][:, 0, 1, 0] = 8  # the ragged one
+    expected = triton_attention.sparse_attention(*args)
+    for i, x in enumerate(args[:3]):
+        wide = x.new_full((2, x.shape[2] + 64, 2, 128), torch.nan)
+        args[i] = wide[:, : x.shape[2]].movedim(1, 2)
+        args[i].copy_(x)
+    for i in (1, 2):
+        args[i][:, :, 4 * 64 : 8 * 64] = torch.nan
+    assert gluon_attention.takes(*args[:3], 64, 64)
+    output, lse = triton_attention.sparse_attention(*args)
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_offsets_beyond_32_bits():
+    """The last head of a key tensor of more than 2^31 elements."""
+    length = 1 << 17
+    key = torch.empty(1, length, 132, 128, device=DEVICE, dtype=torch.bfloat16)
+    key = key.permute(0, 2, 1, 3)[:, -2:]
+    key[:, :, -256:] = torch.randn(1, 2, 256, 128, device=DEVICE)
+    args = dataclasses.replace(CASE, length_kv=128, tail="none").inputs(torch.bfloat16)
+    blocks = length // 64
+    ids = torch.tensor([blocks - 1, blocks - 3], device=DEVICE, dtype=torch.int32)
+    args[1] = args[2] = key
+    args[3] = ids.expand(*args[4].shape, 2)
+    args[4] = torch.full_like(args[4], 2)
+    assert gluon_attention.takes(*args[:3], 64, 64)
+    result = triton_attention.sparse_attention(*args)
+    args[1] = args[2] = key[:, :, -256:]
+    args[3] = args[3] - (blocks - 4)
+    assert_as_accurate_as_eager(args, result)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_cuda_graph_replays_with_new_lists():
+    args = CASE.inputs(torch.bfloat16)
+    triton_attention.sparse_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = triton_attention.sparse_attention(*args)
+    fresh = dataclasses.replace(CASE, seed=1).inputs(torch.bfloat16)
+    for old, new in zip(args, fresh, strict=True):
+        if torch.is_tensor(old):
+            old.copy_(new)
+    graph.replay()
+    for got, want in zip(result, triton_attention.sparse_attention(*args), strict=True):
+        assert torch.equal(got, want)
