@@ -327,7 +327,9 @@ def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int
 
 def on_hopper(x: Tensor) -> bool:
     """Whether it lives on a GPU of compute capability 9.0."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    if not x.is_cuda or torch.version.hip is not None:  # AMD's gfx90a says 9.0 too
+        return False
+    return torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def is_addressable(x: Tensor) -> bool:

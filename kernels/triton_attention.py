@@ -19,8 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uta_fx.kernels import gluon_attention, gluon_tail
 from uta_fx.kernels.ops import empty_outputs
+
+try:
+    from uta_fx.kernels import gluon_attention, gluon_tail
+except ImportError:  # Gluon is an experimental part of Triton: its names may move
+    gluon_attention = gluon_tail = None  # type: ignore[assignment]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -388,7 +392,8 @@ def sparse_attention(
     scale = abs(scale)
     scale_log2 = (scale or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
-    paired = not listed_tile and output.stride(-1) == 1
+    pairable = gluon_attention is not None and output.stride(-1) == 1
+    paired = pairable and not listed_tile
     paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
     with torch.cuda.device_of(query):
         mapped = blocks_kv if per_block or paired else 0
@@ -407,7 +412,7 @@ def sparse_attention(
             )
             tail = (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             half_weight_log2 = variance_weight / 2 * LOG2_E.value
-            paired_tail = not tail_tile and output.stride(-1) == 1
+            paired_tail = pairable and not tail_tile
             if paired_tail and gluon_tail.takes(
                 query, tail_key, tail_value, tail_variance, tail_slope, block_q
             ):

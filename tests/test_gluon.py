@@ -107,6 +107,29 @@ def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+WITHOUT_GLUON = """
+import sys
+
+# what a Triton without Gluon, or with other names in it, leads to
+sys.modules["uta_fx.kernels.gluon_attention"] = None
+import torch
+from test_triton import Case, assert_as_accurate_as_eager
+from uta_fx.kernels import triton_attention
+
+assert triton_attention.gluon_attention is None and triton_attention.gluon_tail is None
+case = Case(length_q=70, length_kv=130, dim=16, dim_v=16, block_q=64, block_kv=64)
+assert_as_accurate_as_eager(case.inputs(torch.float16))
+"""
+
+
+def test_plain_triton_serves_where_gluon_is_missing():
+    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    script = [sys.executable, "-c", WITHOUT_GLUON]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_what_it_serves_is_taken():
     x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
     assert gluon_attention.takes(x, x, x, 64, 64) == on_hopper()
