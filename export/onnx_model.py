@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +65,15 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            custom_translation_table=_translations(),
-            verbose=False,
-            optimize=False,  # its rewriter takes as long as all the rest and finds little
-        )
+        with _without_its_own_worries():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=_translations(),
+                verbose=False,
+                optimize=False,  # its rewriter takes as long as all the rest and finds little
+            )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # what the exporter wraps says which operation it is
@@ -104,6 +108,20 @@ def write_onnx(
         # the model last: a file that can be opened is whole
         for name in sorted(os.listdir(folder), key=path.name.__eq__):
             os.replace(Path(folder) / name, path.parent / name)
+
+
+@contextlib.contextmanager
+def _without_its_own_worries() -> Iterator[None]:
+    """No word on operators of torchvision that are not there, nor on PyTorch's deprecations."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

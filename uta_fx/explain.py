@@ -112,8 +112,14 @@ class Explanation:
             "of model", "decision", "TFLOPs then", "reason",
         )  # fmt: skip
         rows = [self._row(site) for site in self.sites]
-        if all(site.count == 1 for site in self.sites):
-            header, rows = (header[0], *header[2:]), [(row[0], *row[2:]) for row in rows]
+        empty = {"calls"} if all(site.count == 1 for site in self.sites) else set()
+        if all(site.cost is None for site in self.sites):
+            empty |= {"TFLOPs a call", "of model", "TFLOPs then"}
+        kept = [index for index, name in enumerate(header) if name not in empty]
+        header, rows = (
+            tuple(header[index] for index in kept),
+            [tuple(row[index] for index in kept) for row in rows],
+        )
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
