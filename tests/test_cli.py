@@ -42,7 +42,10 @@ def test_every_command_has_help(command):
     ("arguments", "message"),
     [
         (("--density", "0"), "density must be in (0, 1], got 0.0"),
-        (("--policy", "best"), "policy must be one of low_delta, topk, got 'best'"),
+        (
+            ("--policy", "best"),
+            "policy must be one of low_delta, topk, topp, threshold, random, got 'best'",
+        ),
         (("--tail", "long"), "tail must be one of"),
         (("--prompt", ""), "got an empty one"),
         (("--prompt", "a pink disc moves left over dark green stripes"), "'pink'"),

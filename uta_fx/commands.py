@@ -44,7 +44,10 @@ DEFAULTS = Config()
 Density = Annotated[
     float, typer.Option(help="Share of key blocks that stay exact, above 0, at most 1.")
 ]
-PolicyName = Annotated[str, typer.Option(help="What chooses the exact blocks: low_delta or topk.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(help="What chooses the exact blocks: low_delta, topk, topp, threshold or random."),
+]
 TailName = Annotated[
     str,
     typer.Option(

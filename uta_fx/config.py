@@ -19,7 +19,8 @@ class Config:
 
     Attributes:
         density: Share of key blocks that stay exact, in (0, 1].
-        policy: Name of a policy (``low_delta``, ``topk``) or a policy object.
+        policy: Name of a policy (``low_delta``, ``topk``, ``topp``, ``threshold``, ``random``) or a
+            policy object, such as ``uta_fx.policies.TopP(mass=0.95)``.
         tail: Name of a tail (``none``, ``normalizer``, ``single``, ``bins``, ``block``,
             ``first_order``, ``gaussian``) or a ``uta_fx.tails.Tail``.
         budget: ``"site"``: ``density`` is a share of all blocks of one attention call and sample,

@@ -65,16 +65,16 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     """
     batch, heads, rows, blocks = scores.shape
     if budget == "row":
-        return _highest(scores, _share(density, blocks))
+        return _highest(scores, share_of(density, blocks))
     best = torch.zeros_like(scores, dtype=torch.bool)
     best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
     flat = scores.masked_fill(best, torch.inf).reshape(batch, heads * rows * blocks)
-    kept = max(heads * rows, _share(density, heads * rows * blocks))
+    kept = max(heads * rows, share_of(density, heads * rows * blocks))
     return _highest(flat, kept).view(scores.shape)
 
 
-def _share(density: float, total: int) -> int:
-    """``ceil(density * total)``; a product that misses an integer by rounding counts as it."""
+def share_of(density: float, total: int) -> int:
+    """``ceil(density * total)``, at least 1; a product that misses an integer by rounding is it."""
     return min(total, max(1, math.ceil(density * total * (1 - 1e-12))))
 
 

@@ -19,7 +19,12 @@ class TopK:
 
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
-        statistics = selection.statistics
-        means = query_means(selection.query, selection.block_q) * selection.scale
-        logits = means @ statistics.key_mean.transpose(-1, -2) + statistics.log_size[:, :, None]
-        return spend_budget(logits.softmax(-1), selection.density, selection.budget)
+        return spend_budget(pooled_attention(selection), selection.density, selection.budget)
+
+
+def pooled_attention(selection: Selection) -> Tensor:
+    """Attention of each row as block means estimate it: float32 ``[B, H, Nq, Nk]``."""
+    statistics = selection.statistics
+    means = query_means(selection.query, selection.block_q) * selection.scale
+    logits = means @ statistics.key_mean.transpose(-1, -2) + statistics.log_size[:, :, None]
+    return logits.softmax(-1)
