@@ -1,14 +1,13 @@
 """The operation against dense attention: is it right, how fast is it, how much does it err.
 
-Nothing is timed before sampled rows agree with float64. Baselines and candidates take turns in
-rounds and medians are reported, so that a clock that drifts does so for all of them.
+Nothing is timed before sampled rows agree with float64. Baselines, peers and candidates take turns
+in rounds and medians are reported, so that a clock that drifts does so for all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
 from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
 from uta_fx.kernels import ops, reference
 from uta_fx.order import Grid
 from uta_fx.policies import LowDelta
@@ -29,50 +29,19 @@ SAMPLED_HEADS = 2
 SAMPLED_BLOCKS = 3  # query blocks of each sampled head: the first, one in the middle, the last
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One attention call of a video model.
-
-    Attributes:
-        name: What is printed.
-        batch: B.
-        heads: H.
-        grid: Frames, height and width in tokens; their product is L.
-        dim: D, of queries, keys and values.
-    """
-
-    name: str
-    batch: int
-    heads: int
-    grid: Grid
-    dim: int
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return math.prod(self.grid)
-
-    @property
-    def dense_flops(self) -> int:
-        """Floating-point operations of the two products of dense attention."""
-        return 4 * self.batch * self.heads * self.length**2 * self.dim
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape(name="wan-1.3b-480p", batch=1, heads=12, grid=(21, 30, 52), dim=128),
-        Shape(name="wan-14b-720p", batch=1, heads=40, grid=(21, 45, 80), dim=128),
-        Shape(name="cogvideox-5b", batch=2, heads=48, grid=(13, 30, 45), dim=64),
-        Shape(name="power-of-two", batch=1, heads=12, grid=(16, 32, 32), dim=128),
-        Shape(name="tiny", batch=1, heads=2, grid=(4, 12, 10), dim=32),
-    )
-}
-DEFAULT_SHAPES = ("wan-1.3b-480p", "wan-14b-720p", "cogvideox-5b", "power-of-two")
+DEFAULT_SHAPES = tuple(name for name in SHAPES if name not in ("power-of-two", "tiny"))
 COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
-    "speedup": ">8.2f", "tflops": ">7.0f", "rate": ">6.2f", "error": ">9.1e",
+    "speedup": ">8.2f", "tflops": ">7.0f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
 }  # fmt: skip
+PARTS = {
+    "reorder": "tokens into the order of the blocks, and the output back",
+    "statistics": "means and variances of the blocks",
+    "scores": "what the policy ranks blocks by",
+    "routing": "from scores to lists and representatives: all before attention, less those two",
+    "listed": "attention to the listed blocks",
+    "tail": "attention to the representatives",
+}
 
 
 def run(
@@ -80,6 +49,7 @@ def run(
     densities: Sequence[float] = (0.1, 0.2, 0.25),
     *,
     config: uta_fx.Config | None = None,
+    inputs: str = "structured",
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 15,
@@ -92,40 +62,54 @@ def run(
         shapes: Names in ``SHAPES``.
         densities: What to set ``config.density`` to.
         config: Everything else; None for the defaults.
-        device: Where to run; dense baselines that it does not have are left out.
+        inputs: A name in ``INPUTS``: where queries, keys and values come from.
+        device: Where to run; baselines and peers that it does not have are left out.
         dtype: Of query, key and value.
         rounds: Timed rounds, at least 2; the median is reported.
-        compile: Compile the whole operation; False runs it eagerly.
+        compile: Compile the whole operation and its parts; False runs them eagerly and leaves
+            FlexAttention out.
         output: JSON file to write; None for none.
 
     Returns:
-        One entry for each timed thing: ``shape``, ``density`` (None for dense), ``kept`` (share of
-        blocks that were exact), ``what`` (``dense cudnn``, ``dense flash``, ``dense math``,
-        ``scores``: the policy's statistic; ``kernels``: attention with lists and tail given;
-        ``operation``: everything), ``ms``, ``spread`` (of the middle half of the rounds, relative),
-        ``speedup`` over the fastest dense baseline, ``tflops`` on visited tiles, ``rate``: of those
-        to the fastest dense one's, and ``error``: squared error of the output relative to dense.
+        One entry for each timed thing: ``shape``, ``density`` (None for dense and for what does not
+        depend on it), ``kept`` (share of blocks that were exact), ``what``, ``ms``, ``spread`` (of
+        the middle half of the rounds, relative), ``speedup`` over the fastest dense baseline,
+        ``tflops`` on visited tiles, ``rate``: of those to the fastest dense one's, ``error``:
+        squared error of the output relative to dense, and ``memory``: the most that a call had
+        allocated beside its output, relative to query, key and value (None on a CPU).
+
+        ``what`` is ``dense cudnn``, ``dense flash`` or ``dense math``; ``flex``: FlexAttention over
+        the same lists, without a tail; ``kernels``: attention with lists and tail given;
+        ``operation``: everything; ``in order``: everything, of tokens that are in the order of the
+        blocks already; or a name in ``PARTS``.
 
     Raises:
-        ValueError: A name is not in ``SHAPES``.
+        ValueError: A name is not in ``SHAPES`` or ``INPUTS``.
         ArithmeticError: A result disagrees with float64; nothing of that shape was timed.
     """
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         raise ValueError(f"shapes must be among {', '.join(SHAPES)}, got {', '.join(unknown)}")
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs must be one of {', '.join(INPUTS)}, got {inputs!r}")
     config = config or uta_fx.Config()
-    print(describe(device, dtype, config))
+    machine = f"{describe(device, dtype, config)}, {inputs} inputs"
+    print(machine)
     print(" ".join(f"{name:{_alignment(form)}}" for name, form in COLUMNS.items()))
     rows: list[dict[str, Any]] = []
-    with torch.no_grad():
-        for name in shapes:
-            shape_rows = _run_shape(SHAPES[name], densities, config, device, dtype, rounds, compile)
-            for row in shape_rows:
+    for name in shapes:
+        with torch.no_grad():
+            query_key_value = INPUTS[inputs](SHAPES[name], device, dtype, 0)
+            case = _Case(SHAPES[name], query_key_value, config, device, rounds, compile)
+            shape_rows = case.run(densities)
+        for row in shape_rows:
+            if row["what"] not in PARTS:
                 print(_format_row(row))
-            rows += shape_rows
-    if output is not None:
-        record = {"machine": describe(device, dtype, config), "rows": rows}
-        Path(output).write_text(json.dumps(record, indent=1) + "\n")
+        _print_parts(shape_rows)
+        rows += shape_rows
+        if output is not None:  # an interrupted run keeps what it has measured
+            record = {"machine": machine, "inputs": inputs, "rows": rows}
+            Path(output).write_text(json.dumps(record, indent=1) + "\n")
     return rows
 
 
@@ -139,98 +123,147 @@ def describe(device: str, dtype: torch.dtype, config: uta_fx.Config) -> str:
     )
 
 
-def structured_inputs(
-    shape: Shape, device: str, dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values that look like a video model's: smooth fields plus noise.
-
-    Each head mixes a few random waves over the grid. Queries and keys share the mixture, so that
-    near tokens attend to each other; values have their own.
-
-    Returns:
-        Three tensors ``[B, H, L, D]``.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, generator=generator)
-
-    axes = [torch.linspace(0, 1, side, device=device) for side in shape.grid]
-    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)  # [L, 3]
-    waves, size = 24, (shape.batch, shape.heads, shape.length, shape.dim)
-    query, key, value = (torch.empty(size, device=device, dtype=dtype) for _ in range(3))
-    for b in range(shape.batch):
-        for h in range(shape.heads):
-            phase = position @ (8 * randn(3, waves)) + 2 * math.pi * randn(waves)
-            field = phase.cos() * math.sqrt(2 / waves)  # [L, waves]
-            shared, own = randn(waves, shape.dim), randn(waves, shape.dim)
-            for tensor, mixture in ((query, shared), (key, shared), (value, own)):
-                tensor[b, h] = field @ mixture + 0.5 * randn(shape.length, shape.dim)
-    return query, key, value
+Candidates = dict[tuple[str, float | None], Callable[[], Any]]
 
 
-def _run_shape(
-    shape: Shape,
-    densities: Sequence[float],
-    config: uta_fx.Config,
-    device: str,
-    dtype: torch.dtype,
-    rounds: int,
-    compile: bool,
-) -> list[dict[str, Any]]:
-    """Rows of one shape; candidates of all densities and baselines take turns."""
-    torch.compiler.reset()  # or the shapes before count towards the recompile limit
-    query, key, value = structured_inputs(shape, device, dtype)
-    scale = shape.dim**-0.5
-    candidates: dict[tuple[str, float | None], Callable[[], Any]] = {
-        (f"dense {name}", None): call for name, call in _baselines(query, key, value).items()
-    }
-    ordered, _ = reorder_tokens(query, key, value, config, shape.grid)
-    selection = pool_blocks(*ordered, config, scale)
-    kept: dict[float, float] = {}
-    errors: dict[float, float] = {}
-    for density in densities:
-        settings = dataclasses.replace(config, density=density)
-        at_density = dataclasses.replace(selection, density=density)
-        arguments = operator_arguments(at_density, *ordered[1:], settings)
+class _Case:
+    """One shape: its inputs, and everything that takes turns on them."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        inputs: Inputs,
+        config: uta_fx.Config,
+        device: str,
+        rounds: int,
+        compile: bool,
+    ) -> None:
+        self.shape, self.inputs, self.config = shape, inputs, config
+        self.device, self.rounds, self.compile = device, rounds, compile
+        self.scale = shape.dim**-0.5
+        self.ordered, self.inverse = reorder_tokens(*inputs, config, shape.grid)
+        self.selection = pool_blocks(*self.ordered, config, self.scale)
+        self.kept: dict[float, float] = {}
+        self.errors: dict[tuple[str, float | None], float] = {}
+
+    def run(self, densities: Sequence[float]) -> list[dict[str, Any]]:
+        """Check and time; rows of all candidates."""
+        torch.compiler.reset()  # or the shapes before count towards the recompile limit
+        candidates: Candidates = {
+            (f"dense {name}", None): call for name, call in _baselines(*self.inputs).items()
+        }
+        candidates |= self._parts_before_attention()
+        for density in densities:
+            candidates |= self._at_density(density)
+        times = time_interleaved(candidates, self.rounds, self.device)
+        memory = {name: self._memory(call) for name, call in candidates.items()}
+        return self._rows(times, memory)
+
+    def _parts_before_attention(self) -> Candidates:
+        config, grid = self.config, self.shape.grid
+        arguments = LowDelta().arguments(self.selection)
+        _check_scores(arguments)
+
+        def reorder(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            ordered, inverse = reorder_tokens(query, key, value, config, grid)
+            # the output has the size of the query
+            return ordered, query if inverse is None else query.index_select(2, inverse)
+
+        _, key, value = self.ordered
+        return {
+            ("reorder", None): _bind(self._compiled(reorder), *self.inputs),
+            ("statistics", None): _bind(ops.block_statistics, key, value, config.block_kv),
+            ("scores", None): _bind(ops.block_scores, *arguments),
+        }
+
+    def _at_density(self, density: float) -> Candidates:
+        """Kernels, peers and the whole operation at one density, checked."""
+        config = dataclasses.replace(self.config, density=density)
+        selection = dataclasses.replace(self.selection, density=density)
+        arguments = operator_arguments(selection, *self.ordered[1:], config)
         _check_attention(arguments)
-        blocks = -(-shape.length // settings.block_kv)
-        kept[density] = arguments[4].double().mean().item() / blocks
+        blocks = -(-self.shape.length // config.block_kv)
+        self.kept[density] = arguments[4].double().mean().item() / blocks
 
-        operation = _operation(settings, shape.grid)
-        if compile:
-            operation = torch.compile(operation, dynamic=False)
-        errors[density] = _relative_error(operation(query, key, value), query, key, value, scale)
-        candidates["kernels", density] = _bind(ops.sparse_attention, *arguments)
-        candidates["operation", density] = _bind(operation, query, key, value)
-    scores_arguments = LowDelta().arguments(selection)
-    _check_scores(scores_arguments)
-    candidates["scores", None] = _bind(ops.block_scores, *scores_arguments)
+        def before_attention(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            selection = pool_blocks(query, key, value, config, None)
+            return operator_arguments(selection, key, value, config)[3:10]
 
-    times = time_interleaved(candidates, rounds, device)
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    best = min(medians[name] for name in medians if name[0].startswith("dense"))
-    rows = []
-    for (what, density), samples in times.items():
-        ms = medians[what, density]
-        # of the dense products' operations, those on exact blocks; scores do none
-        share = kept.get(density) if density else (None if what == "scores" else 1.0)
-        low, _, high = statistics.quantiles(samples, n=4)
-        rows.append(
-            {
-                "shape": shape.name,
-                "density": density,
-                "kept": kept.get(density) if density else None,
-                "what": what,
-                "ms": ms,
-                "spread": (high - low) / ms,
-                "speedup": best / ms,
-                "tflops": None if share is None else share * shape.dense_flops / ms / 1e9,
-                "rate": None if share is None else share * best / ms,
-                "error": errors[density] if what == "operation" and density else None,
-            }
-        )
-    return rows
+        whole = self._compiled(_operation(config, self.shape.grid))
+        in_order = self._compiled(_operation(dataclasses.replace(config, reorder="none"), None))
+        self._note_error("operation", density, whole(*self.inputs))
+        no_tail = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
+        no_list = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
+        candidates: Candidates = {
+            ("kernels", density): _bind(ops.sparse_attention, *arguments),
+            ("operation", density): _bind(whole, *self.inputs),
+            ("in order", density): _bind(in_order, *self.ordered),
+            ("before", density): _bind(self._compiled(before_attention), *self.ordered),
+            ("listed", density): _bind(ops.sparse_attention, *no_tail),
+            ("tail", density): _bind(ops.sparse_attention, *no_list),
+        }
+        if self.compile and torch.device(self.device).type == "cuda":
+            flex = _flex_attention(arguments)
+            output = flex()
+            if self.inverse is not None:
+                output = output.index_select(2, self.inverse)
+            self._note_error("flex", density, output)
+            candidates["flex", density] = flex
+        return candidates
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False) if self.compile else function
+
+    def _note_error(self, what: str, density: float, output: Tensor) -> None:
+        self.errors[what, density] = _relative_error(output, *self.inputs, self.scale)
+
+    def _memory(self, call: Callable[[], Any]) -> float | None:
+        """The most that is allocated during a call beside its result, relative to q, k and v."""
+        if torch.device(self.device).type != "cuda":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                peak -= tensor.numel() * tensor.element_size()
+        return peak / sum(x.numel() * x.element_size() for x in self.inputs)
+
+    def _rows(
+        self, times: dict[Any, list[float]], memory: dict[Any, float | None]
+    ) -> list[dict[str, Any]]:
+        medians = {name: statistics.median(samples) for name, samples in times.items()}
+        best = min(medians[name] for name in medians if name[0].startswith("dense"))
+        rows = []
+        for (what, density), samples in times.items():
+            ms = medians[what, density]
+            if what == "before":  # the difference is what has no call of its own
+                what = "routing"
+                ms -= medians["statistics", None] + medians["scores", None]
+            # of the dense products' operations, those on exact blocks
+            share = 1.0 if what.startswith("dense") else self.kept.get(density or 0)
+            if what in ("tail", "routing"):
+                share = None
+            low, _, high = statistics.quantiles(samples, n=4)
+            rows.append(
+                {
+                    "shape": self.shape.name,
+                    "density": density,
+                    "kept": self.kept.get(density or 0),
+                    "what": what,
+                    "ms": ms,
+                    "spread": (high - low) / ms,
+                    "speedup": best / ms,
+                    "tflops": None if share is None else share * self.shape.dense_flops / ms / 1e9,
+                    "rate": None if share is None else share * best / ms,
+                    "error": self.errors.get((what, density)),
+                    "memory": memory[what if what != "routing" else "before", density],
+                }
+            )
+        return rows
 
 
 def time_interleaved(
@@ -292,7 +325,29 @@ def _baselines(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[
     return usable or {"math": call(SDPBackend.MATH)}
 
 
-def _operation(config: uta_fx.Config, grid: Grid) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _flex_attention(arguments: Sequence[Any]) -> Callable[[], Tensor]:
+    """FlexAttention over the operator's lists, in tiles of their blocks; what it skips is lost."""
+    from torch.nn.attention.flex_attention import (
+        BlockMask,
+        FlexKernelOptions,
+        flex_attention,
+        noop_mask,
+    )
+
+    query, key, value, ids, counts, scale = *arguments[:5], arguments[10]
+    block_q, block_kv = arguments[12:]
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts), torch.zeros_like(ids), counts, ids, BLOCK_SIZE=(block_q, block_kv),
+        mask_mod=noop_mask, seq_lengths=(query.shape[2], key.shape[2]),
+    )  # fmt: skip
+    options: FlexKernelOptions = {"BLOCK_M": block_q, "BLOCK_N": block_kv}
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(query, key, value, block_mask=mask, scale=scale, kernel_options=options)
+
+
+def _operation(
+    config: uta_fx.Config, grid: Grid | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return uta_fx.sparse_attention(query, key, value, config=config, grid=grid)
 
@@ -396,6 +451,15 @@ def _relative_error(
             error += (output[b, h, rows].double() - exact).square().sum().item()
             total += exact.square().sum().item()
     return error / total
+
+
+def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
+    """What a call spends on each part, density by density; they add up to about ``operation``."""
+    once = {row["what"]: row["ms"] for row in rows if row["density"] is None}
+    for density in sorted({row["density"] for row in rows if row["density"]}):
+        at = once | {row["what"]: row["ms"] for row in rows if row["density"] == density}
+        parts = ", ".join(f"{name} {at[name]:.3f}" for name in PARTS)
+        print(f"{rows[0]['shape']:<15} {density:7.2f} parts in ms: {parts}")
 
 
 def _alignment(form: str) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import uta_fx
 from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
-from uta_fx.bench.attention import SHAPES, structured_inputs, time_interleaved
+from uta_fx.bench.attention import time_interleaved
+from uta_fx.bench.inputs import SHAPES, structured_inputs
 from uta_fx.export.onnx_functions import node_model
 from uta_fx.export.onnxruntime_session import bind_tensors
 from uta_fx.kernels import ops

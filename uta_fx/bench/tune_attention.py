@@ -12,7 +12,8 @@ import torch
 
 import uta_fx
 from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
-from uta_fx.bench.attention import SHAPES, structured_inputs, time_interleaved
+from uta_fx.bench.attention import time_interleaved
+from uta_fx.bench.inputs import SHAPES, structured_inputs
 from uta_fx.policies import LowDelta
 
 KERNELS = ("listed", "tail", "scores")
