@@ -26,7 +26,7 @@ def run(*arguments):
 @pytest.mark.parametrize(
     "command",
     [
-        (), ("generate",), ("explain",), ("study",), ("bench",),
+        (), ("generate",), ("explain",), ("study",), ("bench",), ("bench", "attention"),
         ("export",), ("export", "onnx"), ("export", "plugin"),
     ],
 )  # fmt: skip
@@ -80,7 +80,9 @@ def test_export_refuses_in_one_sentence(tmp_path):
 def test_bench_looks_at_its_output_before_it_times(tmp_path):
     """A folder in the file's place, or no place at all: one sentence, and no table was begun."""
     for output in (tmp_path, "/dev/null/x.json"):
-        result = run("bench", "--shape", "tiny", "--device", "cpu", "--output", str(output))
+        result = run(
+            "bench", "attention", "--shape", "tiny", "--device", "cpu", "--output", str(output)
+        )
         assert result.returncode == 2 and not result.stdout
         assert result.stderr.startswith(f"uta-fx: --output {output} cannot be written: ")
         assert len(result.stderr.strip().splitlines()) == 1

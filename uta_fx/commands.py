@@ -33,6 +33,8 @@ export_app = typer.Typer(
     help="Write models as files that run without PyTorch.", no_args_is_help=True
 )
 app.add_typer(export_app, name="export")
+bench_app = typer.Typer(help="Time what was made against what there was.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 console = rich_console.Console()
 
 DEFAULT_PROMPTS = (
@@ -145,8 +147,8 @@ def generate(
     console.print(table)
     if target.type == "cuda":
         console.print(
-            "The 4096 tokens of this model are too few for a GPU to gain from: uta-fx bench times"
-            " the sizes of real models."
+            "The 4096 tokens of this model are too few for a GPU to gain from: uta-fx bench"
+            " attention times the sizes of real models."
         )
     console.print(f"{gif}\n{sheet}", soft_wrap=True)
 
@@ -264,8 +266,8 @@ def study(
     print(table())
 
 
-@app.command()
-def bench(
+@bench_app.command("attention")
+def bench_attention(
     shape: Annotated[
         list[str] | None,
         typer.Option(help="Shape to time; several times for several; default all."),
@@ -273,11 +275,25 @@ def bench(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="structured: smooth fields and noise; random: normal numbers; trained: of the"
+            " shipped model, on clips enlarged to the shape."
+        ),
+    ] = "structured",
+    policy: PolicyName = str(DEFAULTS.policy),
+    tail: TailName = str(DEFAULTS.tail),
+    budget: Budget = DEFAULTS.budget,
     block_q: Annotated[int, typer.Option(help="Query tokens in a block.")] = DEFAULTS.block_q,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 15,
     device: Device = "auto",
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write: speed-up against density, error against time."),
     ] = None,
 ) -> None:
     """Time the attention operation against the best dense kernel, at shapes of real models.
@@ -285,20 +301,30 @@ def bench(
     Checks sampled rows against float64 first: no time is printed when they disagree. The operation
     includes pooling, selection and tail. Dense baselines and candidates take turns.
     """
-    from uta_fx.bench.attention import DEFAULT_SHAPES, run
+    from uta_fx.bench.attention import DEFAULT_SHAPES, describe, run
 
     target = _device(device)
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    config = Config(policy=policy, tail=tail, budget=budget, block_q=block_q)
     if output is not None:
-        _check_file(output)
-    run(
+        _check_file(output, "--output")
+    if plot is not None:
+        require("matplotlib", extra="demo")
+        _check_file(plot, "--plot")
+    rows = run(
         shape or DEFAULT_SHAPES,
         density or (0.1, 0.2, 0.25),
-        config=Config(block_q=block_q),
+        config=config,
+        inputs=inputs,
         device=str(target),
-        dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
+        dtype=dtype,
         rounds=rounds,
         output=output,
     )
+    if plot is not None:
+        from uta_fx.bench.plot import draw
+
+        draw(plot, rows, f"{describe(str(target), dtype, config)}, {inputs} inputs")
 
 
 @export_app.command("onnx")
@@ -409,7 +435,7 @@ def _check_folder(folder: Path) -> None:
         raise OSError(f"--output {folder} cannot be written: {error.strerror}") from None
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, option: str) -> None:
     """As ``_check_folder``; a file that was not there is not there afterwards."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -419,7 +445,7 @@ def _check_file(file: Path) -> None:
         if not existed:
             file.unlink()
     except OSError as error:
-        raise OSError(f"--output {file} cannot be written: {error.strerror}") from None
+        raise OSError(f"{option} {file} cannot be written: {error.strerror}") from None
 
 
 def _publish(folder: Path, name: str, write: Callable[[Path], object]) -> Path:

@@ -337,8 +337,9 @@ def _flex_attention(arguments: Sequence[Any]) -> Callable[[], Tensor]:
     query, key, value, ids, counts, scale = *arguments[:5], arguments[10]
     block_q, block_kv = arguments[12:]
     mask = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), torch.zeros_like(ids), counts, ids, BLOCK_SIZE=(block_q, block_kv),
-        mask_mod=noop_mask, seq_lengths=(query.shape[2], key.shape[2]),
+        torch.zeros_like(counts), torch.zeros_like(ids), counts, ids,
+        BLOCK_SIZE=(block_q, block_kv), mask_mod=noop_mask,
+        seq_lengths=(query.shape[2], key.shape[2]),
     )  # fmt: skip
     options: FlexKernelOptions = {"BLOCK_M": block_q, "BLOCK_N": block_kv}
     compiled = torch.compile(flex_attention, dynamic=False)
