@@ -36,6 +36,7 @@ from uta_fx.export.onnx_functions import (
     schemas,
     sparse_attention_function,
 )
+from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
@@ -180,7 +181,18 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        """An operator that returns a constant, as that constant."""
+
+        def constant(like: Any, *arguments: Any) -> Any:
+            return opset18.Constant(
+                value=onnx.numpy_helper.from_array(function(*arguments).numpy())
+            )
+
+        return constant
+
     return {
+        **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.uta.sparse_attention.default: sparse_attention,
         torch.ops.uta.block_statistics.default: block_statistics,

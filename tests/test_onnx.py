@@ -155,6 +155,7 @@ def arrays_of(inputs):
         {"tail": "gaussian"},
         {"tail": "none", "policy": "topk", "budget": "row"},
         {"tail": "bins", "reorder": "morton"},
+        {"policy": "spatial_temporal", "reorder": "hilbert"},
         {"tail": "gaussian", "dense_layers": "0"},
     ],
     ids=str,

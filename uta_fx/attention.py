@@ -81,7 +81,7 @@ def sparse_attention(
             f"grid must have as many tokens as the video, {tokens},"
             f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
         )
-    if grid is None and config.reorder in ("tile", "morton"):
+    if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
     video = (text[0], tokens) if any(text) else None
     return _attend(query, key, value, attn_mask, config, grid, scale, video)
@@ -127,15 +127,22 @@ def reorder_tokens(
         The three in the new order, and the index that brings the output back: int64 ``[L]``, None
         where they keep their order.
     """
-    if grid is None or config.reorder == "none":
+    if grid is None or config.order == "none":
         return (query, key, value), None
-    order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
+    order, inverse = token_order(grid, config.order, config.block_kv, query.device)
     query, key, value = (x.index_select(2, order) for x in (query, key, value))
     return (query, key, value), inverse
 
 
 def pool_blocks(
-    query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -145,14 +152,24 @@ def pool_blocks(
         value: ``[B, H, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        grid: Frames, height and width of the tokens; None where nobody knows.
+        text_key: ``[B, H, Lt, D]``, keys beside the blocks that all queries see; None for none.
+        text_bias: As in ``Selection``.
     """
     return Selection(
         query=query,
+        key=key,
+        value=value,
         statistics=block_statistics(key, value, config.block_kv),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
         block_q=config.block_q,
+        block_kv=config.block_kv,
+        grid=grid,
+        order="none" if grid is None else config.order,
+        text_key=key[:, :, :0] if text_key is None else text_key,
+        text_bias=text_bias,
     )
 
 
@@ -225,7 +242,7 @@ def _attend_to_video(
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale)
+    selection = pool_blocks(query, key, value, config, scale, grid)
     output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
     if inverse is None:
         return output, lse
