@@ -10,6 +10,7 @@ from uta_fx.policies.low_delta import LowDelta
 from uta_fx.policies.oracle import OracleLowDelta, OracleTopK, OracleTopP
 from uta_fx.policies.radial import Radial
 from uta_fx.policies.random import Random
+from uta_fx.policies.rectified import Rectified
 from uta_fx.policies.sliding_tile import SlidingTile
 from uta_fx.policies.spatial_temporal import SpatialTemporal
 from uta_fx.policies.threshold import Threshold
@@ -26,6 +27,7 @@ BY_NAME: dict[str, Policy] = {
     "sliding_tile": SlidingTile(),
     "spatial_temporal": SpatialTemporal(),
     "window": Window(),
+    "rectified": Rectified(),
     "random": Random(),
     "oracle_topk": OracleTopK(),
     "oracle_topp": OracleTopP(),
@@ -42,6 +44,7 @@ __all__ = [
     "Policy",
     "Radial",
     "Random",
+    "Rectified",
     "Selection",
     "SlidingTile",
     "SpatialTemporal",
