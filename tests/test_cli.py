@@ -26,7 +26,8 @@ def run(*arguments):
 @pytest.mark.parametrize(
     "command",
     [
-        (), ("generate",), ("explain",), ("study",), ("bench",), ("bench", "attention"),
+        (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
+        ("bench",), ("bench", "attention"),
         ("export",), ("export", "onnx"), ("export", "plugin"),
     ],
 )  # fmt: skip
@@ -44,7 +45,7 @@ def test_every_command_has_help(command):
         (("--density", "0"), "density must be in (0, 1], got 0.0"),
         (
             ("--policy", "best"),
-            "policy must be one of low_delta, topk, topp, threshold, random, got 'best'",
+            "policy must be one of low_delta, topk, topp, threshold, radial, sliding_tile",
         ),
         (("--tail", "long"), "tail must be one of"),
         (("--prompt", ""), "got an empty one"),

@@ -264,4 +264,5 @@ def test_there_are_no_representatives():
     with pytest.raises(ValueError, match="grid must be given for policy rectified"):
         sparse_attention(*selection.query.expand(3, -1, -1, -1, -1).unbind(),
                          config=Config(policy="rectified"))  # fmt: skip
-    assert Tail(kind="rectified").keep_rejected
+    with pytest.raises(ValueError, match="keep_rejected concerns the tail rectified alone"):
+        Tail(kind="block", keep_rejected=False)

@@ -69,6 +69,10 @@ class Tail:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {self.slope!r}")
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if not self.keep_rejected and self.kind != "rectified":
+            raise ValueError(
+                f"keep_rejected concerns the tail rectified alone, got False for {self.kind}"
+            )
         if not self.variance_weight >= 0:
             raise ValueError(f"variance_weight must not be negative, got {self.variance_weight}")
 
