@@ -436,7 +436,7 @@ from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
 OTHER = {"lse": "fp32", "tail_size": "fp32", "size": "fp32", "scores": "fp32", "ids": "i32",
          "counts": "i32", "listed": "u8", "k_mean": "fp32", "k_var": "fp32", "v_mean": "fp32",
-         "v_var": "fp32", "cov": "fp32"}
+         "v_var": "fp32", "cov": "fp32", "gain": "fp32", "offset": "fp32"}
 
 def shared(kernel, constants, tile):
     signature, values, aligned = {}, {}, {}
@@ -460,8 +460,11 @@ def shared(kernel, constants, tile):
 for dim in (64, 128):
     head = {"D": dim, "D_PADDED": dim, "PRECISION": "ieee", "BLOCK_Q": 128}
     both = {**head, "DV": dim, "DV_PADDED": dim, "SIGN": 1}
-    for even, resume in ((True, True), (False, True), (True, False)):
-        constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512}
+    for even, resume, rectify in ((True, True, False), (False, True, True), (True, False, False)):
+        constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512,
+                     "RECTIFY": rectify}
+        if not rectify:
+            constants |= {"gain_ptr": None, "offset_ptr": None}
         tile = triton_attention._LISTED_TILES[2, dim]
         print(shared(triton_attention._listed_kernel, constants, tile))
     for variance, slope in ((True, True), (False, False)):
