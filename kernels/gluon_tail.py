@@ -32,12 +32,14 @@ from uta_fx.kernels.gluon_attention import (
     exp2,
     is_addressable,
     on_hopper,
+    pass_turn,
     tensor_map,
+    wait_for_turn,
 )
 
-STEP = 64  # representatives
+STEP = 128  # representatives
 MANY = 64  # blocks of either side whose variances one program computes at a time
-STAGES = 4  # of the ring: keys and values of a step
+STAGES = 2  # of the ring: keys and values of a step
 
 
 @triton.jit
@@ -90,28 +92,37 @@ def _copy_tail(
     """
     LINE: gl.constexpr = gl.BlockedLayout([STEP // 32], [32], [1], [0])
     nothing: gl.constexpr = -float("inf")
+    line = gl.arange(0, STEP, LINE)
+    inside = line < representatives
+    size = gl.load(size_base + line, mask=inside, other=nothing)  # [STEP]
+    in_a = gl.load(listed_a + line, mask=inside, other=1)  # [STEP]
+    in_b = gl.load(listed_b + line, mask=inside, other=1)  # [STEP]
+    for_a = gl.load(sigma2_a + line, mask=inside, other=0.0)  # [STEP]
+    for_b = gl.load(sigma2_b + line, mask=inside, other=0.0)  # [STEP]
     for t in range(steps):
         stage = t % STAGES
-        mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
         bar = full.index(stage)
         at = t * STEP
+        mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
         mbarrier.expect(bar, 2 * k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [batch, head, at, 0], bar, k_ring.index(stage))
         tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], bar, v_ring.index(stage))
-        offs = at + gl.arange(0, STEP, LINE)
-        inside = offs < representatives
-        size = gl.load(size_base + offs, mask=inside, other=nothing) * LOG2_E  # [STEP]
-        in_a = gl.load(listed_a + offs, mask=inside, other=1)  # [STEP]
-        in_b = gl.load(listed_b + offs, mask=inside, other=1)  # [STEP]
-        for_a = gl.load(sigma2_a + offs, mask=inside, other=0.0).to(gl.float32)  # [STEP]
-        for_b = gl.load(sigma2_b + offs, mask=inside, other=0.0).to(gl.float32)  # [STEP]
-        bias_a = gl.where(in_a != 0, nothing, size + for_a * half_weight_log2)
-        bias_b = gl.where(in_b != 0, nothing, size + for_b * half_weight_log2)
+        bias = size * LOG2_E
+        variance_a, variance_b = for_a.to(gl.float32), for_b.to(gl.float32)
+        bias_a = gl.where(in_a != 0, nothing, bias + variance_a * half_weight_log2)
+        bias_b = gl.where(in_b != 0, nothing, bias + variance_b * half_weight_log2)
         column_ring.index(4 * stage).store(bias_a)
         column_ring.index(4 * stage + 1).store(bias_b)
-        column_ring.index(4 * stage + 2).store(1.0 / (1.0 + for_a))
-        column_ring.index(4 * stage + 3).store(1.0 / (1.0 + for_b))
+        column_ring.index(4 * stage + 2).store(1.0 / (1.0 + variance_a))
+        column_ring.index(4 * stage + 3).store(1.0 / (1.0 + variance_b))
         mbarrier.arrive(bar)
+        following = at + STEP + line  # while consumers are at work
+        inside = following < representatives
+        size = gl.load(size_base + following, mask=inside, other=nothing)
+        in_a = gl.load(listed_a + following, mask=inside, other=1)
+        in_b = gl.load(listed_b + following, mask=inside, other=1)
+        for_a = gl.load(sigma2_a + following, mask=inside, other=0.0)
+        for_b = gl.load(sigma2_b + following, mask=inside, other=0.0)
         if t == 0:
             mbarrier.expect(slope_full, slope_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(slope_desc, [batch, head, 0, 0], slope_full, slope_tile)
@@ -134,7 +145,7 @@ def _tail_softmax(s, bias, damping, row_max, row_sum, gain, scale_log2):
 @gluon.jit
 def _attend_tail(
     q_base, o_base, lse_base,
-    k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, slope_full,
+    k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, turns, slope_full,
     q_sm, o_sm, rows, steps, scale, scale_log2,
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
@@ -167,7 +178,9 @@ def _attend_tail(
     bias = column_ring.index(WHICH).load(COLUMNS)  # [STEP]
     damping = column_ring.index(2 + WHICH).load(COLUMNS)  # [STEP]
     k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
+    wait_for_turn(turns, 0, WHICH)
     s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
+    pass_turn(turns, WHICH)
     s = warpgroup_mma_wait(0, deps=[s])
     p, shrink, row_max, row_sum, gain = _tail_softmax(
         s, bias, damping, row_max, row_sum, gain, scale_log2
@@ -179,9 +192,11 @@ def _attend_tail(
         stage = t % STAGES
         mbarrier.wait(full.index(stage), t // STAGES & 1)
         k = k_ring.index(stage).reshape([STEP, D]).permute((1, 0))
+        wait_for_turn(turns, t, WHICH)
         s = warpgroup_mma(q_tile, k, none, use_acc=False, is_async=True)
         v = v_ring.index(before).reshape([STEP, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
+        pass_turn(turns, WHICH)
         bias = column_ring.index(4 * stage + WHICH).load(COLUMNS)
         damping = column_ring.index(4 * stage + 2 + WHICH).load(COLUMNS)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -257,23 +272,26 @@ def _paired_tail_kernel(
     column_ring = gl.allocate_shared_memory(gl.float32, [4 * STAGES, STEP], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     slope_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)  # the copies and the columns
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(slope_full, count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
 
     gl.warp_specialize(
         [
             (_attend_tail, (
                 q_base, o_base, lse_base,
-                k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, slope_full,
+                k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, turns, slope_full,
                 q_sm, o_sm, rows, steps, scale, scale_log2,
                 0, D, BLOCK, STEP, STAGES, SIGN,
             )),
             (_attend_tail, (
                 q_base, o_base, lse_base,
-                k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, slope_full,
+                k_ring, v_ring, column_ring, slope_tile, q_tiles, full, empty, turns, slope_full,
                 q_sm, o_sm, rows, steps, scale, scale_log2,
                 1, D, BLOCK, STEP, STAGES, SIGN,
             )),
