@@ -69,24 +69,22 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
-from uta_fx.kernels import gluon_tail as t
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
-slope = map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
-constants = {"D": g.HEAD_DIM, "BLOCK": g.BLOCK, "SIGN": -1}
-if sys.argv[1] == "listed":
-    function, rows = g._paired_kernel, g.BLOCK
-    constants |= {"PLAN": g.PLAN, "STAGES": g.STAGES, "EVEN": False, "RESUME": True}
-else:
-    function, rows = t._paired_tail_kernel, t.STEP
-    constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
-tile = map_of(rows, g.HEAD_DIM, layout)
+tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
+constants = {
+    "D": g.HEAD_DIM, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES, "SIGN": -1,
+    "EVEN": False, "TAIL": sys.argv[1] == "tail", "RESUME": sys.argv[1] == "resume",
+}
 types = {
-    "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
-    "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16", "k_desc": tile,
-    "v_desc": tile, "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
+    "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16",
+    "q_desc": tile, "k_desc": tile, "v_desc": tile, "o_desc": tile,
+    "tail_k_desc": tile, "tail_v_desc": tile, "slope_desc": slope,
+    "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
 } | dict.fromkeys(constants, "constexpr")
+function = g._paired_kernel
 signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(
     GluonASTSource(function, signature, constants),
@@ -98,7 +96,7 @@ assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
 """
 
 
-@pytest.mark.parametrize("kernel", ["listed", "tail"])
+@pytest.mark.parametrize("kernel", ["listed", "resume", "tail"])
 def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
     """And fits its shared memory; its products are the instructions of Hopper."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -133,31 +131,32 @@ def test_plain_triton_serves_where_gluon_is_missing():
 
 def test_only_what_it_serves_is_taken():
     x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
-    assert gluon_attention.takes(x, x, x, 64, 64) == on_hopper()
+    assert gluon_attention.takes(x, x, x, x, 64, 64) == on_hopper()
     short = x[..., :64]
     shifted = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
     odd = torch.zeros(1, 2, 128, 129, dtype=x.dtype, device=DEVICE)[..., :128]
     for case in (
-        (x, x, x, 128, 64), (x, x, x, 64, 32), (x.float(), x.float(), x.float(), 64, 64),
-        (short, short, short, 64, 64), (x, x, short, 64, 64), (x, shifted, x, 64, 64),
-        (x, x, odd, 64, 64), (x, x[:, :1].expand(1, 2, 128, 128), x, 64, 64),
+        (x, x, x, x, 128, 64), (x, x, x, x, 64, 32), (*[x.float()] * 4, 64, 64),
+        (short, short, short, short, 64, 64), (x, x, short, short, 64, 64),
+        (x, shifted, x, x, 64, 64), (shifted, x, x, x, 64, 64), (x, x, odd, x, 64, 64),
+        (x, x, x, odd, 64, 64), (x, x, x, x.mT, 64, 64),
+        (x, x[:, :1].expand(1, 2, 128, 128), x, x, 64, 64),
     ):  # fmt: skip
         assert not gluon_attention.takes(*case)
 
 
 def test_only_a_tail_that_it_serves_is_taken():
-    query, *_, key, value, _, variance, slope, _, _, block, _ = CASE.inputs(torch.float16)
-    assert gluon_tail.takes(query, key, value, variance, slope, block) == on_hopper()
-    two_slopes = torch.cat([slope, slope], 2)
-    for case in (
-        (query, key, value, variance, slope, 128),
-        (query, key, value, variance[:, :, :0], slope, block),
-        (query, key, value, variance, slope[:, :, :0], block),
-        (query, key, value, variance, two_slopes, block),
-        (query, key[:, :, None], value[:, :, None], variance, slope, block),
-        (query, key[..., 1:], value, variance, slope, block),
+    tail = gluon_tail.Tail(*CASE.inputs(torch.float16)[5:10])
+    assert gluon_attention.takes_tail(tail)
+    for change in (
+        {"variance": tail.variance[:, :, :0]},
+        {"slope": tail.slope[:, :, :0]},
+        {"slope": torch.cat([tail.slope, tail.slope], 2)},
+        {"key": tail.key[:, :, None], "value": tail.value[:, :, None]},
+        {"key": tail.key[:, :1].expand(tail.key.shape)},
+        {"slope": tail.slope[:, :1].expand(tail.slope.shape)},
     ):
-        assert not gluon_tail.takes(*case)
+        assert not gluon_attention.takes_tail(tail._replace(**change))
 
 
 CASE = Case(length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64)
@@ -188,7 +187,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_pairs_are_as_accurate_as_eager(case, dtype):
     args = case.inputs(dtype)
-    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     assert_as_accurate_as_eager(args)
 
 
@@ -233,7 +232,7 @@ def test_strides_and_memory_beyond_cannot_matter():
         args[i].copy_(x)
     for i in (1, 2):
         args[i][:, :, 4 * 64 : 8 * 64] = torch.nan
-    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     output, lse = triton_attention.sparse_attention(*args)
     assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
 
@@ -252,7 +251,7 @@ def test_offsets_beyond_32_bits():
     args[1] = args[2] = key
     args[3] = ids.expand(*args[4].shape, 2)
     args[4] = torch.full_like(args[4], 2)
-    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     result = triton_attention.sparse_attention(*args)
     args[1] = args[2] = key[:, :, -256:]
     args[3] = args[3] - (blocks - 4)
