@@ -35,8 +35,9 @@ LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
-MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
-HEAD_DIM = 128  # at 64, bound by the softmax, it is no faster than Triton's tile
+HEAD_DIMS = (64, 128)
+# of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
+MAX_REGISTERS = {128: 168, 64: 96}
 STAGES = 5  # of the ring: pairs of a key and a value block
 
 
@@ -157,13 +158,17 @@ def _copy_blocks(
 
 @gluon.jit
 def _copy(
-    q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
-    desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free,
-    size_base, sigma2_a, sigma2_b, listed_a, listed_b, ids_row, plan,
-    batch, head, pair, representatives, half_weight_log2,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
+    memory,  # of _pair_memory
+    given,  # of _paired_kernel
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Copy everything that the pair reads: queries, the tail, the slope, listed blocks."""
+    desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free = memory
+    (
+        q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
+        size_base, sigma2_a, sigma2_b, listed_a, listed_b, ids_row, plan,
+        batch, head, pair, representatives, half_weight_log2,
+    ) = given  # fmt: skip
     mbarrier.expect(desk_full, 2 * q_desc.block_type.nbytes)
     for i in gl.static_range(2):
         row = (2 * pair + i) * BLOCK  # beyond the last query: zeros
@@ -176,12 +181,11 @@ def _copy(
             size_base, sigma2_a, sigma2_b, listed_a, listed_b,
             batch, head, base, representatives, half_weight_log2, BLOCK, STAGES,
         )  # fmt: skip
-        mbarrier.wait(desk_free, 0)  # the queries are in registers by now
+        if not KEEP:
+            mbarrier.wait(desk_free, 0)  # the queries are in registers by now
+        mbarrier.wait(desk_full, 0)
         mbarrier.expect(desk_full, slope_desc.block_type.nbytes)
-        slope_tile = desk._reinterpret(
-            slope_desc.dtype, slope_desc.block_type.shape, slope_desc.layout
-        )
-        tma.async_copy_global_to_shared(slope_desc, [batch, head, 0, 0], desk_full, slope_tile)
+        tma.async_copy_global_to_shared(slope_desc, [batch, head, 0, 0], desk_full, slope_desk)
     _copy_blocks(
         k_desc, v_desc, k_ring, v_ring, full, empty, ids_row, plan, batch, head, base,
         BLOCK, STAGES,
@@ -199,14 +203,19 @@ def _softmax_step(s, row_max, row_sum, scale_log2):
 
 @gluon.jit
 def _attend(
-    o_desc, slope_desc, o_base, lse_base, desk, k_ring, v_ring, column_ring,
-    full, empty, desk_full, desk_free, plan,
-    o_sm, batch, head, pair, rows, last_keys, representatives, scale, scale_log2,
+    memory,  # of _pair_memory
+    given,  # of _paired_kernel
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr, EVEN: gl.constexpr, TAIL: gl.constexpr, RESUME: gl.constexpr,
+    KEEP: gl.constexpr,
 ):  # fmt: skip
     """Store attention of one query block; ``rows``: how many of the pair's rows there are."""
+    desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free = memory
+    (
+        o_desc, o_base, lse_base, plan, o_sm, batch, head, pair, rows,
+        last_keys, representatives, scale, scale_log2,
+    ) = given  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
@@ -220,10 +229,17 @@ def _attend(
     count = own + gl.load(plan + 1 + WHICH)
 
     mbarrier.wait(desk_full, 0)
-    q = desk.index(WHICH).reshape([BLOCK, D]).load(Q_LAYOUT)  # [BLOCK, D]
-    mbarrier.arrive(desk_free)
-    if SIGN != 1:
-        q = (q * SIGN).to(dtype)
+    q_tile = desk.index(WHICH).reshape([BLOCK, D])
+    if KEEP:
+        q = q_tile
+        if SIGN != 1:
+            q_tile.store((q_tile.load(Q_LAYOUT) * SIGN).to(dtype))
+            fence_async_shared()
+    else:
+        q = q_tile.load(Q_LAYOUT)  # [BLOCK, D]
+        mbarrier.arrive(desk_free)
+        if SIGN != 1:
+            q = (q * SIGN).to(dtype)
     s_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
     lse_ptrs = lse_base + s_rows
     base = 0
@@ -245,13 +261,15 @@ def _attend(
             WHICH, D, BLOCK, STAGES,
         )  # fmt: skip
         mbarrier.wait(desk_full, 1)
-        slope_tile = desk._reinterpret(
-            slope_desc.dtype, slope_desc.block_type.shape, slope_desc.layout
-        )
+        if KEEP:
+            q_again = q_tile.load(P_LAYOUT)
+        else:
+            q_again = gl.convert_layout(q, P_LAYOUT)
         acc, row_max, row_sum = add_slope(
-            q, acc, row_max, row_sum, gain, slope_tile.reshape([D, D]), scale
+            q_again, acc, row_max, row_sum, gain, slope_desk.reshape([D, D]), scale
         )
-        mbarrier.arrive(desk_free)
+        if not KEEP:
+            mbarrier.arrive(desk_free)
 
     no_logits = gl.zeros([BLOCK, BLOCK], gl.float32, S_LAYOUT)
     if count > 0:
@@ -295,14 +313,80 @@ def _attend(
         acc += float("nan")
         lse += float("nan")
     gl.store(lse_ptrs, lse, mask=s_rows < rows)
-    # nobody reads the desk any more: both have their queries, and have used the slope
-    mbarrier.wait(desk_free, 1 if TAIL else 0)
+    if not KEEP:
+        # nobody reads the desk any more: both have their queries, and have used the slope
+        mbarrier.wait(desk_free, 1 if TAIL else 0)
     o_tile = desk.index(WHICH)
     o_tile.reshape([BLOCK, D]).store(acc.to(dtype))
     fence_async_shared()
     row = (2 * pair + WHICH) * BLOCK  # rows beyond the last one are not written
     tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_tile)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _pair_memory(
+    q_desc, k_desc, v_desc, slope_desc,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Shared memory and barriers of one pair."""
+    tile: gl.constexpr = k_desc.block_type.shape
+    ring: gl.constexpr = [STAGES, tile[0], tile[1], tile[2], tile[3]]
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, ring, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, ring, v_desc.layout)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    column_ring = gl.allocate_shared_memory(gl.float32, [4 * STAGES, BLOCK], line)
+    # queries, then the output
+    two: gl.constexpr = [2, tile[0], tile[1], tile[2], tile[3]]
+    desk = gl.allocate_shared_memory(q_desc.dtype, two, q_desc.layout)
+    slope_shape: gl.constexpr = slope_desc.block_type.shape
+    if KEEP:
+        slope_desk = gl.allocate_shared_memory(slope_desc.dtype, slope_shape, slope_desc.layout)
+    else:  # the slope takes the place of the queries
+        slope_desk = desk._reinterpret(slope_desc.dtype, slope_shape, slope_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    desk_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    desk_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)  # the copies, and what is beside them
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(desk_full, count=1)
+    mbarrier.init(desk_free, count=2)
+    return desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free
+
+
+@gluon.jit
+def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
+    """What the groups and the copying warp of one pair are given.
+
+    A pair, or a block of one, beyond the last reads the last one's lists and stores nothing.
+    """
+    (
+        q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
+        o_head, lse_ptr, ids_ptr, plan_ptr, size_head, sigma2_ptr, listed_ptr,
+        o_sm, batch_head, batch, head, length_q, blocks_q, blocks_kv,
+        last_keys, representatives, scale, scale_log2, half_weight_log2,
+    ) = given  # fmt: skip
+    wide = batch_head.to(gl.int64)
+    pairs = gl.cdiv(blocks_q, 2)
+    pair_at = wide * pairs + gl.minimum(pair, pairs - 1)
+    plan = plan_ptr + pair_at * PLAN
+    first_row = pair.to(gl.int64) * (2 * BLOCK)
+    rows = length_q - pair * (2 * BLOCK)
+    map_a = (wide * blocks_q + gl.minimum(2 * pair, blocks_q - 1)) * representatives
+    map_b = (wide * blocks_q + gl.minimum(2 * pair + 1, blocks_q - 1)) * representatives
+    attend = (
+        o_desc, o_head + first_row * o_sm, lse_ptr + wide * length_q + first_row, plan,
+        o_sm, batch, head, pair, rows, last_keys, representatives, scale, scale_log2,
+    )  # fmt: skip
+    copy = (
+        q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
+        size_head, sigma2_ptr + map_a, sigma2_ptr + map_b, listed_ptr + map_a, listed_ptr + map_b,
+        ids_ptr + pair_at * blocks_kv, plan,
+        batch, head, pair, representatives, half_weight_log2,
+    )  # fmt: skip
+    return attend, copy
 
 
 @gluon.jit
@@ -322,67 +406,61 @@ def _paired_kernel(
     EVEN: gl.constexpr,  # the last key block is whole
     TAIL: gl.constexpr,  # attend to the representatives too
     RESUME: gl.constexpr,  # o and lse hold attention over a tail, to go on from
+    TWO: gl.constexpr,  # two pairs, each with memory and a copying warp of its own
 ):  # fmt: skip
-    """Store attention of two query blocks over their listed blocks and the tail."""
-    pair = gl.program_id(0)
+    """Store attention of a pair of query blocks, or two, over listed blocks and the tail."""
+    KEEP: gl.constexpr = TWO  # the queries in shared memory: there are registers for little else
     batch_head = gl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
-    first_row = pair.to(gl.int64) * (2 * BLOCK)
-    rows = length_q - pair * (2 * BLOCK)
-    o_base = o_ptr + batch.to(gl.int64) * o_sb + head.to(gl.int64) * o_sh + first_row * o_sm
-    lse_base = lse_ptr + batch_head.to(gl.int64) * length_q + first_row
-    pair_at = batch_head.to(gl.int64) * gl.num_programs(0) + pair
-    ids_row = ids_ptr + pair_at * blocks_kv
-    plan = plan_ptr + pair_at * PLAN
-    size_base = size_ptr + batch.to(gl.int64) * size_sb + head.to(gl.int64) * size_sh
-    # a block beyond the last one has no rows to store: any row of the maps will do
-    second = gl.minimum(2 * pair + 1, blocks_q - 1).to(gl.int64)
-    map_a = (batch_head.to(gl.int64) * blocks_q + 2 * pair) * representatives
-    map_b = (batch_head.to(gl.int64) * blocks_q + second) * representatives
-
-    shape: gl.constexpr = [STAGES, 1, 1, BLOCK, D]
-    k_ring = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
-    v_ring = gl.allocate_shared_memory(v_desc.dtype, shape, v_desc.layout)
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    column_ring = gl.allocate_shared_memory(gl.float32, [4 * STAGES, BLOCK], line)
-    # queries, then the slope, then the output
-    desk = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK, D], q_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    desk_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    desk_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)  # the copies, and what is beside them
-        mbarrier.init(empty.index(i), count=2)
-    mbarrier.init(desk_full, count=1)
-    mbarrier.init(desk_free, count=2)
-
-    gl.warp_specialize(
-        [
-            (_attend, (
-                o_desc, slope_desc, o_base, lse_base, desk, k_ring, v_ring, column_ring,
-                full, empty, desk_full, desk_free, plan,
-                o_sm, batch, head, pair, rows, last_keys, representatives, scale, scale_log2,
-                0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME,
-            )),
-            (_attend, (
-                o_desc, slope_desc, o_base, lse_base, desk, k_ring, v_ring, column_ring,
-                full, empty, desk_full, desk_free, plan,
-                o_sm, batch, head, pair, rows, last_keys, representatives, scale, scale_log2,
-                1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME,
-            )),
-            (_copy, (
-                q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
-                desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free,
-                size_base, sigma2_ptr + map_a, sigma2_ptr + map_b,
-                listed_ptr + map_a, listed_ptr + map_b, ids_row, plan,
-                batch, head, pair, representatives, half_weight_log2,
-                BLOCK, STAGES, TAIL,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
+    given = (
+        q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
+        o_ptr + batch.to(gl.int64) * o_sb + head.to(gl.int64) * o_sh,
+        lse_ptr, ids_ptr, plan_ptr,
+        size_ptr + batch.to(gl.int64) * size_sb + head.to(gl.int64) * size_sh,
+        sigma2_ptr, listed_ptr, o_sm, batch_head, batch, head, length_q, blocks_q, blocks_kv,
+        last_keys, representatives, scale, scale_log2, half_weight_log2,
     )  # fmt: skip
+    if not TWO:
+        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend, copy = _pair_arguments(given, gl.program_id(0), BLOCK, PLAN)
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend, copy = _pair_arguments(given, 2 * gl.program_id(0), BLOCK, PLAN)
+        memory_c = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend_c, copy_c = _pair_arguments(given, 2 * gl.program_id(0) + 1, BLOCK, PLAN)
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory_c, attend_c, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory_c, attend_c, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
+                (_copy, (memory_c, copy_c, BLOCK, STAGES, TAIL, KEEP)),
+            ],
+            [4, 4, 4, 1, 1],
+            [112, 112, 112, 24, 24],
+        )  # fmt: skip
 
 
 def takes(
@@ -390,13 +468,14 @@ def takes(
 ) -> bool:
     """Whether ``attend`` serves these tensors, all of whose last dimensions but the output's are 1.
 
-    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 128 for keys and values,
+    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128 for keys and values,
     blocks of 64, and tensors that the copy engine can address.
     """
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] == value.shape[-1] == HEAD_DIM
+        and key.shape[-1] in HEAD_DIMS
+        and key.shape[-1] == value.shape[-1]
         and block_q == block_kv == BLOCK
         and output.stride(-1) == 1
         and all(is_addressable(x) for x in (query, key, value, output))
@@ -472,8 +551,7 @@ def attend(
     pairs = triton.cdiv(blocks_q, 2)
     ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.int32)
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
-    grid = (pairs, batch * heads)
-    _pair_lists_kernel[grid](
+    _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
     )  # fmt: skip
@@ -487,7 +565,8 @@ def attend(
             tensor_map(tail.slope[:, :, 0], dim),
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
-    _paired_kernel[grid](
+    two = dim == 64
+    _paired_kernel[(triton.cdiv(pairs, 1 + two), batch * heads)](
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],
@@ -495,6 +574,6 @@ def attend(
         abs(scale), (abs(scale) or 1.0) * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
         D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
         SIGN=(scale > 0) - (scale < 0), EVEN=length_kv % BLOCK == 0,
-        TAIL=tail is not None, RESUME=resume,
-        num_warps=4, maxnreg=MAX_REGISTERS,
+        TAIL=tail is not None, RESUME=resume, TWO=two,
+        num_warps=4, maxnreg=MAX_REGISTERS[dim],
     )  # fmt: skip

@@ -194,7 +194,7 @@ def add_slope(q, acc, row_max, row_sum, gain, slope, scale):
     acc *= gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
     # the gain, at most 1 by now, goes into q, so that the product is added in place
     share = gl.convert_layout(gain * inverse * scale, gl.SliceLayout(1, P_LAYOUT))
-    q_gain = (gl.convert_layout(q, P_LAYOUT).to(gl.float32) * share[:, None]).to(q.dtype)
+    q_gain = (q.to(gl.float32) * share[:, None]).to(q.dtype)
     acc = warpgroup_mma(q_gain, slope, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     row_max += gl.log2(gl.where(row_sum == 0.0, 1.0, row_sum))

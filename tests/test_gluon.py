@@ -73,10 +73,11 @@ from uta_fx.kernels import gluon_attention as g
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
-tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
+dim = int(sys.argv[2])
+tile, slope = map_of(g.BLOCK, dim, layout), map_of(dim, dim, layout)
 constants = {
-    "D": g.HEAD_DIM, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES, "SIGN": -1,
-    "EVEN": False, "TAIL": sys.argv[1] == "tail", "RESUME": sys.argv[1] == "resume",
+    "D": dim, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES, "SIGN": -1, "EVEN": False,
+    "TAIL": sys.argv[1] == "tail", "RESUME": sys.argv[1] == "resume", "TWO": dim == 64,
 }
 types = {
     "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
@@ -90,19 +91,20 @@ signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(
     GluonASTSource(function, signature, constants),
     target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS},
+    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS[dim]},
 )
 assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
 assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
 """
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kernel", ["listed", "resume", "tail"])
-def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
+def test_it_compiles_for_hopper_without_one(kernel, dim, tmp_path):
     """And fits its shared memory; its products are the instructions of Hopper."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = [sys.executable, "-c", COMPILE, kernel]
+    script = [sys.executable, "-c", COMPILE, kernel, str(dim)]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -133,7 +135,8 @@ def test_plain_triton_serves_where_gluon_is_missing():
 def test_only_what_it_serves_is_taken():
     x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
     assert gluon_attention.takes(x, x, x, x, 64, 64) == on_hopper()
-    short = x[..., :64]
+    assert gluon_attention.takes(*[x[..., :64]] * 4, 64, 64) == on_hopper()
+    short = x[..., :32]
     shifted = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
     odd = torch.zeros(1, 2, 128, 129, dtype=x.dtype, device=DEVICE)[..., :128]
     for case in (
@@ -208,8 +211,9 @@ def variance_roundings(args):
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_pairs_are_as_accurate_as_eager(case, dtype):
-    args = case.inputs(dtype)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pairs_are_as_accurate_as_eager(dim, case, dtype):
+    args = dataclasses.replace(case, dim=dim, dim_v=dim).inputs(dtype)
     assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     assert_as_accurate_as_eager(args, more=variance_roundings(args))
 
@@ -218,12 +222,14 @@ def test_pairs_are_as_accurate_as_eager(case, dtype):
 @needs_hopper
 @pytest.mark.parametrize("row", [2, 3, 4])  # first and second of a pair, and one without a second
 @pytest.mark.parametrize("tail", ["none", "block"])
-def test_an_id_outside_makes_its_rows_nan_and_no_others(tail, row):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_an_id_outside_makes_its_rows_nan_and_no_others(dim, tail, row):
     """The neighbour's blocks come in another order: its weights are rounded apart, and its output.
 
     Half a unit of each weight in both orders, of at most the largest value; a unit of the output.
     """
-    args = dataclasses.replace(CASE, tail=tail, listed=0.6).inputs(torch.bfloat16)
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim, tail=tail, listed=0.6)
+    args = case.inputs(torch.bfloat16)
     args[4][:, 1, row] = 3
     expected, expected_lse = triton_attention.sparse_attention(*args)
     args[3][:, 1, row, 2] = 2**31 - 1
@@ -242,15 +248,17 @@ def test_an_id_outside_makes_its_rows_nan_and_no_others(tail, row):
 
 @pytest.mark.gpu
 @needs_hopper
-def test_strides_and_memory_beyond_cannot_matter():
+@pytest.mark.parametrize("dim", [64, 128])
+def test_strides_and_memory_beyond_cannot_matter(dim):
     """Heads before tokens in memory, NaN after the last token, and in blocks nobody lists."""
-    args = dataclasses.replace(CASE, batch=2, tail="none", listed=0.6).inputs(torch.bfloat16)
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim, batch=2, tail="none", listed=0.6)
+    args = case.inputs(torch.bfloat16)
     args[3] = args[3].sort(-1).values
     args[4].clamp_(max=4)  # of nine: the first four
     args[3][:, 0, 1, 0] = 8  # the ragged one
     expected = triton_attention.sparse_attention(*args)
     for i, x in enumerate(args[:3]):
-        wide = x.new_full((2, x.shape[2] + 64, 2, 128), torch.nan)
+        wide = x.new_full((2, x.shape[2] + 64, 2, dim), torch.nan)
         args[i] = wide[:, : x.shape[2]].movedim(1, 2)
         args[i].copy_(x)
     for i in (1, 2):
@@ -283,13 +291,15 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_cuda_graph_replays_with_new_lists():
-    args = CASE.inputs(torch.bfloat16)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_cuda_graph_replays_with_new_lists(dim):
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim)
+    args = case.inputs(torch.bfloat16)
     triton_attention.sparse_attention(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = triton_attention.sparse_attention(*args)
-    fresh = dataclasses.replace(CASE, seed=1).inputs(torch.bfloat16)
+    fresh = dataclasses.replace(case, seed=1).inputs(torch.bfloat16)
     for old, new in zip(args, fresh, strict=True):
         if torch.is_tensor(old):
             old.copy_(new)
