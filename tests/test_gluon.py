@@ -203,7 +203,9 @@ def variance_roundings(args):
     sigma2 = reference.pooled_variance(query, variance, scale, block).max().item()
     e = math.expm1(u * weight / 2 * sigma2)
     largest = max(value.abs().max().item(), tail_value.abs().max().item())
-    rise = (query * scale @ slope).abs().max().item() if slope.shape[2] else 0.0
+    rise = 0.0
+    if slope.shape[2]:
+        rise = (query[:, :, None] * scale @ slope).abs().max().item()
     return 2 * e * largest + (2 * e + u) * rise, e
 
 
