@@ -3,7 +3,7 @@
 Two kernels share the work of a row: the tail kernel stores attention over the representatives, with
 its log-sum-exp, where the results belong; the listed kernel takes it up from there as the state of
 its own running softmax and overwrites it. Apart, each has the registers that it needs. Softmax is
-base 2 inside. ``gluon_attention`` and ``gluon_tail`` take the place of one or both on Hopper.
+base 2 inside. ``gluon_attention`` takes the place of one or both on Hopper.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -382,11 +382,10 @@ def sparse_attention(
     One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
     nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
     of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. On Hopper, what ``gluon_attention.takes`` and ``gluon_tail.takes`` accept goes to
-    their kernels: a memset and two launches more at most, and five bytes for each pair of blocks at
-    most. ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of
-    the tuned tiles. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``
-    and keep the listed kernel of this file.
+    the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
+    launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
+    the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
+    none, are those of ``rectified_attention`` and keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -404,12 +403,14 @@ def sparse_attention(
         "SIGN": (scale > 0) - (scale < 0),
         "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
-    scale = abs(scale)
-    scale_log2 = (scale or 1.0) * LOG2_E.value
+    scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
-    pairable = gluon_attention is not None and output.stride(-1) == 1
-    paired = pairable and not listed_tile and gain is None
-    paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
+    paired = (
+        gluon_attention is not None
+        and not listed_tile
+        and gain is None
+        and gluon_attention.takes(query, key, value, output, block_q, block_kv)
+    )
     with torch.cuda.device_of(query):
         mapped = blocks_kv if per_block or paired else 0
         listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
@@ -420,43 +421,40 @@ def sparse_attention(
                 heads, blocks_kv, block_ids.shape[-1],
                 CHUNK=ID_CHUNK,
             )  # fmt: skip
+        paired_tail = None
         if representatives:
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
                 _last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             )
-            tail = (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
-            half_weight_log2 = variance_weight / 2 * LOG2_E.value
-            paired_tail = pairable and not tail_tile
-            if paired_tail and gluon_tail.takes(
-                query, tail_key, tail_value, tail_variance, tail_slope, block_q
-            ):
-                gluon_tail.attend_tail(
-                    query, output, lse, listed, *tail,
-                    scale, scale_log2, dims["SIGN"], half_weight_log2,
-                )  # fmt: skip
-            else:
-                most = max(16, triton.next_power_of_2(representatives))
-                tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
-                _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
-                    query, output, lse, listed,
-                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
-                    *query.stride()[:3], *output.stride(),
-                    *_block_strides(tail_key), *_block_strides(tail_value),
-                    *_block_strides(tail_log_size.unsqueeze(-1))[:3],
-                    *tail_variance.stride()[:3], *tail_slope.stride()[:2],
-                    tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
-                    heads, length_q, representatives,
-                    scale, scale_log2, half_weight_log2,
-                    BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
-                    PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
-                    HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
-                    num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
-                )  # fmt: skip
+            if paired and not tail_tile:
+                tail = gluon_tail.Tail(
+                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope
+                )
+                paired_tail = tail if gluon_attention.takes_tail(tail) else None
+        if representatives and paired_tail is None:
+            most = max(16, triton.next_power_of_2(representatives))
+            tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
+            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+                query, output, lse, listed,
+                tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
+                *query.stride()[:3], *output.stride(),
+                *_block_strides(tail_key), *_block_strides(tail_value),
+                *_block_strides(tail_log_size.unsqueeze(-1))[:3],
+                *tail_variance.stride()[:3], *tail_slope.stride()[:2],
+                tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
+                heads, length_q, representatives,
+                abs(scale), scale_log2, variance_weight / 2 * LOG2_E.value,
+                BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
+                PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
+                HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
+                num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
+            )  # fmt: skip
+        resume = representatives > 0 and paired_tail is None
         if paired:
-            gluon_attention.attend_listed(
+            gluon_attention.attend(
                 query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],
-                scale_log2, dims["SIGN"], representatives > 0,
+                paired_tail, scale, variance_weight, resume,
             )  # fmt: skip
             return output, lse
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
@@ -469,7 +467,7 @@ def sparse_attention(
             heads, length_q, length_kv, block_ids.shape[-1], scale_log2,
             BLOCK_Q=block_q, BLOCK_KV=block_kv,
             BLOCK_M=listed_tile.block_m, BLOCK_N=listed_tile.block_n,
-            EVEN=length_kv % block_kv == 0, RESUME=representatives > 0, RECTIFY=gain is not None,
+            EVEN=length_kv % block_kv == 0, RESUME=resume, RECTIFY=gain is not None,
             CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip

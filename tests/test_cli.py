@@ -1,5 +1,6 @@
 """The command line: what it writes, and how it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,9 +13,12 @@ from imageio import v2 as imageio
 from PIL import Image
 from typer.testing import CliRunner
 
+import uta_fx
 from uta_fx import pictures
 from uta_fx.bench import attention as bench
+from uta_fx.bench import model as bench_model
 from uta_fx.commands import app
+from uta_fx.study.real_models import REAL_MODELS, Size
 
 
 def run(*arguments):
@@ -27,7 +31,7 @@ def run(*arguments):
     "command",
     [
         (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
-        ("bench",), ("bench", "attention"),
+        ("bench",), ("bench", "attention"), ("bench", "model"),
         ("export",), ("export", "onnx"), ("export", "plugin"),
     ],
 )  # fmt: skip
@@ -99,6 +103,24 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert {"scores", "kernels", "operation"} < {row["what"] for row in rows}
     # ceil(0.3 * 2 heads * 8 query blocks * 8 key blocks) are exact
     assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
+
+
+def test_a_whole_model_is_timed_dense_and_sparse(monkeypatch, tmp_path):
+    """A row for each density after the dense one; the outputs are compared."""
+    small = dataclasses.replace(
+        REAL_MODELS["wan-2.1-1.3b"], sizes={"small": Size(height=64, width=96, frames=17)}
+    )
+    monkeypatch.setitem(REAL_MODELS, "small-wan", small)
+    output = tmp_path / "small.json"
+    config = uta_fx.Config(min_tokens=64, inner="eager")
+    rows = bench_model.run(
+        ["small-wan"], [1.0, 0.3], config=config, layers=1, rounds=1, device="cpu", output=output
+    )
+    assert json.loads(output.read_text()) == rows
+    assert [row["density"] for row in rows] == [None, 1.0, 0.3]
+    assert {row["tokens"] for row in rows} == {5 * 4 * 6}
+    dense, whole, sparse = rows
+    assert dense["error"] == 0 and whole["error"] < 2e-2 and sparse["error"] > 0
 
 
 def test_a_missing_package_names_its_extra():

@@ -469,6 +469,47 @@ def bench_attention(
         draw(plot, rows, f"{describe(str(target), dtype, config)}, {inputs} inputs")
 
 
+@bench_app.command("model")
+def bench_model(
+    model: Annotated[
+        list[str],
+        typer.Option(help="Released model, as uta-fx explain names it; several times for several."),
+    ],
+    size: Annotated[
+        str | None, typer.Option(help="Size of the clip, such as 480p or 720p; default its own.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density to time; several times for several.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of each kind of layer; default all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed forwards; medians are printed.")] = 3,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+    ] = None,
+) -> None:
+    """Time one forward of a released model, dense and sparse, with random weights.
+
+    Needs no checkpoint; the architecture has its real size. Blocks are compiled one by one.
+    """
+    require("diffusers", extra="diffusers")
+    from uta_fx.bench.model import run
+
+    if output is not None:
+        _check_file(output, "--output")
+    run(
+        model,
+        density or (0.25, 0.1),
+        size=size,
+        layers=layers,
+        rounds=rounds,
+        device=str(_device(device)),
+        output=output,
+    )
+
+
 @export_app.command("onnx")
 def export_onnx(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
