@@ -14,7 +14,7 @@ from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
 from uta_fx.policies import Selection
-from uta_fx.statistics import block_statistics
+from uta_fx.statistics import block_statistics, for_heads
 
 
 def sparse_attention(
@@ -35,8 +35,9 @@ def sparse_attention(
 
     Args:
         query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
+            keys and values.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; None for the defaults. ``min_tokens``, ``dense_layers``, ``dense_until``,
             ``inner`` and ``strict`` concern graphs and have no effect here.
         grid: Frames, height and width of the video tokens, with their number as product; None takes
@@ -61,11 +62,14 @@ def sparse_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    batch, heads, length, _ = query.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[:3] != query.shape[:3]:
+        shared = key.shape[1] and heads % key.shape[1] == 0
+        if not shared or tensor.shape[:3] != (batch, key.shape[1], length):
             raise ValueError(
-                f"{name} must have the batch, heads and length of query,"
-                f" {tuple(query.shape[:3])}, got {tuple(tensor.shape[:3])}"
+                f"{name} must have the batch and length of query, and a number of heads that"
+                f" divides its, {(batch, heads, length)}, the same for key and value;"
+                f" got {tuple(tensor.shape[:3])}"
             )
     tokens = query.shape[2] - sum(text)
     if min(text) < 0 or tokens < 1:
@@ -118,8 +122,8 @@ def reorder_tokens(
 
     Args:
         query: ``[B, H, L, D]``.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         grid: Frames, height and width of the tokens; None keeps their order.
 
@@ -141,14 +145,14 @@ def pool_blocks(
 
     Args:
         query: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
     """
     return Selection(
         query=query,
-        statistics=block_statistics(key, value, config.block_kv),
+        statistics=block_statistics(key, value, config.block_kv).for_heads(query.shape[1]),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
@@ -163,11 +167,12 @@ def operator_arguments(
 
     Args:
         selection: Of ``pool_blocks``.
-        key: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, in the order in which tokens are blocked.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; those that ``selection`` holds too are taken from there.
     """
     tail = config.tail_form()
+    key, value = (for_heads(x, selection.query.shape[1]) for x in (key, value))
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
@@ -209,7 +214,9 @@ def _attend(
     # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
     share = (text_lse - lse).sigmoid()[..., None]
     output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
-    others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
+    others = F.scaled_dot_product_attention(
+        others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
@@ -246,6 +253,7 @@ def _attend_to_text(
     mask goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
+    key, value = (for_heads(x, heads) for x in (key, value))
     blocks = -(-length // block)
     size = torch.zeros(key.shape[2], device=query.device)
     if mask is not None:

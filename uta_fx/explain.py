@@ -16,7 +16,8 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.flops import dense_flops, model_counter, sparse_cost
 from uta_fx.passes.find_calls import Call, module_path
-from uta_fx.passes.site import Cost, Operand, Site
+from uta_fx.passes.match_operators import FLEX
+from uta_fx.passes.site import Cost, Site
 from uta_fx.passes.sparsify import understand
 
 # what fullgraph=True switches on
@@ -213,20 +214,21 @@ class CountedGraph:
         self._shapes: dict[Node, Sequence[int]] = {
             x.node: () for call, _ in self.sites for x in (call.query, call.key, call.value)
         }
+        self._operators = {call.operator: call for call, _ in self.sites if call.operator}
 
     @property
     def notes(self) -> list[str]:
         """What is odd about the configuration or the count, a sentence each."""
         layers = note_on_layers([site for _, site in self.sites], self._config)
         targets = (node.target for node in self._gm.graph.nodes)
-        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)}
+        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)} - {FLEX}
         count = [f"operations inside {name} are not counted" for name in sorted(left_out)]
         return ([layers] if layers else []) + count
 
     def __call__(self, *args: Any) -> Any:
         """Run it dense."""
         self.runs += 1
-        return _Counting(self._gm, self._shapes, self.flops).run(*args)
+        return _Counting(self._gm, self._shapes, self._operators, self.flops).run(*args)
 
     def counted_sites(self) -> list[Site]:
         """The sites with what they cost, and how many calls they stand for."""
@@ -237,19 +239,27 @@ class CountedGraph:
 
     def _cost(self, call: Call, site: Site) -> Cost | None:
         """By the sizes of the last run, which knows them all."""
-        shapes = [self._shape(x) for x in (call.query, call.key, call.value)]
-        if any(len(shape) != 4 for shape in shapes):
+        shapes = _shapes_of(call, self._shapes)
+        if shapes is None:
             return None
         query, key, value = shapes
         if site.sparse:
             tokens = math.prod(site.grid) if site.grid else query[2]
-            return sparse_cost(query, value[3], site.dtype, tokens, site.grid, self._config)
+            kv = (value[1], value[3])
+            return sparse_cost(query, kv, site.dtype, tokens, site.grid, self._config)
         dense = dense_flops(query, key, value[3])
         return Cost(dense, dense, {})
 
-    def _shape(self, operand: Operand) -> tuple[int, ...]:
-        sizes = self._shapes[operand.node]
-        return tuple(1 if dim is None else sizes[dim] for dim in operand.order)
+
+def _shapes_of(
+    call: Call, sizes: Mapping[Node, Sequence[int]]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """``[B, H, L, D]`` of queries, keys and values in a run; None where they are not of four."""
+    query, key, value = (
+        tuple(1 if dim is None else sizes[x.node][dim] for dim in x.order)
+        for x in (call.query, call.key, call.value)
+    )
+    return (query, key, value) if len(query) == len(key) == len(value) == 4 else None
 
 
 def run_graphs(
@@ -270,16 +280,27 @@ def run_graphs(
 class _Counting(Interpreter):
     """Runs a graph, notes sizes of some nodes and counts the operations of each module.
 
-    Operators that take functions (FlexAttention) run uncounted: torch's counter refuses them.
+    Attention that is one operator is counted by its shapes: torch's counter does not know those of
+    libraries. Other operators that take functions run uncounted: it refuses them.
     """
 
     def __init__(
-        self, gm: GraphModule, shapes: dict[Node, Sequence[int]], flops: Counter[str]
+        self,
+        gm: GraphModule,
+        shapes: dict[Node, Sequence[int]],
+        operators: Mapping[Node, Call],
+        flops: Counter[str],
     ) -> None:
         super().__init__(gm)
-        self._shapes, self._flops = shapes, flops
+        self._shapes, self._operators, self._flops = shapes, operators, flops
 
     def run_node(self, n: Node) -> Any:
+        if n in self._operators:
+            result = super().run_node(n)
+            if shapes := _shapes_of(self._operators[n], self._shapes):
+                query, key, value = shapes
+                self._flops[module_path(n)] += dense_flops(query, key, value[3])
+            return result
         if isinstance(n.target, HigherOrderOperator):
             return super().run_node(n)
         with model_counter() as counter:

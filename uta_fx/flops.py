@@ -48,13 +48,18 @@ def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
 
 
 def sparse_cost(
-    query: Shape, dim_v: int, dtype: torch.dtype, tokens: int, grid: Grid | None, config: Config
+    query: Shape,
+    kv: tuple[int, int],
+    dtype: torch.dtype,
+    tokens: int,
+    grid: Grid | None,
+    config: Config,
 ) -> Cost:
     """What self- or joint attention costs dense, and what ``config`` makes of it.
 
     Args:
         query: ``[B, H, L, D]``, a shape; keys are as long.
-        dim_v: Head dim of the values.
+        kv: Heads of keys and values, and head dim of the values.
         dtype: Of the tensors.
         tokens: Video tokens, at most L; the others are text: their rows and their keys for the
             video's rows stay exact.
@@ -63,7 +68,8 @@ def sparse_cost(
     """
     batch, heads, _, dim = query
     video = (batch, heads, tokens, dim)
-    parts = dict(_sparse_parts(video, dim_v, dtype, grid, config))
+    parts = dict(_sparse_parts(video, kv, dtype, grid, config))
+    dim_v = kv[1]
     dense = dense_flops(query, query, dim_v)
     parts["text"] = dense - dense_flops(video, video, dim_v)
     return Cost(dense, sum(parts.values()), parts)
@@ -71,7 +77,11 @@ def sparse_cost(
 
 @functools.cache
 def _sparse_parts(
-    shape: tuple[int, ...], dim_v: int, dtype: torch.dtype, grid: Grid | None, config: Config
+    shape: tuple[int, ...],
+    kv: tuple[int, int],
+    dtype: torch.dtype,
+    grid: Grid | None,
+    config: Config,
 ) -> tuple[tuple[str, int], ...]:
     """The video's own parts: the operation runs on the meta device and is counted.
 
@@ -80,8 +90,9 @@ def _sparse_parts(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    query, key = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-    value = query.new_empty((*shape[:3], dim_v))
+    batch, _, tokens, dim = shape
+    query = torch.empty(shape, dtype=dtype, device="meta")
+    key, value = (query.new_empty((batch, kv[0], tokens, width)) for width in (dim, kv[1]))
     parts: Counter[str] = Counter()
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),

@@ -37,6 +37,27 @@ class BlockStatistics:
         """float32 ``[B, H, Nk]``: natural log of ``size``."""
         return self.size.log().expand(self.key_mean.shape[:-1])
 
+    def for_heads(self, heads: int) -> BlockStatistics:
+        """The same for each of ``heads`` heads of queries, H or a multiple of it."""
+        pooled = {
+            field.name: for_heads(getattr(self, field.name), heads)
+            for field in dataclasses.fields(self)
+            if field.name != "size"
+        }
+        return dataclasses.replace(self, **pooled)
+
+
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, Hkv, ...]`` as ``[B, heads, ...]``: ``x.repeat_interleave(heads // Hkv, 1)``.
+
+    The same tensor where Hkv is ``heads``, a copy otherwise: what is constant along a part of the
+    heads has no strides.
+    """
+    if x.shape[1] == heads:
+        return x
+    shape = (x.shape[0], x.shape[1], heads // x.shape[1], *x.shape[2:])
+    return x.unsqueeze(2).expand(shape).flatten(1, 2)
+
 
 def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> BlockStatistics:
     """Pool ``key`` ``[B, H, L, D]`` and ``value`` ``[B, H, L, Dv]`` in blocks of ``block_kv``."""
