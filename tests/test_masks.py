@@ -101,6 +101,34 @@ def test_a_mask_that_hides_only_text_is_honoured(make):
     assert not torch.equal(outputs[0.3], outputs[1.0])
 
 
+class WithoutHeads(Joint):
+    """The same in tensors of three dimensions, the heads among the samples."""
+
+    def forward(self, video, text, seen):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(torch.cat([video, text], 1)).chunk(3, -1)
+        mask = self.make_mask(seen)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", [WithoutHeads, Joint])
+def test_a_mask_of_three_dimensions_is_honoured(of):
+    """``[2, 1, L]``: of two samples beside ``[B, L, D]``, of two heads beside ``[B, H, L, D]``."""
+
+    def make(seen):
+        return torch.cat([torch.ones(2, VIDEO, dtype=torch.bool), seen], 1)[:, None]
+
+    model, arguments = of(make), inputs()
+    (site,) = uta_fx.explain(model, *arguments, config=Config(**SETTINGS)).sites
+    assert site.sparse and site.text == (0, TEXT), site.reason
+    options = {**SETTINGS, "density": 1.0, "inner": "aot_eager"}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    dense = model(*arguments)
+    torch.testing.assert_close(compiled(*arguments), dense, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(of(lambda seen: None)(*arguments), dense)
+
+
 def from_outside(seen):
     return F.pad(seen, (VIDEO, 0), value=False)[:, None, None, :]
 

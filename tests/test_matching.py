@@ -82,8 +82,25 @@ def einsum_tokens_first(q, k, v):
     return torch.einsum("bshd,bhls->blhd", v, weights)
 
 
+def grouped(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+def grouped_and_repeated(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    k, v = (x[:, 1:].repeat_interleave(HEADS, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def grouped_and_expanded(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    k, v = (x[:, 1:, None].expand(-1, -1, HEADS, -1, -1).flatten(1, 2) for x in (k, v))
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
 FORMS = (
-    sdpa, sdpa_of_three_dimensions, matmul, matmul_divided, scaled_before, scale_on_the_left,
+    grouped, grouped_and_repeated, grouped_and_expanded, sdpa, sdpa_of_three_dimensions, matmul, matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
 )  # fmt: skip
 
@@ -247,6 +264,18 @@ def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):
     """One site each, with the condition."""
     (site,) = uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
     assert not site.sparse and re.match(reason, site.reason), site.reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [einsum_tokens_first, sdpa_of_three_dimensions, grouped])
+def test_a_form_goes_all_the_way_through_the_backend(form):
+    """Layouts that are brought to [B, H, L, D] first, with the compiler behind the passes."""
+    module, x = Attention(form).eval(), tokens()
+    for inner in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        options = {**SMALL, "density": 1.0, "inner": inner, "strict": True}
+        compiled = torch.compile(module, backend="uta", fullgraph=True, options=options)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=2e-6)
 
 
 def test_what_is_not_attention_is_no_site():
