@@ -133,9 +133,8 @@ def test_a_dense_site_costs_what_it_costs():
 )
 def test_policies_cost_what_they_multiply(config, products):
     """Products of queries with means or variances of key blocks: 2 H L Nk D each."""
-    cost = sparse_cost(
-        (1, 2, 192, 16), (2, 16), torch.float32, 192, (4, 6, 8), dataclasses.replace(SMALL, **config)
-    )
+    config = dataclasses.replace(SMALL, **config)
+    cost = sparse_cost((1, 2, 192, 16), (2, 16), torch.float32, 192, (4, 6, 8), config)
     assert cost.parts["scores"] == products * 2 * 2 * 192 * 12 * 16
 
 

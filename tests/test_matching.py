@@ -100,7 +100,8 @@ def grouped_and_expanded(q, k, v):
 
 
 FORMS = (
-    grouped, grouped_and_repeated, grouped_and_expanded, sdpa, sdpa_of_three_dimensions, matmul, matmul_divided, scaled_before, scale_on_the_left,
+    sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
+    matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
 )  # fmt: skip
 
