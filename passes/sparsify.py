@@ -17,7 +17,7 @@ from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import Grid, Operand, Site, value_of
-from uta_fx.passes.trace_axes import Size, Trace, same
+from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, same
 
 Replacement = Callable[..., torch.Tensor]
 
@@ -28,15 +28,16 @@ class Plan:
 
     Attributes:
         replacement: Makes what takes the place of a call, a function of q, k, v and, where there
-            is one, the mask: from the site's grid, the call's scale (None for torch's default) and,
-            of a joint site, the first video token and how many there are.
+            is one, the mask: from the site's grid, the call's scale (None for torch's default), of
+            a joint site the first video token and how many there are, and whether they alone have
+            queries.
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         is_dense_layer: Of a layer's index and the number of layers.
     """
 
-    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None], Replacement]
+    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None, bool], Replacement]
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
@@ -67,7 +68,7 @@ def _describe(
     query, key = call.query, call.key
     video: Video | str = ""
     if kind in ("self", "joint"):
-        video = locate_video(trace, trace.axis(query.node, query.token_dim), plan.grid)
+        video = _video_among_keys(call, trace, plan)
     known = video if isinstance(video, Video) else None
     tokens = known.tokens if known else query.shape[-2]
     exemption = _exemption(kind, tokens, layer, layers, plan)
@@ -81,7 +82,7 @@ def _describe(
         or _objection_to_mask(call, known)
     )
     text = None
-    if known and not same(known.tokens, query.shape[-2]):
+    if known and not same(known.tokens, key.shape[-2]):
         text = (_plain(known.before), _plain(known.after))
     return Site(
         name=call.path,
@@ -98,6 +99,20 @@ def _describe(
     )
 
 
+def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
+    """Where the video lies among the keys: its queries may be all that there are."""
+    tokens = trace.axis(call.query.node, call.query.token_dim)
+    keys = trace.axis(call.key.node, call.key.token_dim)
+    video = locate_video(trace, tokens, plan.grid)
+    if isinstance(video, str) or equal(tokens, keys):
+        return video
+    if not same(video.tokens, length(tokens)):
+        return "its queries are a part of its tokens, but not the video alone"
+    before = place_in(keys, tokens)
+    assert before is not None
+    return dataclasses.replace(video, before=before, after=length(keys) - before - length(tokens))
+
+
 _MERITS = {
     "self": "self-attention over video tokens",
     "joint": "joint attention: video tokens sparse, text exact for all and dense",
@@ -112,17 +127,18 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     for call, site in sites:
         if not site.sparse:
             continue
-        video = None
+        video, alone = None, False
         if site.text is not None:
             assert site.grid is not None and isinstance(site.text[0], int)
             video = (site.text[0], math.prod(site.grid))
+            alone = same(call.query.shape[-2], video[1])
         with gm.graph.inserting_before(call.place):
             operands = [
                 _canonical(gm.graph, x, call.dtype) for x in (call.query, call.key, call.value)
             ]
             masks = () if call.attn_mask is None else (_mask(gm.graph, call),)
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale, video), (*operands, *masks)
+                plan.replacement(site.grid, call.scale, video, alone), (*operands, *masks)
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
@@ -258,8 +274,10 @@ def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None
 def _objection_to_mask(call: Call, video: Video | None) -> str | None:
     if call.attn_mask is None:
         return None
-    if video is None or same(video.tokens, call.query.shape[-2]):
+    if video is None or same(video.tokens, call.key.shape[-2]):
         return "has an attention mask over its video tokens"
+    if same(video.tokens, call.query.shape[-2]):
+        return "has an attention mask for queries that are a part of its tokens"
     before, tokens = int(video.before), int(video.tokens)
     return hides(call.attn_mask, before, before + tokens)
 

@@ -300,6 +300,25 @@ def cut(axis: Axis, position: Size) -> tuple[Axis, Axis] | None:
     return (axis, ()) if same(position, done) else None
 
 
+def place_in(axis: Axis, part: Axis) -> int | None:
+    """Where in an axis the positions of ``part`` lie one after another; None where they do not."""
+    done: Size = 0
+    for run in axis:
+        if not isinstance(done, int):
+            break
+        for number, start in part[0].spans:
+            begins = [begin for other, begin in run.spans if other == number]
+            if not (begins and isinstance(start, int) and isinstance(begins[0], int)):
+                continue
+            place = done + start - begins[0]
+            rest = cut(axis, place) if place >= done else None
+            found = cut(rest[1], length(part)) if rest else None
+            if found and equal(found[0], part):
+                return place
+        done = done + run.length
+    return None
+
+
 def meet(axes: Sequence[Axis]) -> Axis | None:
     """The axis of a pointwise operation: positions come from every operand's positions."""
     first, *others = axes

@@ -123,6 +123,9 @@ def test_a_dense_site_costs_what_it_costs():
     assert (found.sparse_share, found.ideal_speedup) == (0.0, 1.0)
 
 
+SHAPE = (1, 2, 192, 16)
+
+
 @pytest.mark.parametrize(
     ("config", "products"),
     [
@@ -134,7 +137,7 @@ def test_a_dense_site_costs_what_it_costs():
 def test_policies_cost_what_they_multiply(config, products):
     """Products of queries with means or variances of key blocks: 2 H L Nk D each."""
     config = dataclasses.replace(SMALL, **config)
-    cost = sparse_cost((1, 2, 192, 16), (2, 16), torch.float32, 192, (4, 6, 8), config)
+    cost = sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config)
     assert cost.parts["scores"] == products * 2 * 2 * 192 * 12 * 16
 
 
@@ -142,7 +145,7 @@ def test_policies_cost_what_they_multiply(config, products):
 def test_a_tail_costs_what_its_reference_multiplies(kind):
     """With all blocks listed: torch counts the operator written in plain PyTorch."""
     config = dataclasses.replace(SMALL, density=1.0, tail=Tail(kind=kind))
-    cost = sparse_cost((1, 2, 192, 16), (2, 16), torch.float32, 192, (4, 6, 8), config)
+    cost = sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config)
     x = torch.ones(1, 2, 192, 16)
     arguments = operator_arguments(pool_blocks(x, x, x, config, None), x, x, config)
     with FlopCounterMode(display=False) as counter:

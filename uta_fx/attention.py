@@ -100,19 +100,22 @@ class SparseSite:
         grid: Frames, height and width of the video tokens; None keeps their order.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
+        alone: Whether the video alone has queries, and the others are keys and values.
     """
 
     config: Config
     grid: Grid | None
     scale: float | None
     video: tuple[int, int] | None = None
+    alone: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
-        return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
+        config, grid, scale, video = self.config, self.grid, self.scale, self.video
+        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)
 
 
 def reorder_tokens(
@@ -190,15 +193,18 @@ def _attend(
     grid: Grid | None,
     scale: float | None,
     video: tuple[int, int] | None,
+    alone: bool = False,
 ) -> Tensor:
     """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
     if video is None:
         return _attend_to_video(query, key, value, config, grid, scale)[0]
     # one set of numbers for all: a graph need not know that lengths of a run are equal
-    sizes = [*video, query.shape[2] - sum(video)]
+    sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
-    before_q, q, after_q = query.split(sizes, 2)
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+    if alone:
+        return _attend_to_both(query, (k, v), (text_k, text_v), None, config, grid, scale)
+    before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
     row = rows = None
@@ -209,17 +215,30 @@ def _attend(
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
 
-    output, lse = _attend_to_video(q, k, v, config, grid, scale)
-    text, text_lse = _attend_to_text(q, text_k, text_v, row, config, scale)
-    # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
-    share = (text_lse - lse).sigmoid()[..., None]
-    output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
+    output = _attend_to_both(q, (k, v), (text_k, text_v), row, config, grid, scale)
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _attend_to_both(
+    query: Tensor,
+    video: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    row: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    """Video queries over keys and values of the video and of the text, ``row`` a mask of text."""
+    output, lse = _attend_to_video(query, *video, config, grid, scale)
+    other, other_lse = _attend_to_text(query, *text, row, config, scale)
+    # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
+    share = (other_lse - lse).sigmoid()[..., None]
+    return torch.lerp(output.float(), other.float(), share).to(query.dtype)
 
 
 def _attend_to_video(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
     return Plan(
-        replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
+        replacement=functools.partial(SparseSite, config),
         min_tokens=config.min_tokens,
         needs_grid=config.reorder != "none",
         grid=config.grid,

@@ -245,8 +245,7 @@ class CountedGraph:
         query, key, value = shapes
         if site.sparse:
             tokens = math.prod(site.grid) if site.grid else query[2]
-            kv = (value[1], value[3])
-            return sparse_cost(query, kv, site.dtype, tokens, site.grid, self._config)
+            return sparse_cost(query, key, value[3], site.dtype, tokens, site.grid, self._config)
         dense = dense_flops(query, key, value[3])
         return Cost(dense, dense, {})
 

@@ -49,7 +49,8 @@ def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
 
 def sparse_cost(
     query: Shape,
-    kv: tuple[int, int],
+    key: Shape,
+    dim_v: int,
     dtype: torch.dtype,
     tokens: int,
     grid: Grid | None,
@@ -58,19 +59,19 @@ def sparse_cost(
     """What self- or joint attention costs dense, and what ``config`` makes of it.
 
     Args:
-        query: ``[B, H, L, D]``, a shape; keys are as long.
-        kv: Heads of keys and values, and head dim of the values.
+        query: ``[B, H, Lq, D]``, a shape.
+        key: ``[B, Hkv, Lk, D]``, a shape; Lk is Lq or more.
+        dim_v: Head dim of the values.
         dtype: Of the tensors.
-        tokens: Video tokens, at most L; the others are text: their rows and their keys for the
+        tokens: Video tokens, at most Lq; the others are text: their rows and their keys for the
             video's rows stay exact.
         grid: Frames, height and width of the video tokens; None keeps their order.
         config: Settings.
     """
     batch, heads, _, dim = query
     video = (batch, heads, tokens, dim)
-    parts = dict(_sparse_parts(video, kv, dtype, grid, config))
-    dim_v = kv[1]
-    dense = dense_flops(query, query, dim_v)
+    parts = dict(_sparse_parts(video, key[1], dim_v, dtype, grid, config))
+    dense = dense_flops(query, key, dim_v)
     parts["text"] = dense - dense_flops(video, video, dim_v)
     return Cost(dense, sum(parts.values()), parts)
 
@@ -78,7 +79,8 @@ def sparse_cost(
 @functools.cache
 def _sparse_parts(
     shape: tuple[int, ...],
-    kv: tuple[int, int],
+    kv_heads: int,
+    dim_v: int,
     dtype: torch.dtype,
     grid: Grid | None,
     config: Config,
@@ -92,7 +94,7 @@ def _sparse_parts(
 
     batch, _, tokens, dim = shape
     query = torch.empty(shape, dtype=dtype, device="meta")
-    key, value = (query.new_empty((batch, kv[0], tokens, width)) for width in (dim, kv[1]))
+    key, value = (query.new_empty((batch, kv_heads, tokens, width)) for width in (dim, dim_v))
     parts: Counter[str] = Counter()
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
