@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def uta(
         mode: As ``options["mode"]``.
 
     Raises:
-        ValueError: An option is unknown or out of range, or ``strict`` and a site stays dense.
+        ValueError: An option is unknown or out of range, ``strict`` and a site stays dense, or
+            ``dense_layers`` for a graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     options = dict(options or {})
@@ -58,7 +60,8 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     """Rewrite the graph in place and say what was done.
 
     Raises:
-        ValueError: ``strict`` and a video self-attention stays dense.
+        ValueError: ``strict`` and a video self-attention stays dense, or ``dense_layers`` for a
+            graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     plan = plan_of(config)
@@ -69,9 +72,12 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
-    note = note_on_layers(sites, config)
-    if note is not None:
+    if objection := objection_to_layers(sites, config):
+        raise ValueError(objection)
+    if note := note_on_layers(sites, config):
         logger.warning(note)
+    if not sites:
+        logger.warning("the graph has no attention: it is compiled as it is")
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -94,6 +100,23 @@ def plan_of(config: Config) -> Plan:
         needs_grid=config.reorder != "none",
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
+    )
+
+
+def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
+    """Why ``dense_layers`` cannot be honoured: nothing says which layers of a model these are.
+
+    The layers of a model are modules in a list, so that their paths hold a number. A block that is
+    compiled by itself has none, and is one graph for all layers that are like it.
+    """
+    layers = [site for site in sites if site.layer is not None]
+    numbered = any(re.search(r"(^|\.)\d+(\.|$)", site.name) for site in layers)
+    if not config.dense_layers or not layers or numbered:
+        return None
+    return (
+        f"dense_layers={config.dense_layers!r} needs a graph with a list of blocks: this one has"
+        f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
+        " use uta_fx.enable(model, config, blocks=True)"
     )
 
 

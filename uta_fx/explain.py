@@ -12,7 +12,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
-from uta_fx.backend import note_on_layers, plan_of
+from uta_fx.backend import note_on_layers, objection_to_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.flops import dense_flops, model_counter, sparse_cost
 from uta_fx.passes.find_calls import Call, module_path
@@ -188,9 +188,12 @@ def explain(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or Config()
     graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
-    notes = (note for graph in graphs for note in graph.notes)
+    notes = [note for graph in graphs for note in graph.notes]
+    sites = tuple(site for graph in graphs for site in graph.counted_sites())
+    if not sites:
+        notes.append("the model has no attention: there is nothing to make sparse")
     return Explanation(
-        sites=tuple(site for graph in graphs for site in graph.counted_sites()),
+        sites=sites,
         graphs=len(graphs),
         notes=tuple(dict.fromkeys(notes)),  # each once
         module_flops=sum((graph.flops for graph in graphs), Counter()),
@@ -219,7 +222,8 @@ class CountedGraph:
     @property
     def notes(self) -> list[str]:
         """What is odd about the configuration or the count, a sentence each."""
-        layers = note_on_layers([site for _, site in self.sites], self._config)
+        sites = [site for _, site in self.sites]
+        layers = objection_to_layers(sites, self._config) or note_on_layers(sites, self._config)
         targets = (node.target for node in self._gm.graph.nodes)
         left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)} - {FLEX}
         count = [f"operations inside {name} are not counted" for name in sorted(left_out)]
