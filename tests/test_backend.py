@@ -331,6 +331,20 @@ def test_nothing_rewritten_is_said(caplog):
     assert "no attention was rewritten" in caplog.text
 
 
+@torch.no_grad()
+def test_the_log_has_a_line_for_each_site_and_the_graph(caplog):
+    """At INFO and at DEBUG."""
+    with caplog.at_level(logging.DEBUG, logger="uta_fx"):
+        compile_uta(Attention(), reorder="none")(torch.randn(1, 256, 64))
+    ours = [record for record in caplog.records if record.name.startswith("uta_fx")]
+    line, graph = (record.getMessage() for record in ours)
+    assert line == (
+        "scaled_dot_product_attention (self, B H L D 1 x 2 x 256 x 32, 256 keys): sparse,"
+        " self-attention over video tokens"
+    )
+    assert graph.startswith("the rewritten graph:") and "uta_fx_attention_sparse_site(" in graph
+
+
 def test_a_gradient_is_refused_by_name():
     """Instead of a wrong or missing gradient."""
     with pytest.raises(Exception, match="forward-only"):

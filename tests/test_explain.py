@@ -1,5 +1,6 @@
 """uta_fx.explain: a table for people, sites and operations for programs."""
 
+import ast
 import dataclasses
 import json
 from collections import Counter
@@ -151,6 +152,22 @@ def test_a_tail_costs_what_its_reference_multiplies(kind):
     with FlopCounterMode(display=False) as counter:
         reference.sparse_attention(*arguments)
     assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops()
+
+
+def test_the_rewritten_graph_can_be_read_and_drawn(tmp_path):
+    """Code that is Python, with the sparse attention in it; a picture with each operation once."""
+    entry = next(entry for entry in MODELS if entry.name == "Wan")
+    found = entry.explain()
+    code, picture = found.dump(tmp_path / "graphs")
+    assert (code.name, picture.name) == ("graph_0.py", "graph_0.dot")
+    ast.parse(code.read_text())
+    assert code.read_text().count("= uta_fx_attention_sparse_site(") == 2
+    drawn = picture.read_text()
+    assert drawn.count("palegreen") == 2 and drawn.count("orange") == 2
+    assert 'label="blocks.1.attn1"' in drawn and "grid 4 x 6 x 8" in drawn
+    assert drawn.count("{") == drawn.count("}") and "weight" not in drawn
+    # the model's own graph is as it was
+    assert found.dump(tmp_path)[0].read_text() == code.read_text()
 
 
 def test_a_report_is_also_json():

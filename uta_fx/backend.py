@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from uta_fx.attention import SparseSite
 from uta_fx.config import Config
+from uta_fx.dump import readable
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
@@ -68,7 +69,11 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     pairs = understand(gm, plan)
     sites = [site for _, site in pairs]
     for site in sites:
-        logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
+        logger.info(
+            "%s (%s, B H L D %s, %s keys): %s, %s",
+            site.name, site.kind, " x ".join(map(str, site.shape)), site.length_kv,
+            "sparse" if site.sparse else "dense", site.reason,
+        )  # fmt: skip
     refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
@@ -87,6 +92,8 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
                 " under torch.no_grad() or torch.inference_mode()"
             )
         rewrite(gm, pairs, plan)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("the rewritten graph:\n%s", readable(gm))
     elif refused:
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
     return sites

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
+from uta_fx import dump
 from uta_fx.backend import note_on_layers, objection_to_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.flops import dense_flops, model_counter, sparse_cost
 from uta_fx.passes.find_calls import Call, module_path
 from uta_fx.passes.match_operators import FLEX
 from uta_fx.passes.site import Cost, Site
-from uta_fx.passes.sparsify import understand
+from uta_fx.passes.sparsify import rewrite, understand
 
 # what fullgraph=True switches on
 FULL_CAPTURE = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
@@ -38,12 +41,14 @@ class Explanation:
         notes: What is odd about the configuration, a sentence each.
         module_flops: Of the dense model, by path of the module whose forward makes them (those of
             its children not included, "" is the model itself); None where nobody counted.
+        traced: The graphs themselves, for ``dump``.
     """
 
     sites: tuple[Site, ...]
     graphs: int
     notes: tuple[str, ...] = ()
     module_flops: Mapping[str, int] | None = None
+    traced: tuple[CountedGraph, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def flops(self) -> int | None:
@@ -106,6 +111,21 @@ class Explanation:
                 for site in self.sites
             ],
         }
+
+    def dump(self, folder: str | Path) -> list[Path]:
+        """Write each graph as the backend would rewrite it: code to read, and a picture.
+
+        Args:
+            folder: Gets ``graph_0.py``, an operation a line with its shape, and ``graph_0.dot`` for
+                Graphviz (``dot -Tsvg``), and so on; made if it is not there.
+
+        Returns:
+            The files.
+        """
+        paths: list[Path] = []
+        for number, graph in enumerate(self.traced):
+            paths += dump.write(Path(folder), f"graph_{number}", *graph.rewritten())
+        return paths
 
     def __str__(self) -> str:
         header: tuple[str, ...] = (
@@ -197,6 +217,7 @@ def explain(
         graphs=len(graphs),
         notes=tuple(dict.fromkeys(notes)),  # each once
         module_flops=sum((graph.flops for graph in graphs), Counter()),
+        traced=tuple(graphs),
     )
 
 
@@ -233,6 +254,13 @@ class CountedGraph:
         """Run it dense."""
         self.runs += 1
         return _Counting(self._gm, self._shapes, self._operators, self.flops).run(*args)
+
+    def rewritten(self) -> tuple[GraphModule, list[Node]]:
+        """A copy with sparse attention in it, and its attention that stays dense."""
+        plan, gm = plan_of(self._config), copy.deepcopy(self._gm)
+        pairs = understand(gm, plan)
+        rewrite(gm, pairs, plan)
+        return gm, [call.place for call, site in pairs if not site.sparse]
 
     def counted_sites(self) -> list[Site]:
         """The sites with what they cost, and how many calls they stand for."""
