@@ -34,6 +34,7 @@ class Plan:
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
+        trust_masks: Whether a mask that the graph does not show to hide text alone is taken to.
         is_dense_layer: Of a layer's index and the number of layers.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
+    trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
 
 
@@ -79,7 +81,7 @@ def _describe(
         or _objection_to_kind(kind)
         or _objection_to_length(tokens, kind)
         or _objection_to_video(video, kind, plan)
-        or _objection_to_mask(call, known)
+        or _objection_to_mask(call, known, plan)
     )
     text = None
     if known and not same(known.tokens, key.shape[-2]):
@@ -271,7 +273,7 @@ def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None
     return None
 
 
-def _objection_to_mask(call: Call, video: Video | None) -> str | None:
+def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | None:
     if call.attn_mask is None:
         return None
     if video is None or same(video.tokens, call.key.shape[-2]):
@@ -279,7 +281,7 @@ def _objection_to_mask(call: Call, video: Video | None) -> str | None:
     if same(video.tokens, call.query.shape[-2]):
         return "has an attention mask for queries that are a part of its tokens"
     before, tokens = int(video.before), int(video.tokens)
-    return hides(call.attn_mask, before, before + tokens)
+    return hides(call.attn_mask, before, before + tokens, trusted=plan.trust_masks)
 
 
 def _plain(size: Size) -> int | str:

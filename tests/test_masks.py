@@ -179,6 +179,49 @@ def test_a_mask_that_may_do_more_leaves_the_site_dense(make, reason):
     assert not site.sparse and site.reason.startswith(reason), site.reason
 
 
+def as_it_comes(seen):
+    return seen[:, None, None, :]
+
+
+def as_it_comes_added(seen):
+    return torch.where(seen, 0.0, -torch.inf)[:, None, None, :]
+
+
+def as_it_comes_for_queries_too(seen):
+    rows = seen.view(2, 1, 1, LENGTH).repeat(1, 1, LENGTH, 1)
+    return rows & rows.transpose(2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [as_it_comes, as_it_comes_added, as_it_comes_for_queries_too])
+def test_a_mask_of_unknown_origin_may_be_trusted(make):
+    """Density 1 equals dense; where it hides video all the same, that sample's video is NaN."""
+    model, (video, text, seen) = Joint(make), inputs()
+    shown = torch.cat([torch.ones(2, VIDEO, dtype=torch.bool), seen], 1)
+    (site,) = uta_fx.explain(model, video, text, shown, config=Config(**SETTINGS)).sites
+    assert not site.sparse and site.reason.startswith("the graph does not show that its attention")
+    options = {**SETTINGS, "density": 1.0, "inner": "aot_eager", "trust_masks": True}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    output, dense = compiled(video, text, shown), model(video, text, shown)
+    seen = slice(0, VIDEO + 4) if make is as_it_comes_for_queries_too else slice(None)
+    torch.testing.assert_close(output[:, :, seen], dense[:, :, seen], rtol=1e-4, atol=1e-5)
+    for hidden in (0, VIDEO - 1):
+        shown[0, hidden] = False
+        output = compiled(video, text, shown)
+        assert output[0, :, :VIDEO].isnan().all()
+        torch.testing.assert_close(output[1, :, seen], dense[1, :, seen], rtol=1e-4, atol=1e-5)
+        shown[0, hidden] = True
+
+
+@torch.no_grad()
+def test_a_mask_that_differs_between_queries_is_not_trusted():
+    """It is not one of keys and one of queries."""
+    arguments, config = inputs(), Config(**SETTINGS, trust_masks=True)
+    for make in (causal, of_queries):
+        (site,) = uta_fx.explain(Joint(make), *arguments, config=config).sites
+        assert site.reason == "its attention mask differs from query to query"
+
+
 def scattered(q, text):
     x = q.new_zeros(q.shape[0], LENGTH, q.shape[2])
     return x.index_copy(1, torch.arange(LENGTH), torch.cat([q, text], 1))

@@ -300,6 +300,18 @@ def test_group_offload_works_by_blocks(wan, before):
     assert torch.equal(generate(wan, "wan")[-1], dense)
 
 
+def test_hunyuan_video_is_sparse_by_blocks_where_its_masks_are_trusted():
+    """A block does not show that its mask hides text alone: the same latents as of the whole."""
+    pipe, outputs = tiny_pipeline("hunyuan_video"), []
+    by_block = dataclasses.replace(SPARSE, grid=GRID, trust_masks=True)
+    for config, blocks in ((SPARSE, False), (by_block, True)):
+        uta_fx.enable(pipe, config, blocks=blocks)
+        outputs.append(generate(pipe, "hunyuan_video", steps=1)[-1])
+        uta_fx.disable(pipe)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.equal(outputs[0], generate(pipe, "hunyuan_video", steps=1)[-1])
+
+
 def test_a_cache_that_skips_blocks_does_not_make_the_schedule_drift(wan, monkeypatch):
     """The first half of the steps is dense by count, though most calls are left out."""
     module, decisions = sys.modules["uta_fx.enable"], []

@@ -207,21 +207,42 @@ def _attend(
     before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-    row = rows = None
+    row = rows = doubt = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+        if config.trust_masks:
+            doubt = _doubt(attn_mask, sizes)
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
 
     output = _attend_to_both(q, (k, v), (text_k, text_v), row, config, grid, scale)
+    if doubt is not None:
+        output = output + doubt.to(output.dtype)
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
+    """0 where a mask shows all video to all video, NaN elsewhere: ``[B or 1, H or 1, 1, 1]``.
+
+    Looks at the first video query and, where queries differ, at the first video key: the mask is
+    one of keys, or one of keys and one of queries.
+    """
+    start, tokens, _ = sizes
+    several = mask.shape[-2] != 1
+    lines = [mask.narrow(-1, start, tokens).narrow(-2, start if several else 0, 1)]
+    if several:
+        lines.append(mask.narrow(-2, start, tokens).narrow(-1, start, 1).transpose(-1, -2))
+    shown = torch.cat(lines, -1)
+    if mask.dtype != torch.bool:
+        shown = shown == 0
+    return torch.where(shown.all(-1, keepdim=True), 0.0, torch.nan)
 
 
 def _attend_to_both(

@@ -106,6 +106,7 @@ def plan_of(config: Config) -> Plan:
         min_tokens=config.min_tokens,
         needs_grid=config.reorder != "none",
         grid=config.grid,
+        trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
     )
 

@@ -370,7 +370,7 @@ MODELS = (
         sites=lambda c: {"joint": c.num_layers, "self": c.num_refiner_layers},
         grid=GRID,
         dense="the graph does not show that its attention mask leaves all video tokens seen",
-        note="sparse when its blocks are compiled by themselves, with a grid given",
+        note="sparse with `trust_masks`, or when its blocks are compiled by themselves; needs a grid",
     ),
     Model(
         name="HunyuanVideo Framepack",
@@ -452,8 +452,9 @@ MODELS = (
             }
         ),
         sites=lambda c: {
-            "joint": c.num_layers, "cross": c.num_layers // c.cross_attn_interval + c.LFE_depth,
+            "joint": c.num_layers + c.LFE_depth, "cross": c.num_layers // c.cross_attn_interval,
         },
+        note="five layers join learned queries and features of a face",
     ),
     Model(
         name="LTX-Video",
