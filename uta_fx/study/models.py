@@ -370,7 +370,7 @@ MODELS = (
         sites=lambda c: {"joint": c.num_layers, "self": c.num_refiner_layers},
         grid=GRID,
         dense="the graph does not show that its attention mask leaves all video tokens seen",
-        note="sparse with `trust_masks`, or when its blocks are compiled by themselves; needs a grid",
+        note="sparse with `trust_masks`, or block by block; both with a grid given",
     ),
     Model(
         name="HunyuanVideo Framepack",
