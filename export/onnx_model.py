@@ -168,10 +168,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         variance_weight: float,
         variance_power: float,
         block_q: int,
+        rows: int,
     ) -> Any:
         return nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
+            rows=rows,
         )  # fmt: skip
 
     def squeeze(x: Any, dim: int) -> Any:

@@ -157,6 +157,21 @@ def _copy_blocks(
 
 
 @gluon.jit
+def wait_for_turn(turns, j, WHICH: gl.constexpr):
+    """Wait until the other group has its products of step j - 1, or j, in the tensor cores' queue.
+
+    Groups take turns, 0 first: while the products of one are computed, the other has its softmax.
+    """
+    mbarrier.wait(turns.index(WHICH), (j + 1 - WHICH) & 1)
+
+
+@gluon.jit
+def pass_turn(turns, WHICH: gl.constexpr):
+    """Let the other group go on."""
+    mbarrier.arrive(turns.index(1 - WHICH))
+
+
+@gluon.jit
 def _softmax_step(s, row_max, row_sum, scale_log2):
     """Weights of one tile of logits and the running softmax after it."""
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
@@ -167,7 +182,7 @@ def _softmax_step(s, row_max, row_sum, scale_log2):
 
 @gluon.jit
 def _attend(
-    q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
+    q_base, o_base, lse_base, k_ring, v_ring, full, empty, turns, plan,
     q_sm, o_sm, rows, last_keys, scale_log2,
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -185,6 +200,7 @@ def _attend(
     first = gl.minimum(ragged, 1)  # entries before those in turns
     own = ragged >> WHICH & 1  # and of them this query block's
     count = own + gl.load(plan + 1 + WHICH)
+    steps = gl.maximum(count, (ragged >> (1 - WHICH) & 1) + gl.load(plan + 2 - WHICH))
 
     q_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, Q_LAYOUT))
     q_dims = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
@@ -214,7 +230,9 @@ def _attend(
         stage = at % STAGES
         mbarrier.wait(full.index(stage), at // STAGES & 1)
         k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
+        wait_for_turn(turns, 0, WHICH)
         s = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
+        pass_turn(turns, WHICH)
         s = warpgroup_mma_wait(0, deps=[s])
         if not EVEN:
             inside = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT)) < last_keys
@@ -229,9 +247,11 @@ def _attend(
             stage = at % STAGES
             mbarrier.wait(full.index(stage), at // STAGES & 1)
             k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
+            wait_for_turn(turns, j, WHICH)
             s = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
             v = v_ring.index(before).reshape([BLOCK, D])
             acc = warpgroup_mma(p16, v, acc, is_async=True)
+            pass_turn(turns, WHICH)
             s = warpgroup_mma_wait(1, deps=[s])
             p, shrink, row_max, row_sum = _softmax_step(s, row_max, row_sum, scale_log2)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -242,6 +262,9 @@ def _attend(
         acc = warpgroup_mma(p16, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(stage))
+    for j in range(count, steps):  # the other has more
+        wait_for_turn(turns, j, WHICH)
+        pass_turn(turns, WHICH)
 
     divisor = gl.where(row_sum == 0.0, 1.0, row_sum)
     acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -284,19 +307,22 @@ def _paired_kernel(
     v_ring = gl.allocate_shared_memory(v_desc.dtype, shape, v_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
 
     gl.warp_specialize(
         [
             (_attend, (
-                q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
+                q_base, o_base, lse_base, k_ring, v_ring, full, empty, turns, plan,
                 q_sm, o_sm, rows, last_keys, scale_log2,
                 0, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
             )),
             (_attend, (
-                q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
+                q_base, o_base, lse_base, k_ring, v_ring, full, empty, turns, plan,
                 q_sm, o_sm, rows, last_keys, scale_log2,
                 1, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
             )),

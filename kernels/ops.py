@@ -18,6 +18,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 BLOCK_SIZES = (16, 32, 64, 128)
+MIN_GROUPS = 4  # of rows in a query block
 
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
@@ -29,7 +30,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
-    " float scale, float variance_weight, float variance_power, int block_q) -> Tensor",
+    " float scale, float variance_weight, float variance_power, int block_q, int rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
@@ -155,6 +156,7 @@ def check_block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     _check_blocked("query", query, "block_q", block_q)
@@ -163,6 +165,10 @@ def check_block_scores(
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("log_size", log_size, (batch, heads, blocks))
+    if rows < 1 or block_q % rows or block_q // rows < MIN_GROUPS:
+        raise ValueError(
+            f"rows must divide block_q, {block_q}, into at least {MIN_GROUPS} groups, got {rows}"
+        )
     if variance_power < 0:
         raise ValueError(f"variance_power must not be negative, got {variance_power}")
     for name, tensor, dtype in (
@@ -274,7 +280,7 @@ def _fake_sparse_attention(
 
 def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
-    block_q = rest[-1]
+    block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
     return query.new_empty(shape, dtype=torch.float32)
 

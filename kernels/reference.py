@@ -31,12 +31,13 @@ def sparse_attention(
     Query row i of query block n sees the tokens of its listed blocks with logit ``s q_i.k_j`` and
     value ``v_j``, and every representative r of its tail with
 
-        sigma2 = sum_c (s q_ic)^2 tail_variance_rc               (0 without a variance)
+        sigma2 = sum_c mean over rows j of block n of (s q_jc)^2 tail_variance_rc      (or 0)
         logit  = s q_i.tail_key_r + tail_log_size_r + variance_weight * sigma2 / 2
         value  = tail_value_r + (s q_i @ tail_slope) / (1 + sigma2)      (no slope: tail_value_r)
 
     which is UTA's equation 14 with any number of representatives; variance and slope are the
-    second-order mass and first-order value of a block whose logits and values are Gaussian.
+    second-order mass and first-order value of a block whose logits and values are Gaussian. The
+    variance of the logits is that of the whole query block: one number for each pair of blocks.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -70,7 +71,10 @@ def sparse_attention(
 
     logits = (query * scale) @ key.transpose(-1, -2)
     logits = logits.masked_fill(~exact[:, :, rows][..., columns], -torch.inf)
-    tail, sigma2 = _tail_logits(query, tail_key, tail_log_size, tail_variance, scale, rows)
+    tail = _tail_logits(query * scale, tail_key, tail_log_size, rows)
+    sigma2 = tail.new_zeros(())
+    if tail_variance.shape[2]:
+        sigma2 = pooled_variance(query, tail_variance, scale, block_q)[:, :, rows]
     tail = tail + variance_weight / 2 * sigma2
     if tail_key.dim() == 4 and tail_key.shape[-2]:
         tail = tail.masked_fill(exact[:, :, rows], -torch.inf)
@@ -102,15 +106,18 @@ def block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> Tensor:
-    """Pooled attention of each query row on each key block, weighted and averaged over the block.
+    """Pooled attention of groups of query rows on each key block, weighted, root mean square.
 
-        sigma2_ib = sum_c (s q_ic)^2 key_variance_bc
-        p_i       = softmax_b(s q_i.key_mean_b + log_size_b + variance_weight * sigma2_ib / 2)
-        score_nb  = mean over rows i of query block n of p_ib * sigma2_ib ** variance_power
+    Group g holds ``rows`` consecutive query rows; q_g is their mean, and so is that of squares.
+
+        sigma2_gb = sum_c mean over rows i of group g of (s q_ic)^2 key_variance_bc
+        p_g       = softmax_b(s q_g.key_mean_b + log_size_b + variance_weight * sigma2_gb / 2)
+        score_nb  = sqrt(mean over groups g of query block n of (p_gb sigma2_gb^variance_power)^2)
 
     With power 1 this is the expected error of aggregating block b (``low_delta``), with power 0
-    the share of attention that b is estimated to hold.
+    the attention that b is estimated to hold. Its square adds up over rows, as squared errors do.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -121,19 +128,22 @@ def block_scores(
         variance_weight: As in ``sparse_attention``.
         variance_power: Exponent of sigma2 in the score, at least 0.
         block_q: Query rows in a block; the last one may be ragged.
+        rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
 
     Returns:
         ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs), not negative.
     """
     accumulator = _accumulator(query)
     scaled = query.to(accumulator) * scale
-    sigma2 = scaled.square() @ key_variance.to(accumulator).transpose(-1, -2)
-    logits = scaled @ key_mean.to(accumulator).transpose(-1, -2)
+    groups = torch.cat([x.mean(3) for x in split_blocks(scaled, rows)], 2)
+    sigma2 = pooled_variance(query, key_variance, scale, rows)
+    logits = groups @ key_mean.to(accumulator).transpose(-1, -2)
     logits = logits + log_size[..., None, :].to(accumulator) + variance_weight / 2 * sigma2
     scores = logits.softmax(-1)
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
-    return torch.cat([rows.mean(3) for rows in split_blocks(scores, block_q)], 2)
+    blocks = split_blocks(scores.square(), block_q // rows)
+    return torch.cat([x.mean(3) for x in blocks], 2).sqrt()
 
 
 def block_statistics(
@@ -201,24 +211,32 @@ def listed_blocks(block_ids: Tensor, block_counts: Tensor, blocks: int) -> tuple
     return mask.scatter(-1, spill, True)[..., :blocks], (inside | ~used).all(-1)
 
 
-def _tail_logits(
-    query: Tensor,
-    tail_key: Tensor,
-    tail_log_size: Tensor,
-    tail_variance: Tensor,
-    scale: float,
-    rows: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, H, Lq, R]`` without their variance term, and sigma2 (a zero without one)."""
-    scaled = query * scale
+def pooled_variance(query: Tensor, variance: Tensor, scale: float, block_q: int) -> Tensor:
+    """Variance of the logits of each query block in each key block, channel by channel.
+
+        sigma2_nb = sum_c mean over rows i of block n of (s q_ic)^2 variance_bc
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        variance: Of the keys, ``[B, H, Nk, D]``.
+        scale: s.
+        block_q: Query rows in a block; the last one may be ragged.
+
+    Returns:
+        ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs).
+    """
+    accumulator = _accumulator(query)
+    square = (query.to(accumulator) * scale).square()
+    mean = torch.cat([rows.mean(3) for rows in split_blocks(square, block_q)], 2)
+    return mean @ variance.to(accumulator).transpose(-1, -2)
+
+
+def _tail_logits(scaled: Tensor, tail_key: Tensor, tail_log_size: Tensor, rows: Tensor) -> Tensor:
+    """Logits ``[B, H, Lq, R]`` without their variance term."""
     if tail_key.dim() == 5:
         logits = torch.einsum("bhid,bhird->bhir", scaled, tail_key[:, :, rows])
-        logits = logits + tail_log_size[:, :, rows]
-    else:
-        logits = scaled @ tail_key.transpose(-1, -2) + tail_log_size[:, :, None]
-    if tail_variance.shape[2]:
-        return logits, scaled.square() @ tail_variance.transpose(-1, -2)
-    return logits, logits.new_zeros(())
+        return logits + tail_log_size[:, :, rows]
+    return scaled @ tail_key.transpose(-1, -2) + tail_log_size[:, :, None]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

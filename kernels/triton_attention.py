@@ -110,8 +110,14 @@ def _tail_kernel(
     if SIGN != 1:
         q = (q * SIGN).to(q.dtype)
     if HAS_VARIANCE:
-        scaled = q.to(tl.float32) * scale
-        q_square = (scaled * scaled).to(q.dtype)  # [BLOCK_M, D_PADDED]
+        first_of_block = q_block * BLOCK_Q
+        square = tl.zeros([D_PADDED], tl.float32)  # of the query block, which may be many tiles
+        for part in tl.static_range(BLOCK_Q // BLOCK_M):
+            rows = first_of_block + part * BLOCK_M + offs_m
+            ptrs = q_ptr + batch * q_sb + head * q_sh + rows[:, None] * q_sm + d[None, :]
+            some = _load_rows(ptrs, rows < length_q, inside_d, True, PAD_D).to(tl.float32) * scale
+            square += tl.sum(some * some, 0)
+        square = square / tl.minimum(length_q - first_of_block, BLOCK_Q).to(tl.float32)
 
     tail_k_base = tail_k_ptr + batch * tail_k_sb + head * tail_k_sh + q_block * tail_k_sn
     tail_v_base = tail_v_ptr + batch * tail_v_sb + head * tail_v_sh + q_block * tail_v_sn
@@ -139,11 +145,10 @@ def _tail_kernel(
         if HAS_VARIANCE:
             var_ptrs = var_base + first * tail_var_sr + offs_var
             variance = _load_rows(var_ptrs, inside, inside_d, True, PAD_D)  # [BLOCK_N, D_PADDED]
-            sigma2 = tl.dot(q_square, tl.trans(variance), input_precision=PRECISION)
+            sigma2 = tl.sum(variance.to(tl.float32) * square[None, :], 1)  # [BLOCK_N]
+            bias += sigma2 * half_weight_log2
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         logits = logits * scale_log2 + bias[None, :]
-        if HAS_VARIANCE:
-            logits += sigma2 * half_weight_log2
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
         base = tl.where(new_max == -float("inf"), 0.0, new_max)
@@ -151,7 +156,7 @@ def _tail_kernel(
         shrink = tl.exp2(row_max - base)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         if HAS_SLOPE:
-            damped = p / (1.0 + sigma2) if HAS_VARIANCE else p
+            damped = p * (1.0 / (1.0 + sigma2))[None, :] if HAS_VARIANCE else p
             gain = gain * shrink + tl.sum(damped, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max

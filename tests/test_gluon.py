@@ -73,18 +73,19 @@ from uta_fx.kernels import gluon_tail as t
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
-tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
+slope = map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
 constants = {"D": g.HEAD_DIM, "BLOCK": g.BLOCK, "SIGN": -1}
 if sys.argv[1] == "listed":
-    function = g._paired_kernel
+    function, rows = g._paired_kernel, g.BLOCK
     constants |= {"PLAN": g.PLAN, "STAGES": g.STAGES, "EVEN": False, "RESUME": True}
 else:
-    function = t._paired_tail_kernel
+    function, rows = t._paired_tail_kernel, t.STEP
     constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
+tile = map_of(rows, g.HEAD_DIM, layout)
 types = {
     "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
-    "size_ptr": "*fp32", "listed_ptr": "*u8", "k_desc": tile, "v_desc": tile, "var_desc": tile,
-    "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16", "k_desc": tile,
+    "v_desc": tile, "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
 } | dict.fromkeys(constants, "constexpr")
 signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(

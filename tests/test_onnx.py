@@ -111,8 +111,10 @@ def test_the_function_of_scores_is_the_operator(power):
         "key_variance": torch.rand(2, 3, 5, 24, generator=generator),
         "log_size": torch.rand(2, 3, 5, generator=generator),
     }
-    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32}
-    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32)
+    attributes = {
+        "scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32, "rows": 2,
+    }  # fmt: skip
+    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
     function = onnx_functions.block_scores_function(18, power)
     (scores,) = run_node(function, inputs, attributes, [exact])
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
