@@ -222,7 +222,7 @@ def test_statistics_are_over_true_tokens(length):
     """A ragged last block has its own mean and variance."""
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 2, length, 16, generator=generator).unbind()
-    statistics = block_statistics(k, v, 32)
+    statistics = block_statistics(k, v, 32, k.shape[1])
     assert statistics.size.sum() == length
     torch.testing.assert_close(
         statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2)

@@ -155,7 +155,7 @@ def pool_blocks(
     """
     return Selection(
         query=query,
-        statistics=block_statistics(key, value, config.block_kv).for_heads(query.shape[1]),
+        statistics=block_statistics(key, value, config.block_kv, query.shape[1]),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,

@@ -40,11 +40,11 @@ def dot(gm: GraphModule, dense: Collection[Node]) -> str:
     for number, (path, nodes) in enumerate(boxes.items()):
         lines.append(f"  subgraph cluster_{number} {{")
         lines.append(f"    label={json.dumps(path)}")
-        lines += [f"    {node.name} [{_look(node, dense)}]" for node in nodes]
+        lines += [f'    "{node.name}" [{_look(node, dense)}]' for node in nodes]
         lines.append("  }")
     kept = set(drawn)
     lines += [
-        f"  {source.name} -> {node.name}"
+        f'  "{source.name}" -> "{node.name}"'
         for node in drawn
         for source in node.all_input_nodes
         if source in kept
