@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from operator import getitem
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def _known(node: Node, name: str) -> Fused:
             objection = objection or f"{name} has {argument}"
     query, key, value = (_operand(roles.pop(role), layout) for role in ("query", "key", "value"))
     result, other = _results(node)
-    objection = objection or (f"{name} returns more than is known here" if other else None)
+    objection = objection or (f"another output of {name} is used" if other else None)
     return Fused(node, result, query, key, value, layout, objection, **roles)
 
 
@@ -144,7 +145,7 @@ def _flex(gm: GraphModule, node: Node) -> Fused:
     elif not _shows_everything(gm, block_mask):
         objection = "FlexAttention has a block mask"
     elif other:
-        objection = "FlexAttention returns its log-sum-exp"
+        objection = "another output of FlexAttention is used"
     q, k, v = (_operand(x, _HEADS_FIRST) for x in (query, key, value))
     return Fused(node, result, q, k, v, _HEADS_FIRST, objection, scale=scale)
 
@@ -178,12 +179,12 @@ def _operand(node: Node, layout: tuple[int, ...]) -> Operand:
 
 
 def _results(node: Node) -> tuple[Node | None, bool]:
-    """The node of the first output, and whether another output is used."""
+    """The node of the first output, and whether anything else of the outputs is used."""
     if isinstance(recorded(node), torch.Tensor):
         return node, False
-    used = [user for user in node.users if user.users]
-    first = [user for user in used if user.args[1] == 0]
-    return (first[0] if first else None), len(used) > len(first)
+    used = [user for user in node.users if user.users or user.op == "output"]
+    first = [user for user in used if user.target is getitem and user.args[1] == 0]
+    return (first[0] if first else None), len(used) > 1
 
 
 def _overload(target: Any) -> OpOverload | None:

@@ -238,6 +238,11 @@ def with_log_sum_exp(q, k, v):
     return out, lse
 
 
+def flex_with_log_sum_exp(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, return_lse=True)
+
+
 def flex_scored(q, k, v):
     return flex(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs())
 
@@ -258,7 +263,8 @@ def unknown(q, k, v):
         (windowed, "flash_attn::_flash_attn_forward has window_size_left"),
         (capped, "flash_attn::_flash_attn_forward has softcap"),
         (descaled, "flash_attn_3::_flash_attn_forward has k_descale"),
-        (with_log_sum_exp, "flash_attn_3::_flash_attn_forward returns more than is known here"),
+        (with_log_sum_exp, "another output of flash_attn_3::_flash_attn_forward is used"),
+        (flex_with_log_sum_exp, "another output of FlexAttention is used"),
         (flex_scored, "FlexAttention has a score_mod"),
         (flex_masked, "FlexAttention has a block mask"),
         (unknown, "mylib::fancy_attn is not known to be plain attention"),
