@@ -48,7 +48,8 @@ def test_it_prints_a_table_of_sites():
 def test_a_model_without_attention_has_no_site():
     """Nothing is found and nothing is claimed."""
     explanation = uta_fx.explain(nn.Linear(4, 4), torch.ones(4))
-    assert explanation.sites == () and str(explanation).endswith("0 of 0 sites sparse, 1 graph")
+    assert explanation.sites == () and "\n0 of 0 sites sparse, 1 graph\n" in str(explanation)
+    assert explanation.notes == ("the model has no attention: there is nothing to make sparse",)
 
 
 def test_a_compiled_model_is_explained_as_the_model_itself():
