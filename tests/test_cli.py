@@ -146,12 +146,13 @@ def test_generate_writes_pictures_and_a_table(tmp_path):
     assert gif.n_frames == 16
 
 
-def test_explain_lists_every_site():
-    """Eight layers of self-attention sparse, eight of cross-attention dense."""
-    result = run("explain")
+def test_explain_lists_every_site(tmp_path):
+    """Eight layers of self-attention sparse, eight of cross-attention dense; the graph in files."""
+    result = run("explain", "--dump", str(tmp_path / "graphs"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("self-attention over video tokens") == 8
     assert "8 of 16 sites sparse, 1 graph" in result.stdout
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["graph_0.dot", "graph_0.py"]
 
 
 def test_explain_needs_no_weights_of_a_released_model():

@@ -14,7 +14,7 @@ from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
 from uta_fx.policies import Selection
-from uta_fx.statistics import block_statistics
+from uta_fx.statistics import block_statistics, for_heads
 
 
 def sparse_attention(
@@ -35,8 +35,9 @@ def sparse_attention(
 
     Args:
         query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
+            keys and values.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; None for the defaults. ``min_tokens``, ``dense_layers``, ``dense_until``,
             ``inner`` and ``strict`` concern graphs and have no effect here.
         grid: Frames, height and width of the video tokens, with their number as product; None takes
@@ -61,11 +62,14 @@ def sparse_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    batch, heads, length, _ = query.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[:3] != query.shape[:3]:
+        shared = key.shape[1] and heads % key.shape[1] == 0
+        if not shared or tensor.shape[:3] != (batch, key.shape[1], length):
             raise ValueError(
-                f"{name} must have the batch, heads and length of query,"
-                f" {tuple(query.shape[:3])}, got {tuple(tensor.shape[:3])}"
+                f"{name} must have the batch and length of query, and a number of heads that"
+                f" divides its, {(batch, heads, length)}, the same for key and value;"
+                f" got {tuple(tensor.shape[:3])}"
             )
     tokens = query.shape[2] - sum(text)
     if min(text) < 0 or tokens < 1:
@@ -96,19 +100,22 @@ class SparseSite:
         grid: Frames, height and width of the video tokens; None keeps their order.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
+        alone: Whether the video alone has queries, and the others are keys and values.
     """
 
     config: Config
     grid: Grid | None
     scale: float | None
     video: tuple[int, int] | None = None
+    alone: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
-        return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
+        config, grid, scale, video = self.config, self.grid, self.scale, self.video
+        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)
 
 
 def reorder_tokens(
@@ -118,8 +125,8 @@ def reorder_tokens(
 
     Args:
         query: ``[B, H, L, D]``.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         grid: Frames, height and width of the tokens; None keeps their order.
 
@@ -141,14 +148,14 @@ def pool_blocks(
 
     Args:
         query: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
     """
     return Selection(
         query=query,
-        statistics=block_statistics(key, value, config.block_kv),
+        statistics=block_statistics(key, value, config.block_kv, query.shape[1]),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
@@ -163,11 +170,12 @@ def operator_arguments(
 
     Args:
         selection: Of ``pool_blocks``.
-        key: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, in the order in which tokens are blocked.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; those that ``selection`` holds too are taken from there.
     """
     tail = config.tail_form()
+    key, value = (for_heads(x, selection.query.shape[1]) for x in (key, value))
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
@@ -185,34 +193,73 @@ def _attend(
     grid: Grid | None,
     scale: float | None,
     video: tuple[int, int] | None,
+    alone: bool = False,
 ) -> Tensor:
     """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
     if video is None:
         return _attend_to_video(query, key, value, config, grid, scale)[0]
     # one set of numbers for all: a graph need not know that lengths of a run are equal
-    sizes = [*video, query.shape[2] - sum(video)]
+    sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
-    before_q, q, after_q = query.split(sizes, 2)
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+    if alone:
+        return _attend_to_both(query, (k, v), (text_k, text_v), None, config, grid, scale)
+    before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-    row = rows = None
+    row = rows = doubt = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+        if config.trust_masks:
+            doubt = _doubt(attn_mask, sizes)
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
 
-    output, lse = _attend_to_video(q, k, v, config, grid, scale)
-    text, text_lse = _attend_to_text(q, text_k, text_v, row, config, scale)
-    # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
-    share = (text_lse - lse).sigmoid()[..., None]
-    output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
-    others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
+    output = _attend_to_both(q, (k, v), (text_k, text_v), row, config, grid, scale)
+    if doubt is not None:
+        output = output + doubt.to(output.dtype)
+    others = F.scaled_dot_product_attention(
+        others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
+def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
+    """0 where a mask shows all video to all video, NaN elsewhere: ``[B or 1, H or 1, 1, 1]``.
+
+    Looks at the first video query and, where queries differ, at the first video key: the mask is
+    one of keys, or one of keys and one of queries.
+    """
+    start, tokens, _ = sizes
+    several = mask.shape[-2] != 1
+    lines = [mask.narrow(-1, start, tokens).narrow(-2, start if several else 0, 1)]
+    if several:
+        lines.append(mask.narrow(-2, start, tokens).narrow(-1, start, 1).transpose(-1, -2))
+    shown = torch.cat(lines, -1)
+    if mask.dtype != torch.bool:
+        shown = shown == 0
+    return torch.where(shown.all(-1, keepdim=True), 0.0, torch.nan)
+
+
+def _attend_to_both(
+    query: Tensor,
+    video: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    row: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    """Video queries over keys and values of the video and of the text, ``row`` a mask of text."""
+    output, lse = _attend_to_video(query, *video, config, grid, scale)
+    other, other_lse = _attend_to_text(query, *text, row, config, scale)
+    # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
+    share = (other_lse - lse).sigmoid()[..., None]
+    return torch.lerp(output.float(), other.float(), share).to(query.dtype)
 
 
 def _attend_to_video(
@@ -246,6 +293,7 @@ def _attend_to_text(
     mask goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
+    key, value = (for_heads(x, heads) for x in (key, value))
     blocks = -(-length // block)
     size = torch.zeros(key.shape[2], device=query.device)
     if mask is not None:

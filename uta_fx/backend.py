@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.fx import GraphModule
 
 from uta_fx.attention import SparseSite
 from uta_fx.config import Config
+from uta_fx.dump import readable
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
@@ -36,7 +39,8 @@ def uta(
         mode: As ``options["mode"]``.
 
     Raises:
-        ValueError: An option is unknown or out of range, or ``strict`` and a site stays dense.
+        ValueError: An option is unknown or out of range, ``strict`` and a site stays dense, or
+            ``dense_layers`` for a graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     options = dict(options or {})
@@ -57,20 +61,28 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     """Rewrite the graph in place and say what was done.
 
     Raises:
-        ValueError: ``strict`` and a video self-attention stays dense.
+        ValueError: ``strict`` and a video self-attention stays dense, or ``dense_layers`` for a
+            graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     plan = plan_of(config)
     pairs = understand(gm, plan)
     sites = [site for _, site in pairs]
     for site in sites:
-        logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
+        logger.info(
+            "%s (%s, B H L D %s, %s keys): %s, %s",
+            site.name, site.kind, " x ".join(map(str, site.shape)), site.length_kv,
+            "sparse" if site.sparse else "dense", site.reason,
+        )  # fmt: skip
     refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
-    note = note_on_layers(sites, config)
-    if note is not None:
+    if objection := objection_to_layers(sites, config):
+        raise ValueError(objection)
+    if note := note_on_layers(sites, config):
         logger.warning(note)
+    if not sites:
+        logger.warning("the graph has no attention: it is compiled as it is")
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -80,6 +92,8 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
                 " under torch.no_grad() or torch.inference_mode()"
             )
         rewrite(gm, pairs, plan)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("the rewritten graph:\n%s", readable(gm))
     elif refused:
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
     return sites
@@ -88,11 +102,29 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
     return Plan(
-        replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
+        replacement=functools.partial(SparseSite, config),
         min_tokens=config.min_tokens,
         needs_grid=config.reorder != "none",
         grid=config.grid,
+        trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
+    )
+
+
+def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
+    """Why ``dense_layers`` cannot be honoured: nothing says which layers of a model these are.
+
+    The layers of a model are modules in a list, so that their paths hold a number. A block that is
+    compiled by itself has none, and is one graph for all layers that are like it.
+    """
+    layers = [site for site in sites if site.layer is not None]
+    numbered = any(re.search(r"(^|\.)\d+(\.|$)", site.name) for site in layers)
+    if not config.dense_layers or not layers or numbered:
+        return None
+    return (
+        f"dense_layers={config.dense_layers!r} needs a graph with a list of blocks: this one has"
+        f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
+        " use uta_fx.enable(model, config, blocks=True)"
     )
 
 

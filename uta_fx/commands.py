@@ -179,12 +179,21 @@ def explain(
         int, typer.Option(help="Sites with fewer tokens stay dense.")
     ] = DEFAULTS.min_tokens,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the rewritten graphs: graph_0.py to read and graph_0.dot for Graphviz,"
+            " and so on."
+        ),
+    ] = None,
 ) -> None:
     """List every attention of a model: sparse or dense, why, and what it saves in operations.
 
     Traces on the meta device: no weights, no GPU, seconds.
     """
     config = Config(density=density, min_tokens=min_tokens)
+    if dump is not None:
+        _check_folder(dump)
     about: dict[str, Any] = {"density": density}
     if model is None:
         given = {"size": size, "height": height, "width": width, "frames": frames}
@@ -202,6 +211,8 @@ def explain(
         if not as_json:
             print(f"{real.title}, {clip}, density {density:g}\n")
     print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)
+    if dump is not None:
+        found.dump(dump)
 
 
 def _explain_shipped(config: Config) -> Explanation:

@@ -31,10 +31,14 @@ class Config:
         reorder: ``"auto"`` or ``"tile"``: compact 3-D tiles; ``"morton"``: the Z-order curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
+        trust_masks: Take an attention mask for one that hides text alone where the graph does not
+            show it, as in a block that is compiled by itself. What the mask of a run hides of the
+            video all the same makes the video's output of that sample NaN.
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
             A layer is a self-attention call of the graph. Those that a graph does not have are
-            logged, not refused: it may be a part of the model.
+            logged, not refused: it may be a part of the model. A graph without a list of blocks,
+            which may be a block by itself, is refused.
         dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
             ``uta_fx.enable``, which sees the schedule.
         inner: Name of the ``torch.compile`` backend that gets the rewritten graph.
@@ -55,6 +59,7 @@ class Config:
     block_kv: int = 64
     reorder: str = "auto"
     grid: Grid | None = None
+    trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
     dense_until: float = 0.0
@@ -88,8 +93,9 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        for name in ("strict", "trust_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.inner, str) or not self.inner:
             raise TypeError(
                 f"inner must be the name of a torch.compile backend, got {self.inner!r}"

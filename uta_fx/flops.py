@@ -48,30 +48,42 @@ def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
 
 
 def sparse_cost(
-    query: Shape, dim_v: int, dtype: torch.dtype, tokens: int, grid: Grid | None, config: Config
+    query: Shape,
+    key: Shape,
+    dim_v: int,
+    dtype: torch.dtype,
+    tokens: int,
+    grid: Grid | None,
+    config: Config,
 ) -> Cost:
     """What self- or joint attention costs dense, and what ``config`` makes of it.
 
     Args:
-        query: ``[B, H, L, D]``, a shape; keys are as long.
+        query: ``[B, H, Lq, D]``, a shape.
+        key: ``[B, Hkv, Lk, D]``, a shape; Lk is Lq or more.
         dim_v: Head dim of the values.
         dtype: Of the tensors.
-        tokens: Video tokens, at most L; the others are text: their rows and their keys for the
+        tokens: Video tokens, at most Lq; the others are text: their rows and their keys for the
             video's rows stay exact.
         grid: Frames, height and width of the video tokens; None keeps their order.
         config: Settings.
     """
     batch, heads, _, dim = query
     video = (batch, heads, tokens, dim)
-    parts = dict(_sparse_parts(video, dim_v, dtype, grid, config))
-    dense = dense_flops(query, query, dim_v)
+    parts = dict(_sparse_parts(video, key[1], dim_v, dtype, grid, config))
+    dense = dense_flops(query, key, dim_v)
     parts["text"] = dense - dense_flops(video, video, dim_v)
     return Cost(dense, sum(parts.values()), parts)
 
 
 @functools.cache
 def _sparse_parts(
-    shape: tuple[int, ...], dim_v: int, dtype: torch.dtype, grid: Grid | None, config: Config
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dim_v: int,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    config: Config,
 ) -> tuple[tuple[str, int], ...]:
     """The video's own parts: the operation runs on the meta device and is counted.
 
@@ -80,8 +92,9 @@ def _sparse_parts(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    query, key = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-    value = query.new_empty((*shape[:3], dim_v))
+    batch, _, tokens, dim = shape
+    query = torch.empty(shape, dtype=dtype, device="meta")
+    key, value = (query.new_empty((batch, kv_heads, tokens, width)) for width in (dim, dim_v))
     parts: Counter[str] = Counter()
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),

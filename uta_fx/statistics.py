@@ -38,9 +38,28 @@ class BlockStatistics:
         return self.size.log().expand(self.key_mean.shape[:-1])
 
 
-def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> BlockStatistics:
-    """Pool ``key`` ``[B, H, L, D]`` and ``value`` ``[B, H, L, Dv]`` in blocks of ``block_kv``."""
-    pooled = ops.block_statistics(key, value, block_kv)
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, Hkv, ...]`` as ``[B, heads, ...]``: ``x.repeat_interleave(heads // Hkv, 1)``.
+
+    The same tensor where Hkv is ``heads``, a copy otherwise: what is constant along a part of the
+    heads has no strides.
+    """
+    if x.shape[1] == heads:
+        return x
+    shape = (x.shape[0], x.shape[1], heads // x.shape[1], *x.shape[2:])
+    return x.unsqueeze(2).expand(shape).flatten(1, 2)
+
+
+def block_statistics(key: Tensor, value: Tensor, block_kv: int, heads: int) -> BlockStatistics:
+    """Pool keys and values in blocks.
+
+    Args:
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
+        block_kv: Keys in a block.
+        heads: H, those of the queries: Hkv, or a multiple of it.
+    """
+    pooled = [for_heads(x, heads) for x in ops.block_statistics(key, value, block_kv)]
     first = torch.arange(0, key.shape[2], block_kv, dtype=torch.float32, device=key.device)
     return BlockStatistics((key.shape[2] - first).clamp(max=block_kv), *pooled)
 
