@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
-from uta_fx.kernels.reference import listed_blocks, pooled_variance, split_blocks
+from uta_fx.kernels.reference import (
+    listed_blocks,
+    pooled_variance,
+    split_blocks,
+    text_as_tail,
+)
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache
@@ -50,7 +55,60 @@ def sparse_attention(
         ValueError: A listed id lies outside ``[0, Nk)``, or a count outside ``[0, M]``.
     """
     output, lse = empty_outputs(query, value)
-    length_q, blocks_kv = query.shape[2], -(-key.shape[2] // block_kv)
+    exact, exact_lse = _attend(
+        query, key, value, block_ids, block_counts,
+        (tail_key, tail_value, tail_log_size, tail_variance, tail_slope),
+        scale, variance_weight, block_q, block_kv,
+    )  # fmt: skip
+    output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
+    lse.copy_(exact_lse.flatten(2, 3)[:, :, : query.shape[2]])
+    return output, lse
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Compute ``reference.rectified_attention`` for CPU tensors; arguments and result as there.
+
+    Raises:
+        ValueError: As ``sparse_attention``.
+    """
+    output, _ = empty_outputs(query, value)
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    exact, _ = _attend(
+        query, key, value, block_ids, block_counts, tail, scale, 0.0, block_q, block_kv
+    )
+    exact = torch.addcmul(offset[..., None, :], exact.float(), gain[..., None, None])
+    return output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    tail: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, Nq, block_q, Dv]`` and log-sum-exp of blocks; ``tail`` as in the operator."""
+    tail_key, tail_value, tail_log_size, tail_variance, tail_slope = tail
+    blocks_kv = -(-key.shape[2] // block_kv)
     _check_lists(block_ids, block_counts, blocks_kv)
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
     exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
@@ -62,9 +120,7 @@ def sparse_attention(
         sigma2 = pooled_variance(query, tail_variance, scale, block_q)
         tail = (tail_key, tail_value, bias, sigma2, tail_slope)
         _add_tail(exact, exact_lse, blocks, tail, scale, variance_weight)
-    output.copy_(exact.flatten(2, 3)[:, :, :length_q])
-    lse.copy_(exact_lse.flatten(2, 3)[:, :, :length_q])
-    return output, lse
+    return exact, exact_lse
 
 
 def _check_lists(block_ids: Tensor, block_counts: Tensor, blocks_kv: int) -> None:

@@ -1,7 +1,8 @@
 """The operators: schemas, shape rules and device dispatch.
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention, and
-``uta::sparse_attention`` attends to listed blocks and a tail.
+``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
+to listed blocks and text, and scales and shifts what comes of it.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from uta_fx.kernels.reference import text_as_tail
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -26,6 +29,12 @@ _LIBRARY.define(
     " Tensor block_counts, Tensor tail_key, Tensor tail_value, Tensor tail_log_size,"
     " Tensor tail_variance, Tensor tail_slope, float scale, float variance_weight,"
     " int block_q, int block_kv) -> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "rectified_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
+    " Tensor block_counts, Tensor text_key, Tensor text_value, Tensor text_bias, Tensor gain,"
+    " Tensor offset, float scale, int block_q, int block_kv) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
@@ -55,6 +64,15 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.sparse_attention.default(*args, **options)
+
+
+def rectified_attention(*args: Any) -> Tensor:
+    """Call ``uta::rectified_attention``; arguments and result as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``; ``gain``, ``offset`` and ``text_bias``
+    are float32.
+    """
+    return torch.ops.uta.rectified_attention.default(*args)
 
 
 def block_scores(*args: Any) -> Tensor:
@@ -147,6 +165,39 @@ def check_sparse_attention(
         _check_device(name, tensor, query)
 
 
+def check_rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", block_q)
+    lead, texts = query.shape[:2], text_key.shape[-2]
+    _check_shape("text_key", text_key, (*lead, texts, query.shape[-1]))
+    _check_shape("text_value", text_value, (*lead, texts, value.shape[-1]))
+    _check_shape("text_bias", text_bias, (*lead, texts))
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    check_sparse_attention(
+        query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv
+    )
+    blocks = block_counts.shape[-1]
+    _check_shape("gain", gain, (*lead, blocks))
+    _check_shape("offset", offset, (*lead, blocks, value.shape[-1]))
+    for name, tensor in (("gain", gain), ("offset", offset)):
+        _check_dtype(name, tensor, torch.float32)
+        _check_device(name, tensor, query)
+
+
 def check_block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -236,6 +287,13 @@ def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.sparse_attention(*args)
 
 
+def _cpu_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    check_rectified_attention(*args)
+    return cpu.rectified_attention(*args)
+
+
 def _cpu_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -257,6 +315,13 @@ def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return triton_attention.sparse_attention(*args)
 
 
+def _cuda_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_attention
+
+    check_rectified_attention(*args)
+    return triton_attention.rectified_attention(*args)
+
+
 def _cuda_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import triton_scores
 
@@ -276,6 +341,11 @@ def _fake_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     check_sparse_attention(query, key, value, *rest)
     return empty_outputs(query, value)
+
+
+def _fake_rectified_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    check_rectified_attention(query, key, value, *rest)
+    return empty_outputs(query, value)[0]
 
 
 def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
@@ -306,6 +376,12 @@ def _refuse_gradient(*_: Any) -> NoReturn:
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
+    (
+        "rectified_attention",
+        _cpu_rectified_attention,
+        _cuda_rectified_attention,
+        _fake_rectified_attention,
+    ),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
 ):

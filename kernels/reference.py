@@ -97,6 +97,70 @@ def sparse_attention(
     return output.masked_fill(invalid[..., None], torch.nan), lse.masked_fill(invalid, torch.nan)
 
 
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Attention over listed key blocks and over text, times a gain, plus an offset.
+
+    ``gain_n * softmax(...) @ values + offset_n`` for each row of query block n: Rectified SpaAttn
+    (arXiv:2511.19835).
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        block_ids: As in ``sparse_attention``.
+        block_counts: As in ``sparse_attention``.
+        text_key: ``[B, H, Lt, D]``, seen by every row; Lt may be 0.
+        text_value: ``[B, H, Lt, Dv]``.
+        text_bias: float32 ``[B, H, Lt]``, added to their logits; ``-inf`` hides one.
+        gain: float32 ``[B, H, Nq]``.
+        offset: float32 ``[B, H, Nq, Dv]``.
+        scale: Multiplies the logits.
+        block_q: Query rows in a block.
+        block_kv: Keys in a block; the last one may be ragged.
+
+    Returns:
+        ``[B, H, Lq, Dv]`` in the dtype of ``query``. A row that sees nothing is its offset; a row
+        with an id outside ``[0, Nk)`` is NaN.
+    """
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    arguments = (query, key, value, block_ids, block_counts, *tail)
+    output, _ = sparse_attention(*arguments, scale, 0.0, block_q, block_kv)
+    rows = torch.arange(query.shape[2], device=query.device) // block_q
+    return (output * gain[:, :, rows, None] + offset[:, :, rows]).to(query.dtype)
+
+
+def text_as_tail(
+    query: Tensor, text_key: Tensor, text_value: Tensor, text_bias: Tensor, block_q: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Text of ``rectified_attention`` as tail inputs of ``sparse_attention``: each key for itself.
+
+    Nothing is copied.
+    """
+    blocks = -(-query.shape[2] // block_q)
+    lead, (dim, dim_v) = query.shape[:2], (query.shape[3], text_value.shape[3])
+    return (
+        text_key[:, :, None].expand(-1, -1, blocks, -1, -1),
+        text_value[:, :, None].expand(-1, -1, blocks, -1, -1),
+        text_bias[:, :, None].expand(-1, -1, blocks, -1),
+        query.new_empty((*lead, 0, dim)),
+        query.new_empty((*lead, 0, dim, dim_v)),
+    )
+
+
 def block_scores(
     query: Tensor,
     key_mean: Tensor,

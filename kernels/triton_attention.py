@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
+from uta_fx.kernels.reference import text_as_tail
 
 try:
     from uta_fx.kernels import gluon_attention, gluon_tail
@@ -202,6 +203,7 @@ def _attend_tile(
 @triton.jit
 def _listed_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr,
+    gain_ptr, offset_ptr,  # float32 [B, H, Nq] and [B, H, Nq, DV], read where RECTIFY
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
@@ -216,6 +218,7 @@ def _listed_kernel(
     SIGN: tl.constexpr,  # of s: 1, -1 or 0
     EVEN: tl.constexpr,  # the last key block is whole
     RESUME: tl.constexpr,  # o and lse hold attention over the tail
+    RECTIFY: tl.constexpr,  # scale and shift the output of each query block
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store attention of BLOCK_M rows over their listed blocks and, where RESUME, the tail.
@@ -301,6 +304,10 @@ def _listed_kernel(
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     lse = (row_max + tl.log2(row_sum)) * LN_2
+    if RECTIFY:
+        block = batch_head * tl.cdiv(length_q, BLOCK_Q) + q_block
+        offset = tl.load(offset_ptr + block * DV + dv, mask=inside_dv, other=0.0)  # [DV_PADDED]
+        acc = acc * tl.load(gain_ptr + block) + offset[None, :]
     if outside != 0:
         acc += float("nan")
         lse += float("nan")
@@ -367,6 +374,8 @@ def sparse_attention(
     *,
     listed_tile: Tile | None = None,
     tail_tile: Tile | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as in ``reference.sparse_attention``.
 
@@ -375,7 +384,8 @@ def sparse_attention(
     of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
     the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
     launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
-    the kernels of this file and take the place of the tuned tiles.
+    the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
+    none, are those of ``rectified_attention`` and keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -398,6 +408,7 @@ def sparse_attention(
     paired = (
         gluon_attention is not None
         and not listed_tile
+        and gain is None
         and gluon_attention.takes(query, key, value, output, block_q, block_kv)
     )
     with torch.cuda.device_of(query):
@@ -449,15 +460,44 @@ def sparse_attention(
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
+            None if gain is None else gain.contiguous(),
+            None if offset is None else offset.contiguous(),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),
             *block_ids.stride()[:3], *block_counts.stride()[:2],
             heads, length_q, length_kv, block_ids.shape[-1], scale_log2,
             BLOCK_Q=block_q, BLOCK_KV=block_kv,
             BLOCK_M=listed_tile.block_m, BLOCK_N=listed_tile.block_n,
-            EVEN=length_kv % block_kv == 0, RESUME=resume, CHUNK=ID_CHUNK, **dims,
+            EVEN=length_kv % block_kv == 0, RESUME=resume, RECTIFY=gain is not None,
+            CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
     return output, lse
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Launch the kernels; arguments and result as in ``reference.rectified_attention``.
+
+    Gain and offset are the listed kernel's last step: nothing passes over the output again.
+    """
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    return sparse_attention(
+        query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv,
+        gain=gain, offset=offset,
+    )[0]  # fmt: skip
 
 
 def fit_tile(

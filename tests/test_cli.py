@@ -30,8 +30,9 @@ def run(*arguments):
 @pytest.mark.parametrize(
     "command",
     [
-        (), ("generate",), ("explain",), ("study",), ("bench",), ("bench", "attention"),
-        ("bench", "model"), ("export",), ("export", "onnx"), ("export", "plugin"),
+        (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
+        ("bench",), ("bench", "attention"), ("bench", "model"),
+        ("export",), ("export", "onnx"), ("export", "plugin"),
     ],
 )  # fmt: skip
 def test_every_command_has_help(command):
@@ -48,7 +49,7 @@ def test_every_command_has_help(command):
         (("--density", "0"), "density must be in (0, 1], got 0.0"),
         (
             ("--policy", "best"),
-            "policy must be one of low_delta, topk, topp, threshold, random, got 'best'",
+            "policy must be one of low_delta, topk, topp, threshold, radial, sliding_tile",
         ),
         (("--tail", "long"), "tail must be one of"),
         (("--prompt", ""), "got an empty one"),

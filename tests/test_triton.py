@@ -437,7 +437,7 @@ from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
 OTHER = {"lse": "fp32", "tail_size": "fp32", "size": "fp32", "scores": "fp32", "ids": "i32",
          "counts": "i32", "listed": "u8", "k_mean": "fp32", "k_var": "fp32", "v_mean": "fp32",
-         "v_var": "fp32", "cov": "fp32"}
+         "v_var": "fp32", "cov": "fp32", "gain": "fp32", "offset": "fp32"}
 
 def shared(kernel, constants, tile):
     signature, values, aligned = {}, {}, {}
@@ -461,8 +461,11 @@ def shared(kernel, constants, tile):
 for dim in (64, 128):
     head = {"D": dim, "D_PADDED": dim, "PRECISION": "ieee", "BLOCK_Q": 128}
     both = {**head, "DV": dim, "DV_PADDED": dim, "SIGN": 1}
-    for even, resume in ((True, True), (False, True), (True, False)):
-        constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512}
+    for even, resume, rectify in ((True, True, False), (False, True, True), (True, False, False)):
+        constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512,
+                     "RECTIFY": rectify}
+        if not rectify:
+            constants |= {"gain_ptr": None, "offset_ptr": None}
         tile = triton_attention._LISTED_TILES[2, dim]
         print(shared(triton_attention._listed_kernel, constants, tile))
     for variance, slope in ((True, True), (False, False)):
@@ -576,3 +579,35 @@ def test_offsets_beyond_32_bits():
     args[1] = args[2] = key[:, :, -256:]
     args[3] = args[3] - (blocks - 4)
     assert_as_accurate_as_eager(args, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", [0, 20])
+@pytest.mark.parametrize("dim_v", [32, 48])
+def test_rectified_attention_agrees_with_the_reference(dtype, text, dim_v):
+    """Gain and offset of each query block, ragged rows, rows without a list; text or none.
+
+    As ``sparse_attention``: the error of eager in that dtype, plus one unit of the largest output
+    for each of two roundings.
+    """
+    case = Case(tail="none", dim_v=dim_v, listed=0.3)
+    args = case.inputs(dtype)
+    generator = torch.Generator().manual_seed(5)
+    lead, rows = (case.batch, case.heads), args[4].shape[-1]
+    args[4][:, 0, 0] = 0
+    new = [
+        torch.randn(*lead, text, case.dim, generator=generator).to(DEVICE, dtype),
+        torch.randn(*lead, text, dim_v, generator=generator).to(DEVICE, dtype),
+        torch.randn(*lead, text, generator=generator).to(DEVICE),
+        torch.rand(*lead, rows, generator=generator).to(DEVICE),
+        torch.randn(*lead, rows, dim_v, generator=generator).to(DEVICE),
+    ]
+    args = [*args[:5], *new, case.dim**-0.5, case.block_q, case.block_kv]
+    output = triton_attention.rectified_attention(*args)
+    exact = reference.rectified_attention(
+        *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+    )
+    eager = reference.rectified_attention(*args)
+    unit = torch.finfo(dtype).eps * exact.abs().max().item()
+    assert output.dtype == dtype
+    assert (output - exact).abs().max() <= (eager - exact).abs().max() + 2 * unit

@@ -85,7 +85,7 @@ def sparse_attention(
             f"grid must have as many tokens as the video, {tokens},"
             f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
         )
-    if grid is None and config.reorder in ("tile", "morton"):
+    if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
     video = (text[0], tokens) if any(text) else None
     return _attend(query, key, value, attn_mask, config, grid, scale, video)
@@ -134,15 +134,22 @@ def reorder_tokens(
         The three in the new order, and the index that brings the output back: int64 ``[L]``, None
         where they keep their order.
     """
-    if grid is None or config.reorder == "none":
+    if grid is None or config.order == "none":
         return (query, key, value), None
-    order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
+    order, inverse = token_order(grid, config.order, config.block_kv, query.device)
     query, key, value = (x.index_select(2, order) for x in (query, key, value))
     return (query, key, value), inverse
 
 
 def pool_blocks(
-    query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -152,14 +159,26 @@ def pool_blocks(
         value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        grid: Frames, height and width of the tokens; None where nobody knows.
+        text_key: ``[B, Hkv, Lt, D]``, keys beside the blocks that all queries see; None for none.
+        text_bias: As in ``Selection``.
     """
+    heads = query.shape[1]
+    text_key = key[:, :, :0] if text_key is None else text_key
     return Selection(
         query=query,
-        statistics=block_statistics(key, value, config.block_kv, query.shape[1]),
+        key=for_heads(key, heads),
+        value=for_heads(value, heads),
+        statistics=block_statistics(key, value, config.block_kv, heads),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
         block_q=config.block_q,
+        block_kv=config.block_kv,
+        grid=grid,
+        order="none" if grid is None else config.order,
+        text_key=for_heads(text_key, heads),
+        text_bias=text_bias,
     )
 
 
@@ -196,6 +215,11 @@ def _attend(
     alone: bool = False,
 ) -> Tensor:
     """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    if config.tail_form().kind == "rectified":
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        if video is None:
+            none = (key[:, :, :0], value[:, :, :0])
+            return _attend_rectified(query, (key, value), none, None, config, grid, scale)
     if video is None:
         return _attend_to_video(query, key, value, config, grid, scale)[0]
     # one set of numbers for all: a graph need not know that lengths of a run are equal
@@ -207,7 +231,7 @@ def _attend(
     before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-    row = rows = doubt = None
+    bias = rows = doubt = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
         if config.trust_masks:
@@ -216,8 +240,11 @@ def _attend(
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+        bias = row.float()
+        if row.dtype == torch.bool:
+            bias = torch.where(row, 0.0, -torch.inf)
 
-    output = _attend_to_both(q, (k, v), (text_k, text_v), row, config, grid, scale)
+    output = _attend_to_both(q, (k, v), (text_k, text_v), bias, config, grid, scale)
     if doubt is not None:
         output = output + doubt.to(output.dtype)
     others = F.scaled_dot_product_attention(
@@ -249,14 +276,16 @@ def _attend_to_both(
     query: Tensor,
     video: tuple[Tensor, Tensor],
     text: tuple[Tensor, Tensor],
-    row: Tensor | None,
+    bias: Tensor | None,
     config: Config,
     grid: Grid | None,
     scale: float | None,
 ) -> Tensor:
-    """Video queries over keys and values of the video and of the text, ``row`` a mask of text."""
-    output, lse = _attend_to_video(query, *video, config, grid, scale)
-    other, other_lse = _attend_to_text(query, *text, row, config, scale)
+    """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
+    if config.tail_form().kind == "rectified":
+        return _attend_rectified(query, video, text, bias, config, grid, scale)
+    output, lse = _attend_to_video(query, *video, config, grid, scale, text[0], bias)
+    other, other_lse = _attend_to_text(query, *text, bias, config, scale)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
     share = (other_lse - lse).sigmoid()[..., None]
     return torch.lerp(output.float(), other.float(), share).to(query.dtype)
@@ -269,37 +298,61 @@ def _attend_to_video(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale)
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
     output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
     if inverse is None:
         return output, lse
     return output.index_select(2, inverse), lse.index_select(2, inverse)
 
 
+def _attend_rectified(
+    query: Tensor,
+    video: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    text_bias: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
+    text_key, text_value = text
+    (query, key, value), inverse = reorder_tokens(query, *video, config, grid)
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
+    exact = config.selection_policy().select(selection)
+    if text_bias is None:
+        text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
+    output = ops.rectified_attention(
+        query, key, value, *list_blocks(exact),
+        text_key, text_value, text_bias.expand(*text_key.shape[:2], 1, -1)[:, :, 0],
+        *config.tail_form().rectification(selection, exact),
+        selection.scale, config.block_q, config.block_kv,
+    )  # fmt: skip
+    return output if inverse is None else output.index_select(2, inverse)
+
+
 def _attend_to_text(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    bias: Tensor | None,
     config: Config,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
+    """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``.
 
     To the operator each text key is a representative of itself: no key block is listed, and the
-    mask goes where the log of how many keys a representative stands for does.
+    bias goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
     key, value = (for_heads(x, heads) for x in (key, value))
     blocks = -(-length // block)
     size = torch.zeros(key.shape[2], device=query.device)
-    if mask is not None:
-        bias = mask.float()
-        if mask.dtype == torch.bool:
-            bias = torch.where(mask, 0.0, -torch.inf)
+    if bias is not None:
         size = bias.expand(batch, heads, 1, -1)
     none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
     return ops.sparse_attention(

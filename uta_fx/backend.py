@@ -104,7 +104,7 @@ def plan_of(config: Config) -> Plan:
     return Plan(
         replacement=functools.partial(SparseSite, config),
         min_tokens=config.min_tokens,
-        needs_grid=config.reorder != "none",
+        needs_grid=config.needs_grid,
         grid=config.grid,
         trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,

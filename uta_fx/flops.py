@@ -100,6 +100,7 @@ def _sparse_parts(
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
         torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
+        torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)
@@ -172,6 +173,19 @@ def _attention(
         tail += 2 * rows * dim * dim_v
     listed = round(density * dense_flops(query, key, dim_v))
     return _add(parts, "tail", tail) + _add(parts, "listed", listed)
+
+
+def _rectified(
+    parts: Counter[str],
+    density: float,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    """The listed share of dense attention; gain and offset are elementwise."""
+    return _add(parts, "listed", round(density * dense_flops(query, key, value[-1])))
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:
