@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -181,14 +182,16 @@ def _attend_tile(
     q, k, v, acc, row_max, row_sum, inside, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys, at least one of them inside, into the running softmax."""
+    """Take one tile of keys into the running softmax."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         logits = tl.where(inside[None, :], logits, -float("inf"))
     # scale_log2 is positive, so it can wait until after the maximum: one multiply-add an element
     new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
-    p = tl.exp2(logits * scale_log2 - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
+    # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
+    base = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
+    p = tl.exp2(logits * scale_log2 - base[:, None])
+    shrink = tl.exp2(row_max - base)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
@@ -197,6 +200,7 @@ def _attend_tile(
 @triton.jit
 def _listed_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr,
+    key_counts_ptr,  # int32 [B, H, Nk], read where COUNTED
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
@@ -211,6 +215,7 @@ def _listed_kernel(
     SIGN: tl.constexpr,  # of s: 1, -1 or 0
     EVEN: tl.constexpr,  # the last key block is whole
     RESUME: tl.constexpr,  # o and lse hold attention over the tail
+    COUNTED: tl.constexpr,  # key blocks say how many keys they hold; the last one is whole
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store attention of BLOCK_M rows over their listed blocks and, where RESUME, the tail.
@@ -276,11 +281,16 @@ def _listed_kernel(
         position = i // SPLIT
         if not EVEN:  # the last of the list stands in for the ragged one, which comes after
             position = tl.where(position == ragged_at, whole, position)
-        first = tl.load(ids_row + position).to(tl.int64) * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        block = tl.load(ids_row + position).to(tl.int64)
+        first = block * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        inside_n = offs_n
+        if COUNTED:
+            keys = tl.load(key_counts_ptr + batch_head * blocks_kv + block)
+            inside_n = (i % SPLIT) * BLOCK_N + offs_n < keys
         k = _load_rows(k_base + first * k_sn + offs_k, offs_n, inside_d, False, PAD_D)
         v = _load_rows(v_base + first * v_sn + offs_v, offs_n, inside_dv, False, PAD_DV)
         acc, row_max, row_sum = _attend_tile(
-            q, k, v, acc, row_max, row_sum, offs_n, scale_log2, False, PRECISION
+            q, k, v, acc, row_max, row_sum, inside_n, scale_log2, COUNTED, PRECISION
         )
     if not EVEN:
         first_ragged = (blocks_kv - 1) * BLOCK_KV
@@ -362,6 +372,7 @@ def sparse_attention(
     *,
     listed_tile: Tile | None = None,
     tail_tile: Tile | None = None,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as in ``reference.sparse_attention``.
 
@@ -371,7 +382,8 @@ def sparse_attention(
     the kernels. On Hopper, what ``gluon_attention.takes`` and ``gluon_tail.takes`` accept goes to
     their kernels: a memset and two launches more at most, and five bytes for each pair of blocks at
     most. ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of
-    the tuned tiles.
+    the tuned tiles. ``key_counts`` are those of ``clustered_attention``, or None, and keep
+    the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -393,7 +405,7 @@ def sparse_attention(
     scale_log2 = (scale or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
     pairable = gluon_attention is not None and output.stride(-1) == 1
-    paired = pairable and not listed_tile
+    paired = pairable and not listed_tile and key_counts is None
     paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
     with torch.cuda.device_of(query):
         mapped = blocks_kv if per_block or paired else 0
@@ -447,15 +459,22 @@ def sparse_attention(
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
+            None if key_counts is None else key_counts.contiguous(),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),
             *block_ids.stride()[:3], *block_counts.stride()[:2],
             heads, length_q, length_kv, block_ids.shape[-1], scale_log2,
             BLOCK_Q=block_q, BLOCK_KV=block_kv,
             BLOCK_M=listed_tile.block_m, BLOCK_N=listed_tile.block_n,
-            EVEN=length_kv % block_kv == 0, RESUME=representatives > 0, CHUNK=ID_CHUNK, **dims,
+            EVEN=length_kv % block_kv == 0, RESUME=representatives > 0,
+            COUNTED=key_counts is not None, CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
     return output, lse
+
+
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments and results as in ``reference.clustered_attention``."""
+    return sparse_attention(*args[:5], *args[6:], key_counts=args[5])
 
 
 def fit_tile(
