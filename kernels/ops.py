@@ -1,8 +1,9 @@
 """The operators: schemas, shape rules and device dispatch.
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention, and
-``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::kmeans`` groups tokens, and
-``uta::clustered_attention`` attends to listed blocks that are not full.
+``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
+to listed blocks and text, and scales and shifts what comes of it. ``uta::kmeans`` groups tokens,
+and ``uta::clustered_attention`` attends to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -16,9 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from uta_fx.kernels.reference import text_as_tail
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 BLOCK_SIZES = (16, 32, 64, 128)
+MIN_GROUPS = 4  # of rows in a query block
 
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
@@ -29,8 +33,14 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
+    "rectified_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
+    " Tensor block_counts, Tensor text_key, Tensor text_value, Tensor text_bias, Tensor gain,"
+    " Tensor offset, float scale, int block_q, int block_kv) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
     "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
-    " float scale, float variance_weight, float variance_power, int block_q) -> Tensor",
+    " float scale, float variance_weight, float variance_power, int block_q, int rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
@@ -88,6 +98,15 @@ def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, 
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.kmeans.default(tokens, centroids, iterations)
+
+
+def rectified_attention(*args: Any) -> Tensor:
+    """Call ``uta::rectified_attention``; arguments and result as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``; ``gain``, ``offset`` and ``text_bias``
+    are float32.
+    """
+    return torch.ops.uta.rectified_attention.default(*args)
 
 
 def block_scores(*args: Any) -> Tensor:
@@ -206,6 +225,39 @@ def check_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> None:
     _check_device("centroids", centroids, tokens)
 
 
+def check_rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", block_q)
+    lead, texts = query.shape[:2], text_key.shape[-2]
+    _check_shape("text_key", text_key, (*lead, texts, query.shape[-1]))
+    _check_shape("text_value", text_value, (*lead, texts, value.shape[-1]))
+    _check_shape("text_bias", text_bias, (*lead, texts))
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    check_sparse_attention(
+        query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv
+    )
+    blocks = block_counts.shape[-1]
+    _check_shape("gain", gain, (*lead, blocks))
+    _check_shape("offset", offset, (*lead, blocks, value.shape[-1]))
+    for name, tensor in (("gain", gain), ("offset", offset)):
+        _check_dtype(name, tensor, torch.float32)
+        _check_device(name, tensor, query)
+
+
 def check_block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -215,6 +267,7 @@ def check_block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     _check_blocked("query", query, "block_q", block_q)
@@ -223,6 +276,10 @@ def check_block_scores(
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("log_size", log_size, (batch, heads, blocks))
+    if rows < 1 or block_q % rows or block_q // rows < MIN_GROUPS:
+        raise ValueError(
+            f"rows must divide block_q, {block_q}, into at least {MIN_GROUPS} groups, got {rows}"
+        )
     if variance_power < 0:
         raise ValueError(f"variance_power must not be negative, got {variance_power}")
     for name, tensor, dtype in (
@@ -309,6 +366,13 @@ def _cpu_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Ten
     return cpu.kmeans(tokens, centroids, iterations)
 
 
+def _cpu_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    check_rectified_attention(*args)
+    return cpu.rectified_attention(*args)
+
+
 def _cpu_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -342,6 +406,13 @@ def _cuda_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Te
 
     check_kmeans(tokens, centroids, iterations)
     return triton_kmeans.kmeans(tokens, centroids, iterations)
+
+
+def _cuda_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_attention
+
+    check_rectified_attention(*args)
+    return triton_attention.rectified_attention(*args)
 
 
 def _cuda_block_scores(*args: Any) -> Tensor:
@@ -381,9 +452,14 @@ def _fake_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Te
     )
 
 
+def _fake_rectified_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    check_rectified_attention(query, key, value, *rest)
+    return empty_outputs(query, value)[0]
+
+
 def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
-    block_q = rest[-1]
+    block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
     return query.new_empty(shape, dtype=torch.float32)
 
@@ -416,6 +492,12 @@ for _name, _cpu, _cuda, _fake in (
         _fake_clustered_attention,
     ),
     ("kmeans", _cpu_kmeans, _cuda_kmeans, _fake_kmeans),
+    (
+        "rectified_attention",
+        _cpu_rectified_attention,
+        _cuda_rectified_attention,
+        _fake_rectified_attention,
+    ),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
 ):

@@ -83,7 +83,7 @@ else:
     constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
 types = {
     "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
-    "size_ptr": "*fp32", "listed_ptr": "*u8", "k_desc": tile, "v_desc": tile, "var_desc": tile,
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16", "k_desc": tile, "v_desc": tile,
     "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
 } | dict.fromkeys(constants, "constexpr")
 signature = {name: types.get(name, "i32") for name in function.arg_names}

@@ -81,7 +81,7 @@ def sparse_attention(
             f"grid must have as many tokens as the video, {tokens},"
             f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
         )
-    if grid is None and config.reorder in ("tile", "morton"):
+    if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
     video = (text[0], tokens) if any(text) else None
     return _attend(query, key, value, attn_mask, config, grid, scale, video)
@@ -127,15 +127,22 @@ def reorder_tokens(
         The three in the new order, and the index that brings the output back: int64 ``[L]``, None
         where they keep their order.
     """
-    if grid is None or config.reorder == "none":
+    if grid is None or config.order == "none":
         return (query, key, value), None
-    order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
+    order, inverse = token_order(grid, config.order, config.block_kv, query.device)
     query, key, value = (x.index_select(2, order) for x in (query, key, value))
     return (query, key, value), inverse
 
 
 def pool_blocks(
-    query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -145,14 +152,24 @@ def pool_blocks(
         value: ``[B, H, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        grid: Frames, height and width of the tokens; None where nobody knows.
+        text_key: ``[B, H, Lt, D]``, keys beside the blocks that all queries see; None for none.
+        text_bias: As in ``Selection``.
     """
     return Selection(
         query=query,
+        key=key,
+        value=value,
         statistics=block_statistics(key, value, config.block_kv),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
         block_q=config.block_q,
+        block_kv=config.block_kv,
+        grid=grid,
+        order="none" if grid is None else config.order,
+        text_key=key[:, :, :0] if text_key is None else text_key,
+        text_bias=text_bias,
     )
 
 
@@ -187,7 +204,12 @@ def _attend(
     video: tuple[int, int] | None,
 ) -> Tensor:
     """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    rectified = config.tail_form().kind == "rectified"
     if video is None:
+        if rectified:
+            return _attend_rectified(
+                query, key, value, key[:, :, :0], value[:, :, :0], None, config, grid, scale
+            )
         return _attend_to_video(query, key, value, config, grid, scale)[0]
     # one set of numbers for all: a graph need not know that lengths of a run are equal
     sizes = [*video, query.shape[2] - sum(video)]
@@ -196,19 +218,25 @@ def _attend(
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-    row = rows = None
+    bias = rows = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+        bias = row.float()
+        if row.dtype == torch.bool:
+            bias = torch.where(row, 0.0, -torch.inf)
 
-    output, lse = _attend_to_video(q, k, v, config, grid, scale)
-    text, text_lse = _attend_to_text(q, text_k, text_v, row, config, scale)
-    # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
-    share = (text_lse - lse).sigmoid()[..., None]
-    output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
+    if rectified:
+        output = _attend_rectified(q, k, v, text_k, text_v, bias, config, grid, scale)
+    else:
+        output, lse = _attend_to_video(q, k, v, config, grid, scale, text_k, bias)
+        text, text_lse = _attend_to_text(q, text_k, text_v, bias, config, scale)
+        # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
+        share = (text_lse - lse).sigmoid()[..., None]
+        output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
     others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
@@ -222,36 +250,61 @@ def _attend_to_video(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale)
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
     output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
     if inverse is None:
         return output, lse
     return output.index_select(2, inverse), lse.index_select(2, inverse)
 
 
+def _attend_rectified(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
+    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
+    exact = config.selection_policy().select(selection)
+    if text_bias is None:
+        text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
+    output = ops.rectified_attention(
+        query, key, value, *list_blocks(exact),
+        text_key, text_value, text_bias.expand(*text_key.shape[:2], 1, -1)[:, :, 0],
+        *config.tail_form().rectification(selection, exact),
+        selection.scale, config.block_q, config.block_kv,
+    )  # fmt: skip
+    return output if inverse is None else output.index_select(2, inverse)
+
+
 def _attend_to_text(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    bias: Tensor | None,
     config: Config,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
+    """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``.
 
     To the operator each text key is a representative of itself: no key block is listed, and the
-    mask goes where the log of how many keys a representative stands for does.
+    bias goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
     blocks = -(-length // block)
     size = torch.zeros(key.shape[2], device=query.device)
-    if mask is not None:
-        bias = mask.float()
-        if mask.dtype == torch.bool:
-            bias = torch.where(mask, 0.0, -torch.inf)
+    if bias is not None:
         size = bias.expand(batch, heads, 1, -1)
     none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
     return ops.sparse_attention(

@@ -90,7 +90,7 @@ def plan_of(config: Config) -> Plan:
     return Plan(
         replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
         min_tokens=config.min_tokens,
-        needs_grid=config.reorder != "none",
+        needs_grid=config.needs_grid,
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
     )

@@ -111,7 +111,9 @@ def sort_into_blocks(labels: Tensor, sizes: Tensor, block: int) -> Blocks:
     place = torch.empty_like(order).scatter(-1, order, row)
     rows = order.new_zeros((*labels.shape[:2], blocks * block)).scatter(-1, row, order)
     n = torch.arange(blocks, device=labels.device)
-    cluster = torch.searchsorted(end_block, n.expand(*labels.shape[:2], -1).contiguous(), right=True)
+    cluster = torch.searchsorted(
+        end_block, n.expand(*labels.shape[:2], -1).contiguous(), right=True
+    )
     cluster = cluster.clamp(max=clusters - 1)
     count = wide.gather(-1, cluster) - (n - first_block.gather(-1, cluster)) * block
     return Blocks(rows, place, count.clamp(0, block).int(), cluster)

@@ -19,16 +19,18 @@ class Config:
 
     Attributes:
         density: Share of key blocks that stay exact, in (0, 1].
-        policy: Name of a policy (``low_delta``, ``topk``, ``topp``, ``threshold``, ``random``) or a
-            policy object, such as ``uta_fx.policies.TopP(mass=0.95)``.
+        policy: Name of a policy (a key of ``uta_fx.policies.BY_NAME``, such as ``low_delta``,
+            ``topk``, ``radial`` or ``rectified``) or a policy object, such as
+            ``uta_fx.policies.TopP(mass=0.95)``.
         tail: Name of a tail (``none``, ``normalizer``, ``single``, ``bins``, ``block``,
-            ``first_order``, ``gaussian``) or a ``uta_fx.tails.Tail``.
+            ``first_order``, ``gaussian``, ``rectified``) or a ``uta_fx.tails.Tail``.
         budget: ``"site"``: ``density`` is a share of all blocks of one attention call and sample,
             spent where the policy's score is highest; ``"row"``: of each query block's blocks.
         bins: Groups of the tail ``bins``.
         block_q: Query tokens in a block: 16, 32, 64 or 128.
         block_kv: Key tokens in a block: 16, 32, 64 or 128.
-        reorder: ``"auto"`` or ``"tile"``: compact 3-D tiles; ``"morton"``: the Z-order curve;
+        reorder: ``"auto"``: what suits the policy, as a rule tiles; ``"tile"``: compact 3-D tiles;
+            ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
         min_tokens: Sites with fewer tokens stay dense.
@@ -95,6 +97,12 @@ class Config:
                 f"inner must be the name of a torch.compile backend, got {self.inner!r}"
             )
         _parse_ranges(self.dense_layers)
+        orders = getattr(self.selection_policy(), "orders", ORDERS)
+        if self.order not in orders:
+            raise ValueError(
+                f"reorder must be auto or {' or '.join(orders)} for policy {self.policy}, whose"
+                f" rule has no meaning in another order, got {self.reorder!r}"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
@@ -118,6 +126,19 @@ class Config:
     def selection_policy(self) -> Policy:
         """The policy itself, where ``policy`` may be its name."""
         return BY_NAME[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
+    def order(self) -> str:
+        """The token order itself, where ``reorder`` may be ``"auto"``."""
+        if self.reorder != "auto":
+            return self.reorder
+        order: str = getattr(self.selection_policy(), "order", "tile")
+        return order
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a site without a known grid cannot be as this says."""
+        return self.order != "none" or getattr(self.selection_policy(), "needs_grid", False)
 
     def tail_form(self) -> Tail:
         """The tail itself, where ``tail`` may be its name."""

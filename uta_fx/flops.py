@@ -87,6 +87,7 @@ def _sparse_parts(
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
         torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
+        torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)
@@ -109,17 +110,20 @@ def _scores(
     scale: float,
     variance_weight: float,
     variance_power: float,
-    *_: Any,
+    block_q: int,
+    group: int,
+    *,
     out_shape: Any,
 ) -> int:
-    """``2 B H L Nk D`` for each product: two passes over the means, as in the Triton kernel.
+    """``2 B H G Nk D`` for each product, with G groups of query rows: two passes over the means.
 
     The variances enter the first pass where they are part of the mass, the second also where they
     are part of the score.
     """
     batch, heads, length, dim = query
     products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
-    return _add(parts, "scores", products * 2 * batch * heads * length * key_mean[2] * dim)
+    rows = batch * heads * -(-length // group)
+    return _add(parts, "scores", products * 2 * rows * key_mean[2] * dim)
 
 
 def _attention(
@@ -135,22 +139,40 @@ def _attention(
     tail_log_size: Shape,
     tail_variance: Shape,
     tail_slope: Shape,
-    *_: Any,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+    *,
     out_shape: Any,
 ) -> int:
     """The listed share of dense attention, and the tail's own products.
 
-    A representative costs a row ``2 (D + Dv)``, ``2 (2 D + Dv)`` with a variance; a slope ``2 D
-    Dv``. ``density`` says how many blocks are listed: what the lists hold, a run decides.
+    A representative costs a row ``2 (D + Dv)``, and with a variance a query block ``2 D``; a slope
+    costs a row ``2 D Dv``. ``density`` says how many blocks are listed: what the lists hold, a run
+    decides.
     """
     batch, heads, length, dim = query
     dim_v, rows = value[-1], batch * heads * length
-    of_one = 2 * dim + dim_v if tail_variance[2] else dim + dim_v
-    tail = 2 * rows * tail_key[-2] * of_one
+    tail = 2 * rows * tail_key[-2] * (dim + dim_v)
+    tail += 2 * batch * heads * -(-length // block_q) * tail_variance[2] * dim
     if tail_slope[2]:
         tail += 2 * rows * dim * dim_v
     listed = round(density * dense_flops(query, key, dim_v))
     return _add(parts, "tail", tail) + _add(parts, "listed", listed)
+
+
+def _rectified(
+    parts: Counter[str],
+    density: float,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    """The listed share of dense attention; gain and offset are elementwise."""
+    return _add(parts, "listed", round(density * dense_flops(query, key, value[-1])))
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:

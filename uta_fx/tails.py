@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from uta_fx.policies.base import Selection
+from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
 
-KINDS = ("none", "normalizer", "single", "bins", "block", "first_order", "gaussian")
+KINDS = ("none", "normalizer", "single", "bins", "block", "first_order", "gaussian", "rectified")
 SLOPES = ("head", "query_block")
 
 
@@ -36,7 +37,9 @@ class Tail:
             block. A mean key is a lower bound of the mass it stands for (Jensen), exact where the
             logits in the group are equal. ``first_order`` adds the slope of the values over the
             logits; ``gaussian`` also lifts the mass by half the in-block logit variance, which is
-            exact where logits and values in a block are jointly Gaussian.
+            exact where logits and values in a block are jointly Gaussian. ``rectified`` (Rectified
+            SpaAttn) does not enter the softmax: pooled attention says by how much a query block's
+            exact output is scaled down, and which means of values are added to it.
         bins: Groups of ``bins``, at least 1.
         variance_weight: Share of that half variance (``gaussian`` alone), at least 0. 1 is exact
             for Gaussian blocks whose variance is known; 0.5 is the default because the variance
@@ -45,6 +48,9 @@ class Tail:
         slope: ``"head"``: one key-value covariance for each head; ``"query_block"``: one for each
             query block, its tail blocks weighted by their pooled attention (dearer: O(Nk D Dv)
             memory for each head).
+        keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
+            share goes to the exact keys, as in the published code; False leaves it out, as the
+            paper writes.
 
     Raises:
         ValueError: A field is outside its range.
@@ -54,6 +60,7 @@ class Tail:
     bins: int = 8
     variance_weight: float = 0.5
     slope: str = "head"
+    keep_rejected: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -84,7 +91,14 @@ class Tail:
 
         Returns:
             Tensors in the dtype of ``key`` (``log_size`` in float32).
+
+        Raises:
+            ValueError: The tail is ``rectified``, which has none.
         """
+        if self.kind == "rectified":
+            raise ValueError(
+                "tail rectified has no representatives: it needs uta::rectified_attention"
+            )
         if self.kind == "none":
             return _absent(key, value)
         if self.kind in ("normalizer", "single", "bins"):
@@ -104,6 +118,10 @@ class Tail:
         return blocks._replace(
             variance=statistics.key_variance.to(key.dtype), slope=slope.to(key.dtype)
         )
+
+    def rectification(self, selection: Selection, exact: Tensor) -> Rectification:
+        """What a tail ``rectified`` makes of the output; arguments as in ``representatives``."""
+        return rectification(selection, exact, keep_rejected=self.keep_rejected)
 
     def _grouped(
         self, selection: Selection, exact: Tensor, key: Tensor, value: Tensor
