@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uta_fx.clusters import Centroids, Clusters
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
-from uta_fx.policies import Selection
+from uta_fx.policies import SVG2, Selection
 from uta_fx.statistics import block_statistics
 
 
@@ -58,6 +59,78 @@ def sparse_attention(
         RuntimeError: A gradient is asked for.
     """
     config = config or Config()
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
+
+
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Centroids | None = None,
+    *,
+    config: Config,
+    grid: Grid | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Centroids]:
+    """As ``sparse_attention`` with the policy ``svg2``, from one denoising step to the next.
+
+    The centroids of a step are where the clusters of the next begin, which then needs few
+    iterations. Keep those of each layer apart; a new video starts anew, with None.
+
+    Args:
+        query: As in ``sparse_attention``.
+        key: See there.
+        value: See there.
+        centroids: What the step before returned, with the same batch, heads and head dim; the
+            number of tokens may be another. None to start anew.
+        config: With the policy ``svg2``.
+        grid: As in ``sparse_attention``.
+        scale: See there.
+        text: See there.
+        attn_mask: See there.
+
+    Returns:
+        The output, and the centroids for the next step.
+
+    Raises:
+        ValueError: The policy is another one, or centroids have another shape; or as
+            ``sparse_attention``.
+        TypeError: As ``sparse_attention``.
+        RuntimeError: A gradient is asked for.
+    """
+    policy = config.selection_policy()
+    if not isinstance(policy, SVG2):
+        raise ValueError(f"config must have the policy svg2, got {config.policy!r}")
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    if centroids is not None:
+        lead, dim = query.shape[:2], query.shape[3]
+        for name, got, clusters in (
+            ("query", centroids.query, policy.query_clusters),
+            ("key", centroids.key, policy.key_clusters),
+        ):
+            if got.shape != (*lead, clusters, dim):
+                raise ValueError(
+                    f"centroids.{name} must have shape {(*lead, clusters, dim)},"
+                    f" got {tuple(got.shape)}"
+                )
+    output, found = _attend(query, key, value, attn_mask, config, grid, scale, video, centroids)
+    assert found is not None
+    return output, found
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    text: tuple[int, int],
+) -> tuple[Grid | None, tuple[int, int] | None]:
+    """The grid, and where the video lies, once they and the rest fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
@@ -83,8 +156,7 @@ def sparse_attention(
         )
     if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    video = (text[0], tokens) if any(text) else None
-    return _attend(query, key, value, attn_mask, config, grid, scale, video)
+    return grid, (text[0], tokens) if any(text) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +180,9 @@ class SparseSite:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
-        return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
+        return _attend(
+            query, key, value, attn_mask, self.config, self.grid, self.scale, self.video
+        )[0]
 
 
 def reorder_tokens(
@@ -143,6 +217,7 @@ def pool_blocks(
     grid: Grid | None = None,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
+    clusters: Clusters | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -155,12 +230,18 @@ def pool_blocks(
         grid: Frames, height and width of the tokens; None where nobody knows.
         text_key: ``[B, H, Lt, D]``, keys beside the blocks that all queries see; None for none.
         text_bias: As in ``Selection``.
+        clusters: Where tokens lie in the blocks of clusters: these.
     """
+    statistics = (
+        block_statistics(key, value, config.block_kv)
+        if clusters is None
+        else clusters.key.statistics(key, value)
+    )
     return Selection(
         query=query,
         key=key,
         value=value,
-        statistics=block_statistics(key, value, config.block_kv),
+        statistics=statistics,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
@@ -170,6 +251,7 @@ def pool_blocks(
         order="none" if grid is None else config.order,
         text_key=key[:, :, :0] if text_key is None else text_key,
         text_bias=text_bias,
+        clusters=clusters,
     )
 
 
@@ -202,15 +284,22 @@ def _attend(
     grid: Grid | None,
     scale: float | None,
     video: tuple[int, int] | None,
-) -> Tensor:
-    """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Centroids | None]:
+    """The output and, of a policy that clusters, where the next step may start.
+
+    A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
+    """
     rectified = config.tail_form().kind == "rectified"
     if video is None:
         if rectified:
             return _attend_rectified(
                 query, key, value, key[:, :, :0], value[:, :, :0], None, config, grid, scale
-            )
-        return _attend_to_video(query, key, value, config, grid, scale)[0]
+            ), None
+        output, _, centroids = _attend_to_video(
+            query, key, value, config, grid, scale, centroids=centroids
+        )
+        return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
     sizes = [*video, query.shape[2] - sum(video)]
     start = sizes[0]
@@ -232,7 +321,9 @@ def _attend(
     if rectified:
         output = _attend_rectified(q, k, v, text_k, text_v, bias, config, grid, scale)
     else:
-        output, lse = _attend_to_video(q, k, v, config, grid, scale, text_k, bias)
+        output, lse, centroids = _attend_to_video(
+            q, k, v, config, grid, scale, text_k, bias, centroids
+        )
         text, text_lse = _attend_to_text(q, text_k, text_v, bias, config, scale)
         # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
         share = (text_lse - lse).sigmoid()[..., None]
@@ -240,7 +331,7 @@ def _attend(
     others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
-    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2), centroids
 
 
 def _attend_to_video(
@@ -252,14 +343,30 @@ def _attend_to_video(
     scale: float | None,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Tensor, Centroids | None]:
+    """The output ``[B, H, L, Dv]``, the log-sum-exp ``[B, H, L]`` over video keys, and centroids.
+
+    Centroids are those that a policy that clusters found, starting from ``centroids``.
+    """
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
-    output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
-    if inverse is None:
-        return output, lse
-    return output.index_select(2, inverse), lse.index_select(2, inverse)
+    policy, clusters = config.selection_policy(), None
+    if isinstance(policy, SVG2):
+        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
+        query = clusters.query.gather(query)
+        key, value = clusters.key.gather(key), clusters.key.gather(value)
+        centroids, grid = clusters.centroids, None
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
+    arguments = operator_arguments(selection, key, value, config)
+    if clusters is None:
+        output, lse = ops.sparse_attention(*arguments)
+    else:
+        output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
+        output = clusters.query.scatter(output)
+        lse = clusters.query.scatter(lse[..., None])[..., 0]
+    if inverse is not None:
+        output, lse = output.index_select(2, inverse), lse.index_select(2, inverse)
+    return output, lse, centroids
 
 
 def _attend_rectified(

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uta_fx.kernels import ops
 from uta_fx.statistics import BlockStatistics, block_statistics
 
 
@@ -84,6 +83,37 @@ class Blocks:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """The clusters of one site.
+
+    Attributes:
+        centroids: Their means.
+        key_sizes: int32 ``[B, H, Ck]``, keys in each; 0 for some, perhaps.
+        query: Where query tokens lie among the blocks.
+        key: Where key tokens lie.
+    """
+
+    centroids: Centroids
+    key_sizes: Tensor
+    query: Blocks
+    key: Blocks
+
+    def blocks_of(self, kept: Tensor) -> Tensor:
+        """Pairs of blocks that lie in kept pairs of clusters; no empty block.
+
+        Args:
+            kept: Boolean ``[B, H, Cq, Ck]``.
+
+        Returns:
+            Boolean ``[B, H, Nq, Nk]``.
+        """
+        query, key = self.query.cluster, self.key.cluster
+        rows = kept.gather(2, query[..., None].expand(-1, -1, -1, kept.shape[3]))
+        pairs = rows.gather(3, key[:, :, None].expand(-1, -1, query.shape[2], -1))
+        return pairs & (self.query.count > 0)[..., None] & (self.key.count > 0)[:, :, None]
+
+
 def padded_blocks(length: int, clusters: int, block: int) -> int:
     """The most blocks that ``length`` tokens in so many clusters can take."""
     return (length + min(length, clusters) * (block - 1)) // block
@@ -105,7 +135,7 @@ def sort_into_blocks(labels: Tensor, sizes: Tensor, block: int) -> Blocks:
     first_token = wide.cumsum(-1) - wide
     end_block = taken.cumsum(-1)
     first_block = end_block - taken
-    ordered, order = labels.long().sort(-1, stable=True)
+    ordered, order = labels.long().sort(dim=-1, stable=True)
     token = torch.arange(length, device=labels.device)
     row = token + (first_block * block - first_token).gather(-1, ordered)
     place = torch.empty_like(order).scatter(-1, order, row)
@@ -136,8 +166,3 @@ def first_centroids(tokens: Tensor, clusters: int, seed: int) -> Tensor:
         step += 1
     chosen = (torch.arange(clusters, device=tokens.device) * step + seed) % length
     return tokens.index_select(2, chosen).float()
-
-
-def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, centroids and sizes, as ``uta::kmeans`` (and differently shaped from its inputs)."""
-    return ops.kmeans(tokens, centroids, iterations)
