@@ -185,6 +185,51 @@ class SparseSite:
         )[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class ContinuedSite:
+    """A ``SparseSite`` of a policy that clusters, which goes on from where its last call ended.
+
+    Attributes:
+        site: What it is but for that.
+    """
+
+    site: SparseSite
+    __name__ = "continued_site"  # torch.fx names and prints the target of a node by it
+
+    def state_shapes(self, query: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the centroids of ``query`` ``[B, H, L, D]`` and of its keys."""
+        policy = self.site.config.selection_policy()
+        assert isinstance(policy, SVG2)
+        batch, heads, _, dim = query.shape
+        return (
+            (batch, heads, policy.query_clusters, dim),
+            (batch, heads, policy.key_clusters, dim),
+        )
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend; shapes and meaning as in ``sparse_attention``.
+
+        Args:
+            query: See there.
+            key: See there.
+            value: See there.
+            others: The mask, if there is one, and the centroids that the call before returned;
+                zeros at the first.
+
+        Returns:
+            The output, and centroids of queries and of keys for the next call.
+        """
+        site, mask = self.site, others[0] if len(others) == 3 else None
+        output, centroids = _attend(
+            query, key, value, mask, site.config, site.grid, site.scale, site.video,
+            Centroids(*others[-2:]),
+        )  # fmt: skip
+        assert centroids is not None
+        return output, *centroids
+
+
 def reorder_tokens(
     query: Tensor, key: Tensor, value: Tensor, config: Config, grid: Grid | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import SparseSite
+from uta_fx.attention import ContinuedSite, SparseSite
 from uta_fx.config import Config
-from uta_fx.passes.site import Site
+from uta_fx.passes.carry_state import carry_state, with_state
+from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
+from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,13 @@ def uta(
             " one step does not know where in the noise schedule it is"
         )
     sparsify(gm, example_inputs, config)
-    trace_calls(gm, SparseSite, share=config.inner == "inductor")
+    share = config.inner == "inductor"
+    if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
+        gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
+        trace_calls(gm, ContinuedSite, share=share)
+        compiled = _compile(gm, inputs, config.inner, mode, inductor)
+        return with_state(compiled, inputs[len(example_inputs) :])
+    trace_calls(gm, SparseSite, share=share)
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
@@ -87,13 +95,25 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
+
+    def replacement(
+        grid: Grid | None, scale: float | None, video: tuple[int, int] | None
+    ) -> SparseSite | ContinuedSite:
+        site = SparseSite(config, grid, scale, video)
+        return ContinuedSite(site) if _keeps(config) else site
+
     return Plan(
-        replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
+        replacement=replacement,
         min_tokens=config.min_tokens,
         needs_grid=config.needs_grid,
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
     )
+
+
+def _keeps(config: Config) -> bool:
+    policy = config.selection_policy()
+    return isinstance(policy, SVG2) and policy.keep
 
 
 def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:

@@ -33,8 +33,8 @@ class SVG2:
     HunyuanVideo at 720p; k-means started from tokens drawn by chance, with up to 50 iterations,
     and 2 at later steps, which start from the centroids of the step before. Here it starts from
     tokens spread evenly, and an iteration count is a count, so that nothing waits for the host.
-    Later steps go on where ``uta_fx.attention.clustered_attention`` is told where the step before
-    ended; a compiled graph keeps nothing from call to call and starts anew in each.
+    Later steps go on where the step before ended if ``keep`` is set, which concerns compiled graphs
+    alone, or if ``uta_fx.attention.clustered_attention`` is told where that was.
 
     Attributes:
         query_clusters: Clusters of queries, from 1 to the number of video tokens.
@@ -44,6 +44,12 @@ class SVG2:
         iterations: Of k-means from a new start, at least 1.
         continued: Of k-means from the centroids of the step before, at least 1.
         seed: Another seed starts from other tokens; at least 0.
+        keep: Whether a compiled graph starts each call from where it ended the last, with
+            ``continued`` iterations in each, the first too. As published, calls with and without a
+            prompt share their centroids, and a new video starts from those of the video before:
+            what it gives depends on what ran before. Needs the whole model in one graph, because
+            alike blocks that are compiled one by one share their code and what that keeps. Takes
+            4 (Cq + Ck) D bytes for each head of a layer, 1 GB in all for Wan 14B.
 
     Raises:
         ValueError: A field is outside its range; more clusters than tokens when it is used.
@@ -56,6 +62,7 @@ class SVG2:
     iterations: int = 50
     continued: int = 2
     seed: int = 0
+    keep: bool = False
 
     order: ClassVar[str] = "none"
 
@@ -85,7 +92,8 @@ class SVG2:
             key: ``[B, H, L, D]``.
             block_q: Query rows in a block.
             block_kv: Keys in a block.
-            centroids: Those of the step before; None for a new start.
+            centroids: Those of the step before; zeros where there was none; None for a new start
+                with as many iterations as that takes.
 
         Raises:
             ValueError: There are more clusters than tokens.
@@ -99,11 +107,16 @@ class SVG2:
                     f" with fewer, such as a {'250th' if name == 'query_clusters' else '75th'} of"
                     " the tokens"
                 )
-        start = centroids
-        if start is None:
+        start = Centroids(
+            first_centroids(query, self.query_clusters, self.seed),
+            first_centroids(key, self.key_clusters, self.seed),
+        )
+        if centroids is not None:
             start = Centroids(
-                first_centroids(query, self.query_clusters, self.seed),
-                first_centroids(key, self.key_clusters, self.seed),
+                *(
+                    torch.where((kept == 0).all(), new, kept)
+                    for new, kept in zip(start, centroids, strict=True)
+                )
             )
         iterations = self.iterations if centroids is None else self.continued
         query_labels, query_means, query_sizes = ops.kmeans(query, start.query, iterations)
