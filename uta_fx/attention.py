@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uta_fx.clusters import Centroids, Clusters
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
-from uta_fx.policies import Selection
+from uta_fx.policies import SVG2, Selection
 from uta_fx.statistics import block_statistics, for_heads
 
 
@@ -59,6 +60,80 @@ def sparse_attention(
         RuntimeError: A gradient is asked for.
     """
     config = config or Config()
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
+
+
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Centroids | None = None,
+    *,
+    config: Config,
+    grid: Grid | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Centroids]:
+    """As ``sparse_attention`` with the policy ``svg2``, from one denoising step to the next.
+
+    The centroids of a step are where the clusters of the next begin, which then needs few
+    iterations. Keep those of each layer apart; a new video starts anew, with None.
+
+    Args:
+        query: As in ``sparse_attention``.
+        key: See there.
+        value: See there.
+        centroids: What the step before returned, with the same batch, heads and head dim; the
+            number of tokens may be another. None to start anew.
+        config: With the policy ``svg2``.
+        grid: As in ``sparse_attention``.
+        scale: See there.
+        text: See there.
+        attn_mask: See there.
+
+    Returns:
+        The output, and the centroids for the next step.
+
+    Raises:
+        ValueError: The policy is another one, or centroids have another shape; or as
+            ``sparse_attention``.
+        TypeError: As ``sparse_attention``.
+        RuntimeError: A gradient is asked for.
+    """
+    policy = config.selection_policy()
+    if not isinstance(policy, SVG2):
+        raise ValueError(f"config must have the policy svg2, got {config.policy!r}")
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    if centroids is not None:
+        lead, dim = query.shape[:2], query.shape[3]
+        for name, got, clusters in (
+            ("query", centroids.query, policy.query_clusters),
+            ("key", centroids.key, policy.key_clusters),
+        ):
+            if got.shape != (*lead, clusters, dim):
+                raise ValueError(
+                    f"centroids.{name} must have shape {(*lead, clusters, dim)},"
+                    f" got {tuple(got.shape)}"
+                )
+    output, found = _attend(
+        query, key, value, attn_mask, config, grid, scale, video, False, centroids
+    )
+    assert found is not None
+    return output, found
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    text: tuple[int, int],
+) -> tuple[Grid | None, tuple[int, int] | None]:
+    """The grid, and where the video lies, once they and the rest fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
@@ -87,8 +162,7 @@ def sparse_attention(
         )
     if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    video = (text[0], tokens) if any(text) else None
-    return _attend(query, key, value, attn_mask, config, grid, scale, video)
+    return grid, (text[0], tokens) if any(text) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +189,52 @@ class SparseSite:
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
         config, grid, scale, video = self.config, self.grid, self.scale, self.video
-        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)
+        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuedSite:
+    """A ``SparseSite`` of a policy that clusters, which goes on from where its last call ended.
+
+    Attributes:
+        site: What it is but for that.
+    """
+
+    site: SparseSite
+    __name__ = "continued_site"  # torch.fx names and prints the target of a node by it
+
+    def state_shapes(self, query: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the centroids of ``query`` ``[B, H, L, D]`` and of its keys."""
+        policy = self.site.config.selection_policy()
+        assert isinstance(policy, SVG2)
+        batch, heads, _, dim = query.shape
+        return (
+            (batch, heads, policy.query_clusters, dim),
+            (batch, heads, policy.key_clusters, dim),
+        )
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend; shapes and meaning as in ``sparse_attention``.
+
+        Args:
+            query: See there.
+            key: See there.
+            value: See there.
+            others: The mask, if there is one, and the centroids that the call before returned;
+                zeros at the first.
+
+        Returns:
+            The output, and centroids of queries and of keys for the next call.
+        """
+        site, mask = self.site, others[0] if len(others) == 3 else None
+        output, centroids = _attend(
+            query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
+            Centroids(*others[-2:]),
+        )  # fmt: skip
+        assert centroids is not None
+        return output, *centroids
 
 
 def reorder_tokens(
@@ -150,6 +269,7 @@ def pool_blocks(
     grid: Grid | None = None,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
+    clusters: Clusters | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -162,14 +282,20 @@ def pool_blocks(
         grid: Frames, height and width of the tokens; None where nobody knows.
         text_key: ``[B, Hkv, Lt, D]``, keys beside the blocks that all queries see; None for none.
         text_bias: As in ``Selection``.
+        clusters: Where tokens lie in the blocks of clusters: these.
     """
     heads = query.shape[1]
     text_key = key[:, :, :0] if text_key is None else text_key
+    statistics = (
+        block_statistics(key, value, config.block_kv, heads)
+        if clusters is None
+        else clusters.key.statistics(key, value)
+    )
     return Selection(
         query=query,
         key=for_heads(key, heads),
         value=for_heads(value, heads),
-        statistics=block_statistics(key, value, config.block_kv, heads),
+        statistics=statistics,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
@@ -179,6 +305,7 @@ def pool_blocks(
         order="none" if grid is None else config.order,
         text_key=for_heads(text_key, heads),
         text_bias=text_bias,
+        clusters=clusters,
     )
 
 
@@ -213,21 +340,30 @@ def _attend(
     scale: float | None,
     video: tuple[int, int] | None,
     alone: bool = False,
-) -> Tensor:
-    """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Centroids | None]:
+    """The output and, of a policy that clusters, where the next step may start.
+
+    A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
+    """
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
             none = (key[:, :, :0], value[:, :, :0])
-            return _attend_rectified(query, (key, value), none, None, config, grid, scale)
+            return _attend_rectified(query, (key, value), none, None, config, grid, scale), None
     if video is None:
-        return _attend_to_video(query, key, value, config, grid, scale)[0]
+        output, _, centroids = _attend_to_video(
+            query, key, value, config, grid, scale, centroids=centroids
+        )
+        return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
     sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
     if alone:
-        return _attend_to_both(query, (k, v), (text_k, text_v), None, config, grid, scale)
+        return _attend_to_both(
+            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids
+        )
     before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
@@ -244,7 +380,9 @@ def _attend(
         if row.dtype == torch.bool:
             bias = torch.where(row, 0.0, -torch.inf)
 
-    output = _attend_to_both(q, (k, v), (text_k, text_v), bias, config, grid, scale)
+    output, centroids = _attend_to_both(
+        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids
+    )
     if doubt is not None:
         output = output + doubt.to(output.dtype)
     others = F.scaled_dot_product_attention(
@@ -252,7 +390,7 @@ def _attend(
     )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
-    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2), centroids
 
 
 def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
@@ -280,15 +418,18 @@ def _attend_to_both(
     config: Config,
     grid: Grid | None,
     scale: float | None,
-) -> Tensor:
+    centroids: Centroids | None,
+) -> tuple[Tensor, Centroids | None]:
     """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
     if config.tail_form().kind == "rectified":
-        return _attend_rectified(query, video, text, bias, config, grid, scale)
-    output, lse = _attend_to_video(query, *video, config, grid, scale, text[0], bias)
+        return _attend_rectified(query, video, text, bias, config, grid, scale), None
+    output, lse, centroids = _attend_to_video(
+        query, *video, config, grid, scale, text[0], bias, centroids
+    )
     other, other_lse = _attend_to_text(query, *text, bias, config, scale)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
     share = (other_lse - lse).sigmoid()[..., None]
-    return torch.lerp(output.float(), other.float(), share).to(query.dtype)
+    return torch.lerp(output.float(), other.float(), share).to(query.dtype), centroids
 
 
 def _attend_to_video(
@@ -300,14 +441,31 @@ def _attend_to_video(
     scale: float | None,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Tensor, Centroids | None]:
+    """The output ``[B, H, L, Dv]``, the log-sum-exp ``[B, H, L]`` over video keys, and centroids.
+
+    Centroids are those that a policy that clusters found, starting from ``centroids``.
+    """
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
-    output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
-    if inverse is None:
-        return output, lse
-    return output.index_select(2, inverse), lse.index_select(2, inverse)
+    policy, clusters = config.selection_policy(), None
+    if isinstance(policy, SVG2):
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
+        query = clusters.query.gather(query)
+        key, value = clusters.key.gather(key), clusters.key.gather(value)
+        centroids, grid = clusters.centroids, None
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
+    arguments = operator_arguments(selection, key, value, config)
+    if clusters is None:
+        output, lse = ops.sparse_attention(*arguments)
+    else:
+        output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
+        output = clusters.query.scatter(output)
+        lse = clusters.query.scatter(lse[..., None])[..., 0]
+    if inverse is not None:
+        output, lse = output.index_select(2, inverse), lse.index_select(2, inverse)
+    return output, lse, centroids
 
 
 def _attend_rectified(

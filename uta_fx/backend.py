@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import SparseSite
+from uta_fx.attention import ContinuedSite, SparseSite
 from uta_fx.config import Config
 from uta_fx.dump import readable
-from uta_fx.passes.site import Site
+from uta_fx.passes.carry_state import carry_state, with_state
+from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
+from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,13 @@ def uta(
             " one step does not know where in the noise schedule it is"
         )
     sparsify(gm, example_inputs, config)
-    trace_calls(gm, SparseSite, share=config.inner == "inductor")
+    share = config.inner == "inductor"
+    if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
+        gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
+        trace_calls(gm, ContinuedSite, share=share)
+        compiled = _compile(gm, inputs, config.inner, mode, inductor)
+        return with_state(compiled, inputs[len(example_inputs) :])
+    trace_calls(gm, SparseSite, share=share)
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
@@ -101,8 +108,15 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
+
+    def replacement(
+        grid: Grid | None, scale: float | None, video: tuple[int, int] | None, alone: bool
+    ) -> SparseSite | ContinuedSite:
+        site = SparseSite(config, grid, scale, video, alone)
+        return ContinuedSite(site) if _keeps(config) else site
+
     return Plan(
-        replacement=functools.partial(SparseSite, config),
+        replacement=replacement,
         min_tokens=config.min_tokens,
         needs_grid=config.needs_grid,
         grid=config.grid,
@@ -126,6 +140,11 @@ def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
         f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
         " use uta_fx.enable(model, config, blocks=True)"
     )
+
+
+def _keeps(config: Config) -> bool:
+    policy = config.selection_policy()
+    return isinstance(policy, SVG2) and policy.keep
 
 
 def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:

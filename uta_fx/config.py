@@ -9,7 +9,7 @@ from typing import Any
 
 from uta_fx.kernels.ops import BLOCK_SIZES
 from uta_fx.order import ORDERS, Grid
-from uta_fx.policies import BUDGETS, BY_NAME, Policy
+from uta_fx.policies import BUDGETS, BY_NAME, SVG2, Policy
 from uta_fx.tails import KINDS, Tail
 
 
@@ -103,6 +103,11 @@ class Config:
                 f"inner must be the name of a torch.compile backend, got {self.inner!r}"
             )
         _parse_ranges(self.dense_layers)
+        if isinstance(self.selection_policy(), SVG2) and self.tail_form().kind == "rectified":
+            raise ValueError(
+                "tail rectified has no meaning with policy svg2: it weighs fixed blocks of tokens,"
+                " and svg2 selects clusters; take gaussian, or another policy"
+            )
         orders = getattr(self.selection_policy(), "orders", ORDERS)
         if self.order not in orders:
             raise ValueError(

@@ -71,6 +71,11 @@ def enable(
         raise ValueError("warmup=True needs config.dense_until: without it there is one variant")
     if blocks and config.grid is None:
         raise ValueError("blocks=True needs config.grid: a block does not show how its tokens lie")
+    if blocks and getattr(config.selection_policy(), "keep", False):
+        raise ValueError(
+            "blocks=True needs a policy with keep=False: alike blocks share their code, and would"
+            " share what it keeps from call to call"
+        )
     parts = [_blocks_of(model, config) if blocks else [model] for model in models]
     for part in (part for several in parts for part in several):
         _check_hooks(part)

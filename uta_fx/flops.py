@@ -101,6 +101,10 @@ def _sparse_parts(
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
         torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
         torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
+        torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
+        torch.ops.uta.clustered_attention: functools.partial(
+            _clustered, parts, config.density, shape[2]
+        ),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)
@@ -186,6 +190,34 @@ def _rectified(
 ) -> int:
     """The listed share of dense attention; gain and offset are elementwise."""
     return _add(parts, "listed", round(density * dense_flops(query, key, value[-1])))
+
+
+def _kmeans(
+    parts: Counter[str], tokens: Shape, centroids: Shape, iterations: int, *, out_shape: Any
+) -> int:
+    """``2 B H L C D`` an iteration for the distances; means are sums."""
+    batch, heads, length, dim = tokens
+    return _add(parts, "scores", iterations * 2 * batch * heads * length * centroids[2] * dim)
+
+
+def _clustered(
+    parts: Counter[str],
+    density: float,
+    tokens: int,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    block_ids: Shape,
+    block_counts: Shape,
+    key_counts: Shape,
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    """As ``_attention``, of as many rows and keys as there are tokens: padding is not counted."""
+    query, key, value = ((*shape[:2], tokens, shape[3]) for shape in (query, key, value))
+    return _attention(
+        parts, density, query, key, value, block_ids, block_counts, *rest, out_shape=out_shape
+    )
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:
