@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ from uta_fx.passes.site import Site
 SITES_KEY = "uta_fx.sites"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What becomes of our operators in a file.
+
+    Attributes:
+        translations: How the exporter writes operators, beside and before the common ways.
+        site_node: The node of our domain that is named after its site.
+        lower: Given the model and its opset, what is done to the nodes of our domain.
+    """
+
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    site_node: str = "SparseAttention"
+    lower: Callable[[ir.Model, int], None]
+
+
 def write_onnx(
     program: ExportedProgram,
     sites: Sequence[Site],
@@ -48,6 +66,7 @@ def write_onnx(
     *,
     opset: int,
     metadata: Mapping[str, str],
+    dialect: Dialect | None = None,
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
 
@@ -60,17 +79,19 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the sites.
+        dialect: What becomes of our operators; None for ``SparseAttention`` beside its function.
 
     Raises:
         ValueError: An operation of the model has no translation, or none in that opset.
     """
+    dialect = dialect or Dialect(lower=keep_sparse_attention)
     try:
         with _without_its_own_worries():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=_translations(),
+                custom_translation_table={**_translations(), **dialect.translations},
                 verbose=False,
                 optimize=False,  # its rewriter takes as long as all the rest and finds little
             )
@@ -82,19 +103,13 @@ def write_onnx(
     assert exported is not None
     model = exported.model
     fold_constants(model)
-    sizes = {
-        node: [(value.shape, value.dtype) for value in node.inputs] for node in _sparse_nodes(model)
-    }
-    _add_functions(model, opset)
+    _name_sites(nodes_of(model, dialect.site_node), [site for site in sites if site.sparse])
+    dialect.lower(model, opset)
     tidy = Passes(
         IdentityEliminationPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()
     )
     tidy(model)
     _spell_out_boolean_where(model)
-    for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
-        for value, (shape, dtype) in zip(node.inputs, known, strict=True):
-            value.shape, value.dtype = shape, dtype
-    _name_sites(model, [site for site in sites if site.sparse])
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
     model.metadata_props.update(metadata)
@@ -195,24 +210,45 @@ def _sized_like(unsqueezed: ir.Value, x: ir.Value) -> ir.Value:
     return unsqueezed
 
 
-def _sparse_nodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "SparseAttention"]
+def nodes_of(model: ir.Model, name: str) -> list[ir.Node]:
+    """The nodes ``uta::name``, in the order in which they run."""
+    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, name)]
 
 
-def _add_functions(model: ir.Model, opset: int) -> None:
-    """Put the functions beside the graph, and inline all but that of ``SparseAttention``."""
-    powers = {
-        node.attributes["variance_power"].as_float()
-        for node in model.graph
-        if (node.domain, node.op_type) == (DOMAIN, "BlockScores")
+def keep_sparse_attention(model: ir.Model, opset: int) -> None:
+    """Leave ``SparseAttention`` a node beside its function; inline the functions of the others."""
+    sizes = {
+        node: [(value.shape, value.dtype) for value in node.inputs]
+        for node in nodes_of(model, "SparseAttention")
     }
-    functions = [sparse_attention_function(opset), block_statistics_function(opset)]
-    functions += [block_scores_function(opset, power) for power in powers]
+    inline(
+        model,
+        [*pooling_functions(model, opset), sparse_attention_function(opset)],
+        keep={"SparseAttention"},
+    )
+    for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
+        for value, (shape, dtype) in zip(node.inputs, known, strict=True):
+            value.shape, value.dtype = shape, dtype
+
+
+def pooling_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
+    """What ``BlockStatistics`` and ``BlockScores`` nodes of a model compute."""
+    powers = {
+        node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
+    }
+    scores = [block_scores_function(opset, power) for power in powers]
+    return [block_statistics_function(opset), *scores]
+
+
+def inline(
+    model: ir.Model, functions: Iterable[onnx.FunctionProto], keep: Container[str] = ()
+) -> None:
+    """Put functions beside a graph and in the place of their nodes, except those to keep."""
     for proto in functions:
         function = ir.from_proto(proto)
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
-    InlinePass(criteria=lambda function: function.name != "SparseAttention")(model)
+    InlinePass(criteria=lambda function: function.name not in keep)(model)
 
 
 def _spell_out_boolean_where(model: ir.Model) -> None:
@@ -239,15 +275,15 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         )
 
 
-def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:
+def _name_sites(nodes: Sequence[ir.Node], sites: Sequence[Site]) -> None:
     """Name the nodes after the modules that attend; a joint site is two: its video and its text."""
     names = []
     for site in sites:
         names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
     seen: Counter[str] = Counter()
-    for name, node in zip(names, _sparse_nodes(model), strict=True):
+    for name, node in zip(names, nodes, strict=True):
         call = f".{seen[name]}" if seen[name] else ""  # of a module that attends more than once
-        node.name = f"{name}/SparseAttention{call}"
+        node.name = f"{name}/{node.op_type}{call}"
         seen[name] += 1
 
 
