@@ -236,8 +236,8 @@ def pooling_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
     powers = {
         node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
     }
-    scores = [block_scores_function(opset, power) for power in powers]
-    return [block_statistics_function(opset), *scores]
+    statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
+    return [*statistics, *(block_scores_function(opset, power) for power in powers)]
 
 
 def inline(

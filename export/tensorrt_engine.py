@@ -103,7 +103,8 @@ def _flags(trt: ModuleType, rtx: bool, plugins: bool) -> int:
 
 
 def _build(trt: ModuleType, model: Path, flags: int, architectures: Sequence[int] | None) -> bytes:
-    errors = []
+    capabilities = [_capability(trt, architecture) for architecture in architectures or ()]
+    errors: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         """The last error is what users are told."""
@@ -121,20 +122,15 @@ def _build(trt: ModuleType, model: Path, flags: int, architectures: Sequence[int
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        error = parser.get_error(0)
-        raise RuntimeError(
-            f"{trt.__name__} cannot read node {error.node_name()} ({error.node_operator()}) of"
-            f" {model}: {error.desc()}"
-        )
+        raise RuntimeError(f"{trt.__name__} cannot read {model}: {_reason(errors)}")
     config = builder.create_builder_config()
     if architectures is not None:
         config.num_compute_capabilities = len(architectures)
-        for index, architecture in enumerate(architectures):
-            config.set_compute_capability(_capability(trt, architecture), index)
+        for index, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, index)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        reason = errors[-1] if errors else "it does not say why"
-        raise RuntimeError(f"{trt.__name__} cannot build an engine of {model}: {reason}")
+        raise RuntimeError(f"{trt.__name__} cannot build an engine of {model}: {_reason(errors)}")
     return bytes(engine)
 
 
@@ -150,3 +146,11 @@ def _capability(trt: ModuleType, architecture: int) -> Any:
             f" {trt.__name__} {trt.__version__}, got {architecture}"
         )
     return known[architecture]
+
+
+def _reason(errors: Sequence[str]) -> str:
+    """The first line of the first error, which says where, and the last of the last: why."""
+    if not errors:
+        return "it does not say why"
+    lines = [line for error in errors for line in error.strip().splitlines()]
+    return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1]}"

@@ -115,6 +115,8 @@ def block_scores_layer(
         triton_scores._TILES, dtype, dim, triton_scores.MAX_BLOCK, most, 2, 2, limit
     )  # fmt: skip
     block_m = max(tile.block_m, block_q)
+    if 2 * block_m * triton.next_power_of_2(dim) * dtype.itemsize >= limit:  # q and its square
+        block_m = block_q
     constants = {
         "HEADS": heads, "LENGTH_Q": length_q, "BLOCKS_Q": -(-length_q // block_q),
         "BLOCKS": blocks, "SCALE": scale, "SCALE_LOG2": scale * LOG2_E.value,

@@ -42,6 +42,7 @@ def _write_out(model: ir.Model, opset: int) -> None:
         node.overload = form.overload
     functions = [static_attention_function(opset, form) for form in forms]
     inline(model, [*pooling_functions(model, opset), *functions])
+    del model.opset_imports[DOMAIN]
 
 
 def _form_of(node: ir.Node) -> Form:

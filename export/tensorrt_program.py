@@ -16,8 +16,9 @@ from uta_fx.export.tensorrt_ops import attend_in_steps
 from uta_fx.kernels import reference
 
 MAX_K = 3840  # of TensorRT's ITopKLayer
-_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # between them bisection looks for a positive threshold
-_GEOMETRIC, _ARITHMETIC = 9, 26  # steps: 254 binary orders to less than one, and that to one float
+_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # between them a positive threshold is looked for
+_WAYS = 16  # into which a step of the search cuts what is left
+_GEOMETRIC, _ARITHMETIC = 3, 7  # steps: 254 octaves to 1/16, and that to two neighbouring numbers
 
 
 def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
@@ -61,9 +62,10 @@ def _skip_expansions(gm: torch.fx.GraphModule) -> None:
 def large_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``x.topk(k, sorted=False)`` along the last dimension without a sort.
 
-    The k-th largest value is found by bisection: 35 comparisons of the whole tensor leave two
-    neighbouring float32 numbers. Of values equal to it the first ones are taken, so that it is k in
-    any case. Numbers within 1e-38 of zero count as zero.
+    The k-th largest value is searched for: ten steps, each of which counts how many values exceed
+    15 thresholds, leave two neighbouring float32 numbers. (Bisection has fewer counts in all, but
+    TensorRT-RTX does not come to an end with a chain of 35.) Of values equal to it the first ones
+    are taken, so that it is k in any case. Numbers within 1e-38 of zero count as zero.
 
     Args:
         x: Floating, without NaN, at most float32.
@@ -79,18 +81,24 @@ def large_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     magnitude = torch.where(positive, wide, -wide).clamp(min=0)
     rank = torch.where(positive, k, total - k + 1)
 
-    def reaches(threshold: Tensor) -> Tensor:
-        return (magnitude > threshold).sum(-1, keepdim=True) >= rank
+    def reaches(thresholds: Tensor) -> Tensor:
+        return (magnitude[..., None, :] > thresholds[..., None]).sum(-1) >= rank
 
     zero = torch.zeros_like(wide[..., :1])
-    low, high = zero + _SMALLEST, zero + _LARGEST  # the value sought lies in (low, high]
+    smallest, largest = zero + _SMALLEST, zero + _LARGEST
+    low, high = smallest, largest  # the value sought lies in (low, high]
+    part = torch.arange(1, _WAYS, device=x.device) / _WAYS
     for step in range(_GEOMETRIC + _ARITHMETIC):
-        middle = low.sqrt() * high.sqrt() if step < _GEOMETRIC else low / 2 + high / 2
-        above = reaches(middle)
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    tiny, huge = ~reaches(zero + _SMALLEST), reaches(zero + _LARGEST)
-    low = torch.where(tiny, -1.0, torch.where(huge, zero + _LARGEST, low))
-    high = torch.where(tiny, zero + _SMALLEST, torch.where(huge, torch.inf, high))
+        if step < _GEOMETRIC:
+            cuts = (low.log2() + part * (high.log2() - low.log2())).exp2()
+        else:
+            cuts = low + part * (high - low)
+        edges = torch.cat([low, cuts.clamp(low, high), high], -1)
+        reached = reaches(edges[..., 1:-1]).sum(-1, keepdim=True)
+        low, high = edges.gather(-1, reached), edges.gather(-1, reached + 1)
+    tiny, huge = ~reaches(smallest), reaches(largest)
+    low = torch.where(tiny, -1.0, torch.where(huge, largest, low))
+    high = torch.where(tiny, smallest, torch.where(huge, torch.inf, high))
 
     beyond = ~positive & (
         wide > _SMALLEST

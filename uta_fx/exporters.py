@@ -303,7 +303,14 @@ def _sparse_program(
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"model cannot be traced by torch.export: {reason}") from error
-        program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+        try:
+            program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+        except RuntimeError as error:  # torch's, where a policy reads a tensor on the host
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"policy={config.policy!r} cannot be exported: what it chooses must follow from"
+                f" tensor operations alone, without a look at their values ({reason})"
+            ) from error
     for site in sites:
         logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
     refused = [site for site in sites if site.expected and not site.sparse]
