@@ -10,6 +10,7 @@ Signatures are read off the operators' schemas.
 # no postponed annotations: TensorRT reads them
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def _register(name: str) -> None:
     }
     kinds = PLUGINS[name]
     arguments = {**dict.fromkeys(tensors, trtp.TensorDesc), **scalars}
-    outputs = {"outputs": tuple[(trtp.TensorDesc,) * len(kinds.outputs)]}
+    results = types.GenericAlias(tuple, (trtp.TensorDesc,) * len(kinds.outputs))
 
     def describe(*descriptions: Any, **attributes: Any) -> Any:
         inputs = [*descriptions, *(attributes.pop(x) for x in tensors[len(descriptions) :])]
@@ -83,16 +84,15 @@ def _register(name: str) -> None:
         launch.block_x, launch.shared_mem = compiled.threads, compiled.shared
         return compiled.name, compiled.ptx, launch, trtp.SymIntExprs(0)
 
-    results = tuple[(trtp.TensorDesc,) * len(kinds.outputs)]
     identity = f"{DOMAIN}::{name}"
     trtp.register(identity)(_with_signature(describe, arguments, results))
     trtp.autotune(identity)(
-        _with_signature(offer, {**arguments, **outputs}, list[trtp.AutoTuneCombination])
+        _with_signature(offer, {**arguments, "outputs": results}, list[trtp.AutoTuneCombination])
     )
     trtp.aot_impl(identity)(
         _with_signature(
             implement,
-            {**arguments, **outputs, "tactic": int},
+            {**arguments, "outputs": results, "tactic": int},
             tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs],
         )
     )
