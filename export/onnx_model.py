@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -85,6 +86,7 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     dialect = dialect or Dialect(lower=keep_sparse_attention)
+    program = _without_complex_gaps(program)
     try:
         with _without_its_own_worries():
             exported = torch.onnx.export(
@@ -137,6 +139,33 @@ def _without_its_own_worries() -> Iterator[None]:
             yield
     finally:
         registration.setLevel(level)
+
+
+def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
+    """What complex tensors go through, by operations that the exporter can write for them."""
+    aten = torch.ops.aten
+    gaps = (aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default)
+    nodes = [x for gap in gaps for x in program.graph.find_nodes(op="call_function", target=gap)]
+    if not any(node.args[0].meta["val"].is_complex() for node in nodes):
+        return program
+
+    def split(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        ends = itertools.accumulate(sizes)
+        return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+    def expand(x: torch.Tensor, sizes: Sequence[int], implicit: bool = False) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        return torch.view_as_complex(torch.view_as_real(x).expand(*sizes, 2))
+
+    def unsqueeze(x: torch.Tensor, dim: int) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim - (dim < 0)))
+
+    return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -195,8 +224,16 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def stable_sort(
+        x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+    ) -> Any:
+        """TopK of all: of equal values the one with the lower index comes first."""
+        size = opset18.Constant(value_ints=[x.shape[dim]])
+        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     return {
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
