@@ -32,7 +32,8 @@ def run(*arguments):
     [
         (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
         ("bench",), ("bench", "attention"), ("bench", "model"),
-        ("export",), ("export", "onnx"), ("export", "plugin"),
+        ("export",), ("export", "onnx"), ("export", "plugin"), ("export", "tensorrt"),
+        ("export", "engine"),
     ],
 )  # fmt: skip
 def test_every_command_has_help(command):
@@ -76,6 +77,7 @@ def test_export_refuses_in_one_sentence(tmp_path):
             ("plugin", str(tmp_path / "no.onnx"), "p.so", "--architecture", "90"),
             "model must be an ONNX file",
         ),
+        (("engine", str(tmp_path / "no.onnx"), "m.engine"), "model must be an ONNX file"),
     ):
         result = run("export", *arguments)
         assert result.returncode == 2
