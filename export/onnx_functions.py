@@ -3,15 +3,17 @@
 ``SparseAttention`` stays a node of our domain in the exported file, with its function beside it: a
 runtime that has a kernel for the node runs that, any other runs the function. ``BlockStatistics``
 and ``BlockScores`` are inlined. No function holds a tensor of Lq x Lk: they walk along the rows of
-lists, or along the heads. Arguments and results are those of ``uta_fx.kernels.reference``, except
-that in ONNX a tail always has rank 5, ``[B, H, T, R, D]`` with T = 1 where all query blocks share
-their representatives, and that ``per_block`` says whether the representatives stand for key blocks
-and leave the softmax of the rows that list theirs. Sums are float32.
+lists, or along the heads (with a state that nobody reads: TensorRT's parser wants one). Arguments
+and results are those of ``uta_fx.kernels.reference``, except that in ONNX a tail always has rank 5,
+``[B, H, T, R, D]`` with T = 1 where all query blocks share their representatives, and that
+``per_block`` says whether the representatives stand for key blocks and leave the softmax of the
+rows that list theirs. Sums are float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -358,9 +360,12 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
     means = Reshape (key_mean, mean_shape)
     variances = Reshape (key_variance, mean_shape)
     sizes = Reshape (log_size, size_shape)
-    head_scores = Scan <num_scan_inputs = 4, body = score_head (
-        q_head, mean_head, variance_head, float[n] size_head) => (float[blocks, n] score_rows)
+    nothing = Constant <value_float = 0.0> ()
+    last, head_scores = Scan <num_scan_inputs = 4, body = score_head (
+        float state, q_head, mean_head, variance_head, float[n] size_head) =>
+        (float next, float[blocks, n] score_rows)
     {
+        next = Identity (state)
         scale_head = Constant <value_float: float = @scale> ()
         weight = Constant <value_float: float = @variance_weight> ()
         half = Constant <value_float = 0.5> ()
@@ -390,7 +395,7 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
         total = ReduceSumSquare <keepdims = 0> (by_block, in_group)
         mean_square = Div (total, true_groups)
         score_rows = Sqrt (mean_square)
-    }> (queries, means, variances, sizes)
+    }> (nothing, queries, means, variances, sizes)
     score_shape = Concat <axis = 0> (lead, blocks, columns)
     scores = Reshape (head_scores, score_shape)
 }
@@ -425,7 +430,7 @@ def schemas() -> dict[str, OpSchema]:
     return {
         schema.name: schema
         for schema in (
-            _schema(
+            make_schema(
                 "SparseAttention",
                 "Attention over listed key blocks and over representatives of the rest, in one"
                 " softmax (Unified Tail Aggregation).",
@@ -453,7 +458,7 @@ def schemas() -> dict[str, OpSchema]:
                     "per_block": (int, "1: representative r leaves the rows that list block r"),
                 },
             ),
-            _schema(
+            make_schema(
                 "BlockStatistics",
                 "Means and variances of the blocks of keys and values, over their true tokens.",
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
@@ -466,7 +471,7 @@ def schemas() -> dict[str, OpSchema]:
                 },
                 {"block_kv": (int, "keys in a block; the last may be ragged")},
             ),
-            _schema(
+            make_schema(
                 "BlockScores",
                 "Pooled attention of groups of query rows on each key block, weighted, as root mean"
                 " square over the query block.",
@@ -489,13 +494,22 @@ def schemas() -> dict[str, OpSchema]:
     }
 
 
-def _schema(
+def make_schema(
     name: str,
     doc: str,
     inputs: dict[str, tuple[str, str]],
     outputs: dict[str, tuple[str, str]],
     attributes: dict[str, tuple[type, str]],
 ) -> OpSchema:
+    """The schema of a node of our domain, all of whose attributes are required.
+
+    Args:
+        name: Of the node.
+        doc: What it computes.
+        inputs: By name, type (T of the model, F float32, I int32) and meaning.
+        outputs: As inputs.
+        attributes: By name, ``float`` or ``int`` and meaning.
+    """
     types = {float: OpSchema.AttrType.FLOAT, int: OpSchema.AttrType.INT}
     return OpSchema(
         name,
@@ -514,6 +528,24 @@ def _schema(
             for x, (kind, text) in attributes.items()
         ],
     )
+
+
+def check_version(path: Path, name: str) -> None:
+    """Raise ``ValueError`` where a file is none, or from another version of our operators.
+
+    Args:
+        path: The file.
+        name: Of the argument that gave it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{name} must be an ONNX file, got {path}")
+    imports = onnx.load(path, load_external_data=False).opset_import
+    versions = [x.version for x in imports if x.domain == DOMAIN]
+    if versions not in ([], [VERSION]):
+        raise ValueError(
+            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
+            f" this release has version {VERSION}: export the model again"
+        )
 
 
 ELEMENT_TYPES = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ def sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
+    *,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``reference.sparse_attention`` for CPU tensors; arguments and results as there.
 
@@ -58,7 +61,7 @@ def sparse_attention(
     exact, exact_lse = _attend(
         query, key, value, block_ids, block_counts,
         (tail_key, tail_value, tail_log_size, tail_variance, tail_slope),
-        scale, variance_weight, block_q, block_kv,
+        scale, variance_weight, block_q, block_kv, key_counts,
     )  # fmt: skip
     output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
     lse.copy_(exact_lse.flatten(2, 3)[:, :, : query.shape[2]])
@@ -105,13 +108,16 @@ def _attend(
     variance_weight: float,
     block_q: int,
     block_kv: int,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, Nq, block_q, Dv]`` and log-sum-exp of blocks; ``tail`` as in the operator."""
     tail_key, tail_value, tail_log_size, tail_variance, tail_slope = tail
     blocks_kv = -(-key.shape[2] // block_kv)
     _check_lists(block_ids, block_counts, blocks_kv)
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
-    exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
+    exact, exact_lse = _attend_listed(
+        blocks, key, value, block_ids, block_counts, scale, block_kv, key_counts
+    )
     if tail_key.shape[-2]:
         bias = tail_log_size
         if tail_key.dim() == 4:
@@ -153,6 +159,7 @@ def _attend_listed(
     block_counts: Tensor,
     scale: float,
     block_kv: int,
+    key_counts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the listed blocks alone: ``[B, H, Nq, block_q, Dv]`` and its log-sum-exp."""
     batch, heads, blocks_q, block_q, dim = query.shape
@@ -162,7 +169,9 @@ def _attend_listed(
         value = F.pad(value, (0, max(dim - dim_v, 0)))
     keys, values = (_into_blocks(x, block_kv).flatten(0, 2) for x in (key, value))
     blocks_kv = -(-key.shape[2] // block_kv)
-    ragged, dims = key.shape[2] % block_kv, key.shape[3]
+    dims = key.shape[3]
+    counts = _keys_in_blocks(key, block_kv) if key_counts is None else key_counts
+    counts = counts.expand(batch, heads, -1).flatten()
     rows = query.flatten(0, 2)[:, None]  # [B * H * Nq, 1, block_q, D]
     output = rows.new_zeros((*rows.shape[:-1], value.shape[-1])).squeeze(1)
     lse = rows.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
@@ -179,14 +188,18 @@ def _attend_listed(
             torch.index_select(x, 0, flat, out=some[: len(flat)]).view(len(group), 1, -1, dims)
             for x, some in ((keys, some_keys), (values, some_values))
         )
-        bias = _ragged_bias(local == blocks_kv - 1, ragged, block_kv, query.dtype)
-        if bias is not None:
-            bias = bias.expand(-1, -1, block_q, -1)
+        bias, true = None, counts[flat]
+        if (true < block_kv).any():
+            outside = torch.arange(block_kv) >= true[:, None]
+            bias = query.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
+            bias = bias.view(len(group), 1, 1, -1).expand(-1, -1, block_q, -1)
         # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows[group], k, v, attn_mask=bias, scale=scale
         )
         output[group], lse[group] = part.squeeze(1), part_lse.view(len(group), block_q)
+        empty = group[true.view(len(group), count).amax(1) == 0]
+        output[empty], lse[empty] = 0, -torch.inf
     shape = (batch, heads, blocks_q, block_q)
     return output.view(*shape, -1)[..., :dim_v], lse.view(shape)
 
@@ -201,20 +214,9 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
                 yield count, group
 
 
-def _ragged_bias(last: Tensor, ragged: int, block_kv: int, dtype: torch.dtype) -> Tensor | None:
-    """``[G, 1, 1, count * block_kv]``: -inf past the end of the keys; None where nothing is.
-
-    Args:
-        last: Boolean ``[G, count]``, True where the last key block is listed.
-        ragged: Keys in the last block, 0 where it is whole.
-        block_kv: Keys in a block.
-        dtype: Of the result.
-    """
-    if not ragged or not last.any():
-        return None
-    beyond = last[..., None] & (torch.arange(block_kv) >= ragged)
-    bias = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
-    return bias.flatten(1)[:, None, None]
+def _keys_in_blocks(key: Tensor, block_kv: int) -> Tensor:
+    """int64 ``[Nk]``; only the last can be ragged."""
+    return (key.shape[2] - torch.arange(0, key.shape[2], block_kv)).clamp(max=block_kv)
 
 
 def _add_tail(
@@ -302,6 +304,15 @@ def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
     lse.copy_(merged)
 
 
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.clustered_attention`` for CPU tensors; arguments and results as there.
+
+    Raises:
+        ValueError: As ``sparse_attention``.
+    """
+    return sparse_attention(*args[:5], *args[6:], key_counts=args[5])
+
+
 def block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -337,6 +348,28 @@ def block_scores(
             scores[b, h, piece] = error.square_().mean(1).sqrt_()
         parts.append(scores)
     return torch.cat(parts, 2)
+
+
+def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``reference.kmeans`` for CPU tensors; arguments and results as there."""
+    batch, heads, length, _ = tokens.shape
+    clusters = centroids.shape[2]
+    labels = torch.empty((batch, heads, length), dtype=torch.int32)
+    sizes = torch.empty((batch, heads, clusters), dtype=torch.int32)
+    centroids = centroids.clone(memory_format=torch.contiguous_format)
+    rows = max(1, PIECE // clusters)
+    for b, h in itertools.product(range(batch), range(heads)):
+        x, means = tokens[b, h].float(), centroids[b, h]
+        for _ in range(iterations):
+            norms = means.square().sum(-1)
+            nearest = torch.cat(
+                [torch.addmm(norms, part, means.T, alpha=-2).argmin(-1) for part in x.split(rows)]
+            )
+            size = torch.bincount(nearest, minlength=clusters)
+            total = torch.zeros_like(means).index_add_(0, nearest, x)
+            torch.where(size[:, None] > 0, total / size.clamp(min=1)[:, None], means, out=means)
+        labels[b, h], sizes[b, h] = nearest, size
+    return labels, centroids, sizes
 
 
 def block_statistics(

@@ -25,6 +25,8 @@ def sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
+    *,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over listed key blocks and over representatives of the rest, in one softmax.
 
@@ -58,6 +60,7 @@ def sparse_attention(
         variance_weight: Share of ``sigma2 / 2`` that is added to the logit.
         block_q: Query rows in a block.
         block_kv: Keys in a block; the last one may be ragged.
+        key_counts: As in ``clustered_attention``; None where every key counts.
 
     Returns:
         Output ``[B, H, Lq, Dv]`` in the dtype of ``query`` and the natural log-sum-exp
@@ -70,7 +73,11 @@ def sparse_attention(
     columns = torch.arange(length_kv, device=query.device) // block_kv
 
     logits = (query * scale) @ key.transpose(-1, -2)
-    logits = logits.masked_fill(~exact[:, :, rows][..., columns], -torch.inf)
+    seen = exact[:, :, rows][..., columns]
+    if key_counts is not None:
+        place = torch.arange(length_kv, device=query.device) % block_kv
+        seen = seen & (place < key_counts[:, :, columns])[:, :, None]
+    logits = logits.masked_fill(~seen, -torch.inf)
     tail = _tail_logits(query * scale, tail_key, tail_log_size, rows)
     sigma2 = tail.new_zeros(())
     if tail_variance.shape[2]:
@@ -161,6 +168,54 @@ def text_as_tail(
     )
 
 
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    key_counts: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention`` over key blocks that are not full.
+
+    What a policy needs whose groups of keys have any size: each group is padded to whole blocks.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Nk * block_kv, D]``.
+        value: ``[B, H, Nk * block_kv, Dv]``.
+        block_ids: As in ``sparse_attention``.
+        block_counts: As in ``sparse_attention``.
+        key_counts: int32 ``[B, H, Nk]``, in ``[0, block_kv]``: only so many keys at the start of a
+            block exist. The others are padding, which no row sees and which must be finite.
+        tail_key: As in ``sparse_attention``, as all that follow.
+        tail_value: See there.
+        tail_log_size: See there.
+        tail_variance: See there.
+        tail_slope: See there.
+        scale: See there.
+        variance_weight: See there.
+        block_q: See there.
+        block_kv: See there.
+
+    Returns:
+        As ``sparse_attention``.
+    """
+    return sparse_attention(
+        query, key, value, block_ids, block_counts, tail_key, tail_value, tail_log_size,
+        tail_variance, tail_slope, scale, variance_weight, block_q, block_kv, key_counts=key_counts,
+    )  # fmt: skip
+
+
 def block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -245,6 +300,32 @@ def block_statistics(
     means = (torch.cat(parts, 2) for parts in zip(*pooled, strict=True))
     key_mean, key_variance, value_mean, value_variance = means
     return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
+
+
+def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's algorithm for each head: assign every token to its nearest centroid, move these.
+
+        label_i    = argmin_c |x_i - centroid_c|^2           (the first of several)
+        centroid_c = mean of the tokens with label c         (stays where it is if there are none)
+
+    Args:
+        tokens: ``[B, H, L, D]``.
+        centroids: ``[B, H, C, D]``, where to start.
+        iterations: How often both steps are taken, at least 1.
+
+    Returns:
+        Labels of the last iteration, int32 ``[B, H, L]``; the centroids that follow from them,
+        ``[B, H, C, D]``; how many tokens each has, int32 ``[B, H, C]``.
+    """
+    tokens, centroids = tokens.to(_accumulator(tokens)), centroids.to(_accumulator(tokens))
+    for _ in range(iterations):
+        distance = centroids.square().sum(-1)[:, :, None] - 2 * tokens @ centroids.mT
+        labels = distance.argmin(-1)
+        members = torch.zeros_like(distance).scatter(-1, labels[..., None], 1.0)  # [B, H, L, C]
+        sizes = members.sum(2)
+        means = members.mT @ tokens / sizes.clamp(min=1)[..., None]
+        centroids = torch.where(sizes[..., None] > 0, means, centroids)
+    return labels.int(), centroids, sizes.int()
 
 
 def split_blocks(x: Tensor, block: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -187,14 +188,16 @@ def _attend_tile(
     q, k, v, acc, row_max, row_sum, inside, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys, at least one of them inside, into the running softmax."""
+    """Take one tile of keys into the running softmax."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         logits = tl.where(inside[None, :], logits, -float("inf"))
     # scale_log2 is positive, so it can wait until after the maximum: one multiply-add an element
     new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
-    p = tl.exp2(logits * scale_log2 - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
+    # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
+    base = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
+    p = tl.exp2(logits * scale_log2 - base[:, None])
+    shrink = tl.exp2(row_max - base)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
@@ -203,6 +206,7 @@ def _attend_tile(
 @triton.jit
 def _listed_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr,
+    key_counts_ptr,  # int32 [B, H, Nk], read where COUNTED
     gain_ptr, offset_ptr,  # float32 [B, H, Nq] and [B, H, Nq, DV], read where RECTIFY
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
@@ -218,6 +222,7 @@ def _listed_kernel(
     SIGN: tl.constexpr,  # of s: 1, -1 or 0
     EVEN: tl.constexpr,  # the last key block is whole
     RESUME: tl.constexpr,  # o and lse hold attention over the tail
+    COUNTED: tl.constexpr,  # key blocks say how many keys they hold; the last one is whole
     RECTIFY: tl.constexpr,  # scale and shift the output of each query block
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -284,11 +289,16 @@ def _listed_kernel(
         position = i // SPLIT
         if not EVEN:  # the last of the list stands in for the ragged one, which comes after
             position = tl.where(position == ragged_at, whole, position)
-        first = tl.load(ids_row + position).to(tl.int64) * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        block = tl.load(ids_row + position).to(tl.int64)
+        first = block * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        inside_n = offs_n
+        if COUNTED:
+            keys = tl.load(key_counts_ptr + batch_head * blocks_kv + block)
+            inside_n = (i % SPLIT) * BLOCK_N + offs_n < keys
         k = _load_rows(k_base + first * k_sn + offs_k, offs_n, inside_d, False, PAD_D)
         v = _load_rows(v_base + first * v_sn + offs_v, offs_n, inside_dv, False, PAD_DV)
         acc, row_max, row_sum = _attend_tile(
-            q, k, v, acc, row_max, row_sum, offs_n, scale_log2, False, PRECISION
+            q, k, v, acc, row_max, row_sum, inside_n, scale_log2, COUNTED, PRECISION
         )
     if not EVEN:
         first_ragged = (blocks_kv - 1) * BLOCK_KV
@@ -374,6 +384,7 @@ def sparse_attention(
     *,
     listed_tile: Tile | None = None,
     tail_tile: Tile | None = None,
+    key_counts: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -385,7 +396,8 @@ def sparse_attention(
     the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
     launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
     the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
-    none, are those of ``rectified_attention`` and keep the listed kernel of this file.
+    none, are those of ``rectified_attention``, ``key_counts`` are those of ``clustered_attention``;
+    they keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -409,6 +421,7 @@ def sparse_attention(
         gluon_attention is not None
         and not listed_tile
         and gain is None
+        and key_counts is None
         and gluon_attention.takes(query, key, value, output, block_q, block_kv)
     )
     with torch.cuda.device_of(query):
@@ -460,6 +473,7 @@ def sparse_attention(
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
+            None if key_counts is None else key_counts.contiguous(),
             None if gain is None else gain.contiguous(),
             None if offset is None else offset.contiguous(),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),
@@ -467,11 +481,16 @@ def sparse_attention(
             heads, length_q, length_kv, block_ids.shape[-1], scale_log2,
             BLOCK_Q=block_q, BLOCK_KV=block_kv,
             BLOCK_M=listed_tile.block_m, BLOCK_N=listed_tile.block_n,
-            EVEN=length_kv % block_kv == 0, RESUME=resume, RECTIFY=gain is not None,
-            CHUNK=ID_CHUNK, **dims,
+            EVEN=length_kv % block_kv == 0, RESUME=resume, COUNTED=key_counts is not None,
+            RECTIFY=gain is not None, CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
     return output, lse
+
+
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments and results as in ``reference.clustered_attention``."""
+    return sparse_attention(*args[:5], *args[6:], key_counts=args[5])
 
 
 def rectified_attention(

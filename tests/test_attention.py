@@ -259,7 +259,7 @@ def test_statistics_are_over_true_tokens(length):
     """A ragged last block has its own mean and variance."""
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 2, length, 16, generator=generator).unbind()
-    statistics = block_statistics(k, v, 32)
+    statistics = block_statistics(k, v, 32, k.shape[1])
     assert statistics.size.sum() == length
     torch.testing.assert_close(
         statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2)
@@ -430,13 +430,37 @@ def test_a_users_own_code_may_be_compiled_around_it():
     torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
 
 
+@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("text", [(0, 0), (3, 5)])
+def test_heads_may_share_keys(tail, text):
+    """Four heads of queries on two of keys: what each head has of its own when they are repeated.
+
+    The head dim of the values is another one than that of the keys.
+    """
+    q, k, v = fields(heads=4)
+    k, v = k[:, 1:3], v[:, 1:3, :, :16]
+    pads = (0, 0, *text)
+    q, k, v = (F.pad(x, pads, value=0.5) for x in (q, k, v))
+    config = Config(density=0.2, tail=tail, **SMALL)
+    shared = sparse_attention(q, k, v, config=config, grid=GRID, text=text)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    torch.testing.assert_close(
+        shared, sparse_attention(q, k, v, config=config, grid=GRID, text=text), rtol=1e-5, atol=1e-6
+    )
+    assert shared.shape == (*q.shape[:3], 16)
+
+
 def test_bad_inputs_are_named():
     """Shapes, grids, dtypes and gradients."""
     q, k, v = fields()
     with pytest.raises(ValueError, match=r"grid must have .* 512, got 8 x 8 x 9 = 576"):
         sparse_attention(q, k, v, grid=(8, 8, 9))
-    with pytest.raises(ValueError, match="key must have the batch, heads and length of query"):
+    with pytest.raises(ValueError, match="key must have the batch and length of query"):
         sparse_attention(q, k[:, :, :100], v)
+    with pytest.raises(ValueError, match=r"value must have .* got \(1, 1, 512\)"):
+        sparse_attention(q, k, v[:, :1])
+    with pytest.raises(ValueError, match=r"a number of heads that divides its, \(1, 2, 512\)"):
+        sparse_attention(q, k.repeat(1, 2, 1, 1), v)
     with pytest.raises(ValueError, match=r"text must hold two lengths .* 512, got \(500, 12\)"):
         sparse_attention(q, k, v, text=(500, 12))
     with pytest.raises(ValueError, match="attn_mask hides text from the video: it needs text"):

@@ -32,7 +32,8 @@ def run(*arguments):
     [
         (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
         ("bench",), ("bench", "attention"), ("bench", "model"),
-        ("export",), ("export", "onnx"), ("export", "plugin"),
+        ("export",), ("export", "onnx"), ("export", "plugin"), ("export", "tensorrt"),
+        ("export", "engine"),
     ],
 )  # fmt: skip
 def test_every_command_has_help(command):
@@ -76,6 +77,7 @@ def test_export_refuses_in_one_sentence(tmp_path):
             ("plugin", str(tmp_path / "no.onnx"), "p.so", "--architecture", "90"),
             "model must be an ONNX file",
         ),
+        (("engine", str(tmp_path / "no.onnx"), "m.engine"), "model must be an ONNX file"),
     ):
         result = run("export", *arguments)
         assert result.returncode == 2
@@ -147,12 +149,13 @@ def test_generate_writes_pictures_and_a_table(tmp_path):
     assert gif.n_frames == 16
 
 
-def test_explain_lists_every_site():
-    """Eight layers of self-attention sparse, eight of cross-attention dense."""
-    result = run("explain")
+def test_explain_lists_every_site(tmp_path):
+    """Eight layers of self-attention sparse, eight of cross-attention dense; the graph in files."""
+    result = run("explain", "--dump", str(tmp_path / "graphs"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("self-attention over video tokens") == 8
     assert "8 of 16 sites sparse, 1 graph" in result.stdout
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["graph_0.dot", "graph_0.py"]
 
 
 def test_explain_needs_no_weights_of_a_released_model():

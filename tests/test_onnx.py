@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -361,3 +363,69 @@ def test_strict_writes_nothing_where_a_site_stays_dense(tmp_path):
             kwargs={**inputs, "return_dict": False},
         )  # fmt: skip
     assert not os.listdir(tmp_path)
+
+
+class Rotating(nn.Module):
+    """Positions as complex numbers, cut, widened and turned; and an order with equal keys."""
+
+    def forward(self, x, angles):
+        turns = torch.polar(torch.ones_like(angles), angles)
+        low, high = turns.split([2, 6], -1)
+        turns = torch.cat(
+            [low.unsqueeze(-2).expand(-1, 3, -1), high.unsqueeze(1).expand(-1, 3, -1)], -1
+        )
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * turns).flatten(-2)
+        order = torch.sort(angles.round(), dim=-1, descending=True, stable=True)[1]
+        return turned, order
+
+
+def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
+    """What the exporter itself has no words for: rotary embeddings in complex arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(4, 3, 16, generator=generator), torch.randn(4, 8, generator=generator))
+    path = tmp_path / "model.onnx"
+    export_onnx(Rotating().eval(), inputs, path)
+    turned, order = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
+    expected, expected_order = Rotating()(*inputs)
+    np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(order, expected_order)
+
+
+MEASURE = """
+import resource, sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+clip = np.random.default_rng(0).standard_normal((1, 3, 16, 64, 64), np.float32)
+session.run(None, {"clip": clip})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+class SelfAttention(nn.Module):
+    """Of the 16,384 video tokens of a clip, four heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv3d(3, 128, (1, 2, 2), (1, 2, 2))
+        self.to_qkv = nn.Linear(128, 384)
+
+    def forward(self, clip):
+        x = self.patch(clip).flatten(2).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(-1, (4, 32)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
+    """All logits would be 4.3 GB in float32; the goal is 1.5 GB above the weights."""
+    path = tmp_path / "model.onnx"
+    clip = torch.zeros(1, 3, 16, 64, 64)
+    export_onnx(SelfAttention().eval(), (clip,), path, config=Config(density=0.1))
+    command = [sys.executable, "-c", MEASURE, path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) * 1024 < 0.75e9

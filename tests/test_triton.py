@@ -463,7 +463,7 @@ for dim in (64, 128):
     both = {**head, "DV": dim, "DV_PADDED": dim, "SIGN": 1}
     for even, resume, rectify in ((True, True, False), (False, True, True), (True, False, False)):
         constants = {**both, "BLOCK_KV": 64, "EVEN": even, "RESUME": resume, "CHUNK": 512,
-                     "RECTIFY": rectify}
+                     "RECTIFY": rectify, "COUNTED": False, "key_counts_ptr": None}
         if not rectify:
             constants |= {"gain_ptr": None, "offset_ptr": None}
         tile = triton_attention._LISTED_TILES[2, dim]

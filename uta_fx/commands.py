@@ -191,12 +191,21 @@ def explain(
         int, typer.Option(help="Sites with fewer tokens stay dense.")
     ] = DEFAULTS.min_tokens,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the rewritten graphs: graph_0.py to read and graph_0.dot for Graphviz,"
+            " and so on."
+        ),
+    ] = None,
 ) -> None:
     """List every attention of a model: sparse or dense, why, and what it saves in operations.
 
     Traces on the meta device: no weights, no GPU, seconds.
     """
     config = Config(density=density, min_tokens=min_tokens)
+    if dump is not None:
+        _check_folder(dump)
     about: dict[str, Any] = {"density": density}
     if model is None:
         given = {"size": size, "height": height, "width": width, "frames": frames}
@@ -214,6 +223,8 @@ def explain(
         if not as_json:
             print(f"{real.title}, {clip}, density {density:g}\n")
     print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)
+    if dump is not None:
+        found.dump(dump)
 
 
 def _explain_shipped(config: Config) -> Explanation:
@@ -513,40 +524,99 @@ def bench_model(
     )
 
 
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Folder that examples/train_small_wan.py wrote; the shipped one without."),
+]
+Clips = Annotated[int, typer.Option(min=1, help="Clips in a batch.")]
+
+
 @export_app.command("onnx")
 def export_onnx(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that examples/train_small_wan.py wrote; the shipped one without."
-        ),
-    ] = None,
+    weights: Weights = None,
     density: Density = DEFAULTS.density,
     policy: PolicyName = str(DEFAULTS.policy),
     tail: TailName = str(DEFAULTS.tail),
     budget: Budget = DEFAULTS.budget,
     reorder: Reorder = DEFAULTS.reorder,
-    clips: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 1,
+    clips: Clips = 1,
 ) -> None:
     """Write the shipped denoiser as an ONNX file with sparse attention inside.
 
     Other models: uta_fx.export_onnx in Python.
     """
     from uta_fx.exporters import export_onnx as write
-    from uta_fx.moving_shapes import load_pipeline
-    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
 
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
-    pipeline = load_pipeline(weights=weights or WEIGHTS)
-    words = pipeline.prompt_encoder.config
-    arguments = {
-        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
-        "timestep": torch.zeros(clips),
-        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
-        "return_dict": False,
-    }
-    print(write(pipeline.transformer, (), output, config=config, kwargs=arguments))
+    model, arguments = _shipped_model(weights, clips)
+    print(write(model, (), output, config=config, kwargs=arguments))
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+
+
+@export_app.command("tensorrt")
+def export_tensorrt(
+    output: Annotated[
+        Path, typer.Argument(help="File to write, ending in .onnx; in .engine for --form engine.")
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            help="plugin (TensorRT with our kernels), standard (for TensorRT-RTX) or engine (by"
+            " torch_tensorrt, on a GPU)."
+        ),
+    ] = "plugin",
+    weights: Weights = None,
+    density: Density = DEFAULTS.density,
+    policy: PolicyName = str(DEFAULTS.policy),
+    tail: TailName = str(DEFAULTS.tail),
+    budget: Budget = DEFAULTS.budget,
+    reorder: Reorder = DEFAULTS.reorder,
+    clips: Clips = 1,
+) -> None:
+    """Write the shipped denoiser for TensorRT, with sparse attention inside.
+
+    Other models: uta_fx.export_tensorrt in Python.
+    """
+    from uta_fx.exporters import export_tensorrt as write
+
+    config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
+    model, arguments = _shipped_model(weights, clips)
+    if form == "engine":
+        device = _device("cuda")
+        model = model.to(device)
+        arguments = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()
+        }
+    print(write(model, (), output, config=config, kwargs=arguments, form=form))
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+
+
+@export_app.command("engine")
+def export_engine(
+    model: Annotated[
+        Path, typer.Argument(help="File of uta-fx export tensorrt or uta_fx.export_tensorrt.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Engine to write, such as model.engine.")],
+    rtx: Annotated[
+        bool, typer.Option("--rtx", help="Build with TensorRT-RTX, which needs no GPU for it.")
+    ] = False,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="Compute capability to build for, such as 89; with --rtx, repeatable."),
+    ] = None,
+) -> None:
+    """Build a TensorRT engine from an ONNX file of ours.
+
+    TensorRT builds for the GPU of this machine.
+    """
+    from uta_fx.exporters import build_tensorrt_engine
+
+    try:
+        build_tensorrt_engine(model, output, rtx=rtx, architectures=architecture or None)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
 
 
@@ -571,6 +641,21 @@ def export_plugin(
     except RuntimeError as error:
         raise OSError(str(error)) from error
     print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB, for sm_{architecture}")
+
+
+def _shipped_model(weights: Path | None, clips: int) -> tuple[Any, dict[str, Any]]:
+    """The shipped denoiser, and its arguments for so many clips."""
+    from uta_fx.moving_shapes import load_pipeline
+    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
+
+    pipeline = load_pipeline(weights=weights or WEIGHTS)
+    words = pipeline.prompt_encoder.config
+    return pipeline.transformer, {
+        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
+        "timestep": torch.zeros(clips),
+        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
+        "return_dict": False,
+    }
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 
 from uta_fx.kernels.ops import BLOCK_SIZES
 from uta_fx.order import ORDERS, Grid
-from uta_fx.policies import BUDGETS, BY_NAME, Policy
+from uta_fx.policies import BUDGETS, BY_NAME, SVG2, Policy
 from uta_fx.tails import KINDS, Tail
 
 
@@ -34,10 +34,14 @@ class Config:
             ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
+        trust_masks: Take an attention mask for one that hides text alone where the graph does not
+            show it, as in a block that is compiled by itself. What the mask of a run hides of the
+            video all the same makes the video's output of that sample NaN.
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
             A layer is a self-attention call of the graph. Those that a graph does not have are
-            logged, not refused: it may be a part of the model.
+            logged, not refused: it may be a part of the model. A graph without a list of blocks,
+            which may be a block by itself, is refused.
         dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
             ``uta_fx.enable``, which sees the schedule.
         inner: Name of the ``torch.compile`` backend that gets the rewritten graph.
@@ -58,6 +62,7 @@ class Config:
     block_kv: int = 64
     reorder: str = "auto"
     grid: Grid | None = None
+    trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
     dense_until: float = 0.0
@@ -91,13 +96,19 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        for name in ("strict", "trust_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.inner, str) or not self.inner:
             raise TypeError(
                 f"inner must be the name of a torch.compile backend, got {self.inner!r}"
             )
         _parse_ranges(self.dense_layers)
+        if isinstance(self.selection_policy(), SVG2) and self.tail_form().kind == "rectified":
+            raise ValueError(
+                "tail rectified has no meaning with policy svg2: it weighs fixed blocks of tokens,"
+                " and svg2 selects clusters; take gaussian, or another policy"
+            )
         orders = getattr(self.selection_policy(), "orders", ORDERS)
         if self.order not in orders:
             raise ValueError(

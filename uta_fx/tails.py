@@ -132,7 +132,7 @@ class Tail:
     ) -> Representatives:
         """Representatives of groups of blocks: ``[B, H, Nq, R, D]``."""
         statistics = selection.statistics
-        sizes = statistics.size * ~exact  # [B, H, Nq, Nk], 0 where exact
+        sizes = statistics.size.unsqueeze(-2) * ~exact  # [B, H, Nq, Nk], 0 where exact
         if self.kind == "bins":
             groups = _bin_by_logit(_pooled_logits(selection), exact, self.bins)
             members = groups[..., None, :] == torch.arange(self.bins, device=key.device)[:, None]
@@ -184,7 +184,7 @@ def _slope_of_query_blocks(
 ) -> Tensor:
     """Covariances averaged by pooled tail attention: float32 ``[B, H, Nq, D, Dv]``."""
     statistics = selection.statistics
-    covariances = block_covariances(key, value, statistics.key_mean, block_kv)
+    covariances = block_covariances(key, value, statistics, block_kv)
     logits = _pooled_logits(selection) + statistics.log_size[:, :, None]
     weights = logits.masked_fill(exact, -torch.inf).softmax(-1).nan_to_num(0.0)  # row without tail
     return (weights @ covariances.flatten(3)).unflatten(3, covariances.shape[3:])

@@ -13,6 +13,7 @@ from uta_fx.policies.random import Random
 from uta_fx.policies.rectified import Rectified
 from uta_fx.policies.sliding_tile import SlidingTile
 from uta_fx.policies.spatial_temporal import SpatialTemporal
+from uta_fx.policies.svg2 import SVG2
 from uta_fx.policies.threshold import Threshold
 from uta_fx.policies.topk import TopK
 from uta_fx.policies.topp import TopP
@@ -28,6 +29,7 @@ BY_NAME: dict[str, Policy] = {
     "spatial_temporal": SpatialTemporal(),
     "window": Window(),
     "rectified": Rectified(),
+    "svg2": SVG2(),
     "random": Random(),
     "oracle_topk": OracleTopK(),
     "oracle_topp": OracleTopP(),
@@ -37,6 +39,7 @@ BY_NAME: dict[str, Policy] = {
 __all__ = [
     "BUDGETS",
     "BY_NAME",
+    "SVG2",
     "LowDelta",
     "OracleLowDelta",
     "OracleTopK",

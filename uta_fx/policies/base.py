@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from uta_fx.clusters import Clusters
 from uta_fx.order import Grid
 from uta_fx.statistics import BlockStatistics
 
@@ -39,6 +40,7 @@ class Selection:
             be 0.
         text_bias: Added to the logits of these, float32, broadcasts to ``[B, H, 1, Lt]``; None for
             nothing.
+        clusters: Where the blocks are those of clusters: these.
     """
 
     query: Tensor
@@ -54,6 +56,7 @@ class Selection:
     order: str
     text_key: Tensor
     text_bias: Tensor | None = None
+    clusters: Clusters | None = None
 
     def layout(self, policy: str) -> Layout:
         """The grid, its order and the block sizes, as arguments of an operator of constants.
