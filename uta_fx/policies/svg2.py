@@ -41,7 +41,8 @@ class SVG2:
         key_clusters: Clusters of keys, likewise.
         mass: Share of a query cluster's attention to keep, in (0, 1].
         least: Share of the clusters to keep in any case, in [0, 1]; never none.
-        iterations: Of k-means from a new start, at least 1.
+        iterations: Of k-means from a new start, at least 1. More than 10 gain next to nothing on
+            the trained model (``docs/measured.md``).
         continued: Of k-means from the centroids of the step before, at least 1.
         seed: Another seed starts from other tokens; at least 0.
         keep: Whether a compiled graph starts each call from where it ended the last, with
@@ -59,7 +60,7 @@ class SVG2:
     key_clusters: int = 1000
     mass: float = 0.9
     least: float = 0.1
-    iterations: int = 50
+    iterations: int = 10
     continued: int = 2
     seed: int = 0
     keep: bool = False
