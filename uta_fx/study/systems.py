@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx._optional import require
-from uta_fx.attention import pool_blocks, reorder_tokens, sparse_attention
+from uta_fx.attention import pool_tokens, reorder_tokens, sparse_attention
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import Inputs, Shape
 from uta_fx.config import Config
 from uta_fx.order import Grid
-from uta_fx.policies import Radial, Threshold, TopP
+from uta_fx.policies import SVG2, Radial, Selection, Threshold, TopP
 from uta_fx.policies.layout import block_sizes
 from uta_fx.policies.oracle import true_scores
 from uta_fx.study.sites import AttentionCall
@@ -64,6 +64,10 @@ def _top_p(tail: str) -> Callable[[float], Config]:
     return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
 
 
+def _clusters(tail: str) -> Callable[[float], Config]:
+    return lambda mass: Config(policy=SVG2(mass=mass, least=0.0), tail=tail)
+
+
 _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
 """Dropped, as published; one representative a query block, as the UTA paper has it; and ours."""
 
@@ -77,6 +81,7 @@ def _with_tails(
 SYSTEMS = (
     *_with_tails("Top-K", lambda tail: _kept(policy="topk", tail=tail, budget="row"), None),
     *_with_tails("Top-P", _top_p, (0.001, 1.0)),
+    *_with_tails("SVG2", _clusters, (0.001, 1.0)),
     *_with_tails("Radial", _radial, (-8.0, 4.0)),
     *_with_tails("SVG", lambda tail: _kept(policy="spatial_temporal", tail=tail), (0.001, 0.999)),
     System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
@@ -175,22 +180,46 @@ class Site:
     def exact(self, config: Config) -> tuple[Any, Tensor]:
         """What the policy saw, and the blocks that it chose: boolean ``[B, H, Nq, Nk]``."""
         ordered, _ = reorder_tokens(*self.inputs, config, self.grid)
-        selection = pool_blocks(*ordered, config, None, self.grid)
+        selection = pool_tokens(*ordered, config, None, self.grid)
         return selection, config.selection_policy().select(selection)
 
     def kept(self, config: Config) -> float:
-        """Share of pairs of blocks that are exact."""
-        return self.exact(config)[1].double().mean().item()
+        """Share of pairs of blocks that are exact; of tokens, where blocks are of clusters."""
+        selection, exact = self.exact(config)
+        if selection.clusters is None:
+            return exact.double().mean().item()
+        rows, columns = (
+            x.count.double() for x in (selection.clusters.query, selection.clusters.key)
+        )
+        pairs = (rows[:, :, None] @ exact.double() @ columns[..., None]).mean().item()
+        return pairs / self.inputs[0].shape[2] ** 2
 
     def recall(self, config: Config) -> float:
         """Share of true attention in exact blocks, averaged over rows."""
         selection, exact = self.exact(config)
+        if selection.clusters is not None:
+            return self._recall_of_clusters(selection, exact)
         key = (selection.order, selection.block_q, selection.block_kv)
         if key not in self._true:
             self._true[key] = true_scores(selection, 0.0)
         rows = block_sizes(selection.query.shape[2], selection.block_q).to(exact.device)
         share = (self._true[key] * exact).sum(-1).double()  # [B, H, Nq]
         return (share @ rows / rows.sum()).mean().item()
+
+    def _recall_of_clusters(self, selection: Selection, exact: Tensor) -> float:
+        """Token by token, a head at a time: padding has no attention."""
+        clusters = selection.clusters
+        assert clusters is not None
+        row = clusters.query.place // selection.block_q  # the block of each token
+        column = clusters.key.place // selection.block_kv
+        query, key, _ = self.inputs
+        shares = []
+        for b in range(query.shape[0]):
+            for h in range(query.shape[1]):
+                logits = selection.scale * query[b, h].float() @ key[b, h].float().T
+                seen = exact[b, h].index_select(0, row[b, h]).index_select(1, column[b, h])
+                shares.append((logits.softmax(-1) * seen).sum(-1).mean().item())
+        return statistics.fmean(shares)
 
     def output(self, config: Config) -> Tensor:
         """What the operation makes of it."""
