@@ -19,7 +19,8 @@ from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import Grid, Operand, Site, value_of
 from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, same
 
-Replacement = Callable[..., torch.Tensor]
+Replacement = Callable[..., Any]
+"""Returns a tensor; or a tuple that begins with it, for ``carry_state`` to take apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -598,11 +598,17 @@ def test_parameters_out_of_range(make, message):
 
 def test_more_clusters_than_tokens_names_the_field_and_the_remedy():
     q, k, v = tokens_of()
-    with pytest.raises(ValueError, match=r"query_clusters .* 150, got 300: pass policy=.*SVG2"):
-        sparse_attention(q, k, v, config=Config(policy="svg2"))
-    few_queries = Config(policy=SVG2(query_clusters=2))
-    with pytest.raises(ValueError, match=r"key_clusters .* 150, got 1000: pass policy=.*SVG2"):
-        sparse_attention(q, k, v, config=few_queries)
+    for name in ("query_clusters", "key_clusters"):
+        config = Config(policy=SVG2(**{name: 151}))
+        with pytest.raises(ValueError, match=f"{name} .* 150, got 151: pass fewer, or None"):
+            sparse_attention(q, k, v, config=config)
+
+
+def test_clusters_are_as_many_for_each_token_as_published():
+    """At 720p those of the paper; never none."""
+    assert SVG2().clusters_of(75600) == (300, 1000)
+    assert SVG2().clusters_of(4096) == (16, 54)
+    assert SVG2(key_clusters=7).clusters_of(10) == (1, 7)
 
 
 def test_export_refuses_it_by_name():
@@ -615,7 +621,7 @@ def test_export_refuses_it_by_name():
 def test_operations_are_counted():
     """K-means by its distances, centroids against centroids, and the listed share of L x L."""
     shape, dim = (1, 2, 160, 32), 32
-    cost = sparse_cost(shape, dim, torch.float32, 160, None, Config(policy=FEW, density=0.5))
+    cost = sparse_cost(shape, shape, dim, torch.float32, 160, None, Config(policy=FEW, density=0.5))
     distances = 4 * 2 * 2 * 160 * (5 + 9) * 32
     assert cost.parts["scores"] == distances + 2 * 2 * 5 * 9 * 32
     assert cost.parts["listed"] == 0.5 * cost.dense

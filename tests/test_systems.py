@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uta_fx import Config
+from uta_fx import Config, sparse_attention
 from uta_fx.bench.inputs import Shape
-from uta_fx.policies import Radial
+from uta_fx.policies import SVG2, Radial
 from uta_fx.study.oracle import OracleError, measure_oracle, token_oracle
 from uta_fx.study.oracle import markdown as oracle_markdown
 from uta_fx.study.sites import AttentionCall
@@ -132,6 +132,28 @@ def test_recall_and_error_are_those_of_the_blocks():
     inside = attention * tokens
     output = inside / inside.sum(-1, keepdim=True) @ site.value.double()
     torch.testing.assert_close(measured.output(config).double(), output, rtol=1e-4, atol=1e-5)
+
+
+def test_clusters_are_counted_by_their_tokens():
+    """Share and recall of kept pairs of tokens, stated by what each token sees."""
+    site = call()
+    policy = SVG2(query_clusters=3, key_clusters=7, mass=0.5, least=0.0)
+    config = Config(policy=policy, tail="none")
+    measured = Site((site.query, site.key, site.value), GRID)
+    attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
+    # what a query sees of a value that is one-hot by key is its attention
+    one_hot = torch.eye(site.key.shape[2]).expand(*site.key.shape[:2], -1, -1)
+    seen = torch.cat(
+        [
+            sparse_attention(site.query, site.key, part, config=config) > 0
+            for part in one_hot.split(16, 3)
+        ],
+        3,
+    )
+    assert 0 < measured.kept(config) < 1
+    assert measured.kept(config) == pytest.approx(seen.double().mean().item())
+    recall = (attention * seen).sum(-1).mean().item()
+    assert measured.recall(config) == pytest.approx(recall, rel=1e-5)
 
 
 def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):

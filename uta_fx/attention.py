@@ -85,8 +85,8 @@ def clustered_attention(
         query: As in ``sparse_attention``.
         key: See there.
         value: See there.
-        centroids: What the step before returned, with the same batch, heads and head dim; the
-            number of tokens may be another. None to start anew.
+        centroids: What the step before returned, with the same batch, heads, head dim and numbers
+            of clusters. None to start anew.
         config: With the policy ``svg2``.
         grid: As in ``sparse_attention``.
         scale: See there.
@@ -108,10 +108,8 @@ def clustered_attention(
     grid, video = _checked(query, key, value, attn_mask, config, grid, text)
     if centroids is not None:
         lead, dim = query.shape[:2], query.shape[3]
-        for name, got, clusters in (
-            ("query", centroids.query, policy.query_clusters),
-            ("key", centroids.key, policy.key_clusters),
-        ):
+        counts = policy.clusters_of(query.shape[2] - sum(text))
+        for name, got, clusters in zip(("query", "key"), centroids, counts, strict=True):
             if got.shape != (*lead, clusters, dim):
                 raise ValueError(
                     f"centroids.{name} must have shape {(*lead, clusters, dim)},"
@@ -207,11 +205,9 @@ class ContinuedSite:
         """Shapes of the centroids of ``query`` ``[B, H, L, D]`` and of its keys."""
         policy = self.site.config.selection_policy()
         assert isinstance(policy, SVG2)
-        batch, heads, _, dim = query.shape
-        return (
-            (batch, heads, policy.query_clusters, dim),
-            (batch, heads, policy.key_clusters, dim),
-        )
+        batch, heads, length, dim = query.shape
+        counts = policy.clusters_of(self.site.video[1] if self.site.video else length)
+        return (batch, heads, counts[0], dim), (batch, heads, counts[1], dim)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
@@ -307,6 +303,40 @@ def pool_blocks(
         text_bias=text_bias,
         clusters=clusters,
     )
+
+
+def pool_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
+    centroids: Centroids | None = None,
+) -> Selection:
+    """As ``pool_blocks``; a policy that clusters gets the blocks of its clusters.
+
+    Args:
+        query: See there.
+        key: See there.
+        value: See there.
+        config: See there.
+        scale: See there.
+        grid: See there.
+        text_key: See there.
+        text_bias: See there.
+        centroids: Where clusters start; None for anew.
+    """
+    policy, clusters = config.selection_policy(), None
+    if isinstance(policy, SVG2):
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
+        query = clusters.query.gather(query)
+        key, value = clusters.key.gather(key), clusters.key.gather(value)
+        grid = None  # tokens lie elsewhere
+    return pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
 
 
 def operator_arguments(
@@ -448,18 +478,13 @@ def _attend_to_video(
     Centroids are those that a policy that clusters found, starting from ``centroids``.
     """
     (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    policy, clusters = config.selection_policy(), None
-    if isinstance(policy, SVG2):
-        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
-        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
-        query = clusters.query.gather(query)
-        key, value = clusters.key.gather(key), clusters.key.gather(value)
-        centroids, grid = clusters.centroids, None
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
-    arguments = operator_arguments(selection, key, value, config)
+    selection = pool_tokens(query, key, value, config, scale, grid, text_key, text_bias, centroids)
+    clusters = selection.clusters
     if clusters is None:
-        output, lse = ops.sparse_attention(*arguments)
+        output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
     else:
+        centroids = clusters.centroids
+        arguments = operator_arguments(selection, selection.key, selection.value, config)
         output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
         output = clusters.query.scatter(output)
         lse = clusters.query.scatter(lse[..., None])[..., 0]
