@@ -38,6 +38,7 @@ from uta_fx.export.onnx_functions import (
     schemas,
     sparse_attention_function,
 )
+from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
@@ -200,6 +201,44 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             per_block=int(per_block and tail_key.shape[2] > 0),
         )  # fmt: skip
 
+    def rectified_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        block_ids: Any,
+        block_counts: Any,
+        text_key: Any,
+        text_value: Any,
+        text_bias: Any,
+        gain: Any,
+        offset: Any,
+        scale: float,
+        block_q: int,
+        block_kv: int,
+    ) -> Any:
+        """The same node, with the text as its tail; gain and offset after it."""
+        zero, two, four = (opset18.Constant(value_ints=[number]) for number in (0, 2, 4))
+        text = (
+            _sized_like(opset18.Unsqueeze(x, two), x) for x in (text_key, text_value, text_bias)
+        )
+        lead, dim, dim_v = list(query.shape[:2]), query.shape[3], value.shape[3]
+        variance = opset18.Slice(query, zero, zero, two)
+        variance.shape, variance.dtype = ir.Shape([*lead, 0, dim]), query.dtype
+        slope = opset18.Expand(
+            opset18.Unsqueeze(variance, four), opset18.Constant(value_ints=[1, 1, 1, 1, dim_v])
+        )
+        slope.shape, slope.dtype = ir.Shape([*lead, 0, dim, dim_v]), query.dtype
+        output, _ = nodes["SparseAttention"](
+            query, key, value, block_ids, block_counts, *text, variance, slope, scale=scale,
+            variance_weight=0.0, block_q=block_q, block_kv=block_kv, per_block=0,
+        )  # fmt: skip
+        rows = opset18.Constant(value_ints=[row // block_q for row in range(query.shape[2])])
+        gains = opset18.Gather(
+            opset18.Unsqueeze(gain, opset18.Constant(value_ints=[3])), rows, axis=2
+        )
+        scaled = opset18.Mul(opset18.Cast(output, to=ir.DataType.FLOAT), gains)
+        return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
+
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
         return nodes["BlockStatistics"](key, value, block_kv=block_kv)
 
@@ -212,10 +251,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         variance_weight: float,
         variance_power: float,
         block_q: int,
+        rows: int,
     ) -> Any:
         return nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
+            rows=rows,
         )  # fmt: skip
 
     def squeeze(x: Any, dim: int) -> Any:
@@ -231,10 +272,22 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         size = opset18.Constant(value_ints=[x.shape[dim]])
         return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
+    def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        """An operator that returns a constant, as that constant."""
+
+        def constant(like: Any, *arguments: Any) -> Any:
+            return opset18.Constant(
+                value=onnx.numpy_helper.from_array(function(*arguments).numpy())
+            )
+
+        return constant
+
     return {
+        **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
+        torch.ops.uta.rectified_attention.default: rectified_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
     }
@@ -313,10 +366,16 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
 
 
 def _name_sites(nodes: Sequence[ir.Node], sites: Sequence[Site]) -> None:
-    """Name the nodes after the modules that attend; a joint site is two: its video and its text."""
+    """Name the nodes after the modules that attend.
+
+    A joint site is two, its video and its text, or one for both (``rectified``).
+    """
     names = []
     for site in sites:
-        names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
+        if site.text is None or len(nodes) == len(sites):
+            names.append(site.name)
+        else:
+            names += [f"{site.name}/video", f"{site.name}/text"]
     seen: Counter[str] = Counter()
     for name, node in zip(names, nodes, strict=True):
         call = f".{seen[name]}" if seen[name] else ""  # of a module that attends more than once

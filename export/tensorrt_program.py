@@ -35,11 +35,36 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
         torch.ops.aten.topk.default: _large_topk,
         torch.ops.uta.block_statistics.default: reference.block_statistics,
     }
+    table[torch.ops.uta.rectified_attention.default] = _rectified_attention
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps
     program = program.run_decompositions(table)
     _skip_expansions(program.graph_module)
     return program
+
+
+def _rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """``uta::rectified_attention`` by ``uta::sparse_attention``, gain and offset after it."""
+    tail = reference.text_as_tail(query, text_key, text_value, text_bias, block_q)
+    arguments = (query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv)
+    output, _ = torch.ops.uta.sparse_attention.default(*arguments)
+    rows = torch.arange(query.shape[2], device=query.device) // block_q
+    gains, offsets = (x.index_select(2, rows) for x in (gain, offset))
+    return (output.float() * gains[..., None] + offsets).to(query.dtype)
 
 
 def _skip_expansions(gm: torch.fx.GraphModule) -> None:

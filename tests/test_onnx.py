@@ -113,8 +113,10 @@ def test_the_function_of_scores_is_the_operator(power):
         "key_variance": torch.rand(2, 3, 5, 24, generator=generator),
         "log_size": torch.rand(2, 3, 5, generator=generator),
     }
-    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32}
-    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32)
+    attributes = {
+        "scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32, "rows": 2,
+    }  # fmt: skip
+    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
     function = onnx_functions.block_scores_function(18, power)
     (scores,) = run_node(function, inputs, attributes, [exact])
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
@@ -157,6 +159,7 @@ def arrays_of(inputs):
         {"tail": "gaussian"},
         {"tail": "none", "policy": "topk", "budget": "row"},
         {"tail": "bins", "reorder": "morton"},
+        {"policy": "spatial_temporal", "reorder": "hilbert"},
         {"tail": "gaussian", "dense_layers": "0"},
     ],
     ids=str,
@@ -246,6 +249,27 @@ def test_text_beside_the_video_is_a_second_node(tmp_path):
     assert len(nodes) == 2
     assert nodes[0].endswith("/video/SparseAttention")
     assert nodes[1].endswith("/text/SparseAttention")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("joint", [False, True])
+def test_rectified_attention_is_the_same_node_and_two_operations(tmp_path, joint):
+    """With text or none; the half block of the lists' last row is cut off."""
+    torch.manual_seed(0)
+    model = Joint().eval()
+    words = (5, 7) if joint else (0, 0)
+    inputs = (torch.randn(1, 3, 4, 14, 24), *(torch.randn(1, n, 32) for n in words))
+    path = tmp_path / "rectified.onnx"
+    options = {"policy": "rectified", "tail": "rectified", "density": 0.2, "grid": (4, 7, 12)}
+    explanation = export_onnx(model, inputs, path, config=Config(**options, **SMALL))
+    assert [site.sparse for site in explanation.sites] == [True]
+    names = ("clip", "before", "after")
+    (output,) = run(path, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
+    options |= {"inner": "eager", **SMALL}
+    expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
+    assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+    (node,) = (node.name for node in onnx.load(path).graph.node if node.domain == "uta")
+    assert node.endswith("/SparseAttention") and "/text" not in node
 
 
 def test_batch_and_text_may_be_dynamic(tmp_path):

@@ -272,7 +272,13 @@ def scores_case(dtype):
         torch.rand(2, 3, 5, 32, generator=generator).to(dtype),
         torch.rand(2, 3, 5, generator=generator),
     ]
-    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": 1.0, "block_q": 32}
+    attributes = {
+        "scale": 0.2,
+        "variance_weight": 0.5,
+        "variance_power": 1.0,
+        "block_q": 32,
+        "rows": 2,
+    }
     exact = reference.block_scores(*(x.double() for x in inputs), *attributes.values())
     return inputs, attributes, exact
 
@@ -309,7 +315,7 @@ LAYERS = {
     ),
     "block_scores": (
         [(1, 2, 200, 128), (1, 2, 4, 128), (1, 2, 4, 128), (1, 2, 4)],
-        {"scale": 0.1, "variance_weight": 0.0, "variance_power": 1.0, "block_q": 64},
+        {"scale": 0.1, "variance_weight": 0.0, "variance_power": 1.0, "block_q": 64, "rows": 4},
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.program import sparsify_program
+from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
@@ -291,6 +292,11 @@ def _sparse_program(
         raise ValueError(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
             " second file with density=1 for the steps that run dense"
+        )
+    if isinstance(config.selection_policy(), SVG2):
+        raise ValueError(
+            "policy svg2 cannot be exported: clusters have no form in ONNX or TensorRT. Take topp,"
+            " whose rule is the same over blocks of neighbouring tokens"
         )
     model = getattr(model, "_orig_mod", model)
     if model.training:
