@@ -15,6 +15,13 @@ from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
 from uta_fx.passes.read_mask import hides
+from uta_fx.passes.reorder_tokens import (
+    MakeIndex,
+    Region,
+    SparseCall,
+    find_regions,
+    insert_gathers,
+)
 from uta_fx.passes.site import Grid, Operand, Site, value_of
 from uta_fx.passes.trace_axes import Size, Trace, same
 
@@ -27,12 +34,16 @@ class Plan:
 
     Attributes:
         replacement: Makes what takes the place of a call, a function of q, k, v and, where there
-            is one, the mask: from the site's grid, the call's scale (None for torch's default) and,
-            of a joint site, the first video token and how many there are.
+            is one, the mask: from the site's grid (None where its tokens are in block order
+            already), the call's scale (None for torch's default) and, of a joint site, the first
+            video token and how many there are.
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         is_dense_layer: Of a layer's index and the number of layers.
+        token_index: Makes a function that gives, for a tensor, the index that brings the tokens of
+            a grid at a place of it into block order, or (True) back; None to leave the order of
+            tokens to each replacement alone.
     """
 
     replacement: Callable[[Grid | None, float | None, tuple[int, int] | None], Replacement]
@@ -40,6 +51,7 @@ class Plan:
     needs_grid: bool
     grid: Grid | None
     is_dense_layer: Callable[[int, int], bool]
+    token_index: MakeIndex | None = None
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
@@ -52,7 +64,28 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     for call, kind in calls:
         layer = layers.index(call) if call in layers else None
         sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
-    return sites
+    reasons = {
+        node: reason
+        for region in _regions(gm, sites, plan)
+        for node, reason in region.reasons.items()
+    }
+    return [
+        (call, dataclasses.replace(site, reordered=reasons.get(call.node))) for call, site in sites
+    ]
+
+
+def _regions(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> list[Region]:
+    """Where the sparse sites' tokens are reordered for more than one site."""
+    if plan.token_index is None:
+        return []
+    return find_regions(
+        gm,
+        [
+            SparseCall(call, site.grid, 0 if site.text is None else int(site.text[0]))
+            for call, site in sites
+            if site.sparse and site.grid is not None
+        ],
+    )
 
 
 def _is_layer(call: Call, kind: str, plan: Plan) -> bool:
@@ -108,6 +141,12 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
 
     Exactly there, because models rotate q and k in place: dataflow does not show it.
     """
+    regions = _regions(gm, sites, plan)
+    in_order = {node for region in regions for node in region.calls}
+    moved: dict[tuple[Node, Node], Node] = {}
+    for region in regions:
+        assert plan.token_index is not None
+        moved |= insert_gathers(gm, region, plan.token_index)
     for call, site in sites:
         if not site.sparse:
             continue
@@ -115,11 +154,15 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
         if site.text is not None:
             assert site.grid is not None and isinstance(site.text[0], int)
             video = (site.text[0], math.prod(site.grid))
+        grid = None if call.node in in_order else site.grid
         masks = () if call.attn_mask is None else (call.attn_mask,)
         with gm.graph.inserting_before(call.node):
-            operands = [_canonical(gm.graph, x) for x in (call.query, call.key, call.value)]
+            operands = [
+                _canonical(gm.graph, x, moved.get((call.node, x.node), x.node))
+                for x in (call.query, call.key, call.value)
+            ]
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale, video), (*operands, *masks)
+                plan.replacement(grid, call.scale, video), (*operands, *masks)
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
@@ -129,9 +172,8 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     gm.recompile()
 
 
-def _canonical(graph: Graph, operand: Operand) -> Node:
-    """The operand as ``[B, H, L, D]``."""
-    node = operand.node
+def _canonical(graph: Graph, operand: Operand, node: Node) -> Node:
+    """A node in the layout of an operand, as ``[B, H, L, D]``."""
     dims = [dim for dim in operand.order if dim is not None]
     if dims != sorted(dims):
         node = graph.call_method("permute", (node, dims))

@@ -93,7 +93,8 @@ class SparseSite:
 
     Attributes:
         config: Settings.
-        grid: Frames, height and width of the video tokens; None keeps their order.
+        grid: Frames, height and width of the video tokens; None keeps their order, which is block
+            order already or is to be left alone.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
     """
@@ -109,6 +110,37 @@ class SparseSite:
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
         return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIndex:
+    """The index by which a tensor's video tokens are brought into block order, or back.
+
+    Attributes:
+        grid: Frames, height and width of the video tokens.
+        reorder: As in ``Config``, and not ``"none"``.
+        block: Tokens in a block.
+        dim: Of the tensor, along which tokens lie.
+        start: The first video token; those around the video stay where they are.
+        back: From block order into the order of the grid.
+    """
+
+    grid: Grid
+    reorder: str
+    block: int
+    dim: int
+    start: int
+    back: bool
+    __name__ = "token_index"  # torch.fx names and prints the target of a node by it
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """For a tensor: int64, as long as its dimension ``dim``."""
+        index = token_order(self.grid, self.reorder, self.block, x.device)[int(self.back)]
+        tokens, length = math.prod(self.grid), x.shape[self.dim]
+        if length == tokens:
+            return index
+        around = torch.arange(length, device=x.device)
+        return torch.cat([around[: self.start], index + self.start, around[self.start + tokens :]])
 
 
 def reorder_tokens(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import SparseSite
+from uta_fx.attention import SparseSite, TokenIndex
 from uta_fx.config import Config
-from uta_fx.passes.site import Site
+from uta_fx.passes.order_rules import Place
+from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
 
@@ -50,6 +51,7 @@ def uta(
         )
     sparsify(gm, example_inputs, config)
     trace_calls(gm, SparseSite, share=config.inner == "inductor")
+    trace_calls(gm, TokenIndex, share=False)
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
@@ -87,12 +89,17 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
+
+    def index(grid: Grid, place: Place, back: bool) -> TokenIndex:
+        return TokenIndex(grid, config.reorder, config.block_kv, *place, back)
+
     return Plan(
         replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
         min_tokens=config.min_tokens,
         needs_grid=config.reorder != "none",
         grid=config.grid,
         is_dense_layer=config.is_dense_layer,
+        token_index=None if config.reorder == "none" else index,
     )
 
 
