@@ -1,11 +1,11 @@
 """What each operation does to a stretch of tokens whose order has changed.
 
 Say that a *place* of a tensor, ``tokens`` positions from ``start`` on along ``dim``, is permuted
-by some fixed permutation. A rule of ``needs`` names the places of the operands that must be permuted in the
-same way for a place of the output to come out permuted and the output to be the same otherwise:
-the operation commutes with the permutation. What has no rule, or where the rule returns None, does
-not. ``discards`` tells where the order of an operand does not reach the output at all: sums over
-the tokens, a softmax over permuted keys with their values, a slice of the text beside them.
+by some fixed permutation. A rule of ``needs`` names the places of the operands that must be
+permuted in the same way for a place of the output to come out permuted and all else the same: the
+operation commutes with the permutation. What has no rule, or where the rule returns None, does not.
+``discards`` tells where the order of an operand does not reach the output at all: sums over the
+tokens, a softmax over permuted keys with their values, a slice of the text beside them.
 
 Nothing here knows of models; that a rule is right can be checked by itself.
 """
@@ -279,8 +279,8 @@ def _along_another(node: Node, place: Place, tokens: int) -> Needs | None:
 
 def _permute(node: Node, place: Place, tokens: int) -> Needs | None:
     dims = argument(node, 1, "dims")
-    dims = dims if isinstance(dims, (tuple, list)) else node.args[1:]
-    return {_first(node): Place(dims[place.dim] % len(dims), place.start)}
+    given: Any = dims if isinstance(dims, (tuple, list)) else node.args[1:]
+    return {_first(node): Place(given[place.dim] % len(given), place.start)}
 
 
 def _transpose(node: Node, place: Place, tokens: int) -> Needs | None:
@@ -340,9 +340,9 @@ def _cat(node: Node, place: Place, tokens: int) -> Needs | None:
         return {x: place for x, _, _ in parts}
     for x, begin, size in parts:
         inside = _inside(place, begin, size, tokens)
-        if inside:
+        if inside and isinstance(begin, int):
             alone = sum(other is x for other, _, _ in parts) == 1
-            return {x: Place(dim, place.start - begin)} if alone else None  # type: ignore[operator]
+            return {x: Place(dim, place.start - begin)} if alone else None
         if inside is None:
             return None
     return None
@@ -396,7 +396,9 @@ def _split_dim(node: Node) -> int:
 
 def _cuts(node: Node) -> list[tuple[Size, Size]]:
     """Where each part of a split begins and how long it is."""
-    dim, begin, cuts = _split_dim(node), 0, []
+    dim = _split_dim(node)
+    cuts: list[tuple[Size, Size]] = []
+    begin: Size = 0
     for part in recorded(node):
         size = plain(part.shape[dim])
         cuts.append((plain(begin), size))

@@ -92,6 +92,22 @@ class Gather:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatherTokens:
+    """What stands in a graph for a gather: a function of a tensor and an index.
+
+    Attributes:
+        dim: Of the tensor.
+    """
+
+    dim: int
+    __name__ = "gather_tokens"  # torch.fx names and prints the target of a node by it
+
+    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
+        """As ``torch.index_select``."""
+        return x.index_select(self.dim, index)
+
+
+@dataclasses.dataclass(frozen=True)
 class Region:
     """Part of a graph in which the tokens of one grid are in block order.
 
@@ -181,7 +197,7 @@ def _gathered(
                 made[alike].meta[_value_key(gather.node)] = value.new_empty(
                     length, dtype=torch.int64
                 )
-            node = graph.call_function(torch.index_select, (node, place.dim, made[alike]))
+            node = graph.call_function(GatherTokens(place.dim), (node, made[alike]))
             node.meta = dict(gather.node.meta)  # same shape, dtype and source line
     return node
 
@@ -214,6 +230,7 @@ class _Search:
         self.nodes = list(graph.nodes)
         self.places: dict[Node, set[Place]] = {}
         self.banned = set(banned)
+        self._converted: dict[Node, dict[Node, set[Place]]] = {}
         self.reasons: dict[Node, str] = {}
         self._groups = _written_groups(self.nodes)
         self._live = self._reaching_output()
@@ -228,9 +245,9 @@ class _Search:
             if not self._give_up_what_does_not_pay(gathers):
                 break
         inside = frozenset(node for node in self.sparse if self.places.get(node))
-        once = self._once(gathers)
+        end = self._in_between(gathers)
         for node in inside:
-            self.reasons[node] = once
+            self.reasons[node] = f"in parts: {end}" if end else "once"
         return Region(self.grid, inside, tuple(gathers), dict(self.reasons))
 
     def operands(self, node: Node) -> list[Node]:
@@ -263,7 +280,7 @@ class _Search:
 
     def _spread(self) -> None:
         """From the sparse calls along every operation that commutes."""
-        self.places = {}
+        self.places, self._converted = {}, {}
         stack: list[tuple[Node, Place]] = []
 
         def add(node: Node, place: Place) -> None:
@@ -294,6 +311,11 @@ class _Search:
 
     def conversions(self, node: Node) -> dict[Node, set[Place]]:
         """The operands whose order is not the one that a node takes, and what it takes."""
+        if node not in self._converted:
+            self._converted[node] = self._conversions(node)
+        return self._converted[node]
+
+    def _conversions(self, node: Node) -> dict[Node, set[Place]]:
         wanted = self.wanted(node)
         held = {x: self.places.get(x, set()) for x in wanted}
         if not any(held.values()) and not any(wanted.values()):
@@ -321,7 +343,7 @@ class _Search:
             wrong = self.conversions(node) if self.places.get(node) else {node: set()}
             if wrong:
                 banned.add(node)
-                self.reasons[node] = _because(min(wrong, key=self.nodes.index))
+                self.reasons[node] = f"here: {_because(min(wrong, key=self.nodes.index))}"
         for node in self._live:
             for operand in self.conversions(node):
                 # several outputs in one value cannot be gathered
@@ -344,19 +366,17 @@ class _Search:
 
     def _gathers(self) -> list[Gather]:
         """In the order of their nodes."""
-        written = set().union(*self._groups)
+        written: set[Node] = set().union(*self._groups)
         users: dict[tuple[Node, frozenset[Place]], list[Node]] = {}
         for node in self.nodes:
             if node in self._live:
-                for operand, places in self.conversions(node).items():
-                    users.setdefault((operand, frozenset(places)), []).append(node)
+                for operand, wanted in self.conversions(node).items():
+                    users.setdefault((operand, frozenset(wanted)), []).append(node)
         order = {node: i for i, node in enumerate(self.nodes)}
         found = []
         for (node, places), who in sorted(users.items(), key=lambda item: order[item[0][0]]):
-            present = frozenset(self.places.get(node, set()))
-            found.append(
-                Gather(node, present - places, places - present, tuple(who), node in written)
-            )
+            held = frozenset(self.places.get(node, ()))
+            found.append(Gather(node, held - places, places - held, tuple(who), node in written))
         return found
 
     def _give_up_what_does_not_pay(self, gathers: Sequence[Gather]) -> bool:
@@ -370,8 +390,8 @@ class _Search:
         for gather in gathers:
             inside = gather.node if self.places.get(gather.node) else gather.users[0]
             times = len(gather.users) if gather.written else 1
-            changes = len(gather.undone) + len(gather.done)
-            cost[parts.of(inside)] += times * changes * _elements(gather.node)
+            for place in (*gather.undone, *gather.done):
+                cost[parts.of(inside)] += times * self._elements(gather.node, place)
         saved: Counter[Node] = Counter()
         for node, call in self.sparse.items():
             if self.places.get(node):
@@ -381,29 +401,37 @@ class _Search:
             return False
         for node in self.sparse:
             if self.places.get(node) and parts.of(node) in losing:
-                ends = [x for x in gathers if x.undone and parts.of(x.node) == parts.of(node)]
-                self.reasons[node] = _because(ends[0].users[0] if ends else node)
+                mine = [x for x in gathers if parts.of(x.node) == parts.of(node)]
+                end = self._in_between(mine)
+                self.reasons[node] = f"here: {end}" if end else _MORE_ONCE
         self.banned |= {node for node in self.places if parts.of(node) in losing}
         return True
 
-    def _once(self, gathers: Sequence[Gather]) -> str:
-        """How the calls inside share their gathers."""
+    def _elements(self, node: Node, place: Place) -> int:
+        """How many are gathered; a length that only a run knows counts as that of the video."""
+        sizes: list[Size] = list(value_of(node).shape)
+        if not isinstance(sizes[place.dim], int):
+            sizes[place.dim] = self.tokens
+        return _product(sizes)
+
+    def _in_between(self, gathers: Sequence[Gather]) -> str | None:
+        """What brings tokens out of block order before they are brought into it again, or None."""
         below: set[Node] = set()
         for node in self.nodes:
             if self.places.get(node) or any(x in below for x in self.operands(node)):
                 below.add(node)
-        again = [x for x in gathers if x.done and x.node in below]
-        if not again:
-            return "once"
         above: set[Node] = set()
-        stack = [x.node for x in again]
+        stack = [x.node for x in gathers if x.done and x.node in below]
         while stack:
             node = stack.pop()
             if node not in above:
                 above.add(node)
                 stack.extend(self.operands(node))
         ends = [user for x in gathers if x.undone for user in x.users if user in above]
-        return f"in parts: {_operation(ends[0])} depends on the order" if ends else "in parts"
+        return _because(ends[0]) if ends else None
+
+
+_MORE_ONCE = "here: there is more that runs along the tokens than queries, keys and values"
 
 
 class _Parts:
@@ -441,17 +469,8 @@ def _written_groups(nodes: Sequence[Node]) -> list[set[Node]]:
 
 
 def _because(node: Node) -> str:
-    return f"here: {_operation(node)} depends on the order"
-
-
-def _operation(node: Node) -> str:
     path = module_path(node)
-    return f"{name_of(node)} in {path}" if path else name_of(node)
-
-
-def _elements(node: Node) -> int:
-    value = recorded(node)
-    return _product(value.shape) if isinstance(value, torch.Tensor) else 0
+    return f"{name_of(node)}{f' in {path}' if path else ''} needs the model's order"
 
 
 def _product(sizes: Iterable[Size]) -> int:

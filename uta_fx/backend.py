@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from uta_fx.attention import SparseSite, TokenIndex
 from uta_fx.config import Config
 from uta_fx.passes.order_rules import Place
+from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
@@ -52,6 +53,8 @@ def uta(
     sparsify(gm, example_inputs, config)
     trace_calls(gm, SparseSite, share=config.inner == "inductor")
     trace_calls(gm, TokenIndex, share=False)
+    # apart, so that Inductor gathers a table once and not in each kernel that reads it
+    trace_calls(gm, GatherTokens, share=config.inner == "inductor")
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
