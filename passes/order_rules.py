@@ -58,9 +58,10 @@ def needs(node: Node, place: Place, tokens: int) -> Needs | None:
     if rule is None or node.kwargs.get("out") is not None:
         return None
     try:
-        if not _fits(node, place, tokens):
+        found = rule(node, place, tokens) if _fits(node, place, tokens) else None
+        if found is None or not all(_fits(x, at, tokens) for x, at in found.items()):
             return None
-        return rule(node, place, tokens)
+        return found
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # arguments in a form, or sizes, that the rule does not know
 
@@ -162,7 +163,7 @@ def may_alias(node: Node) -> list[Node]:
 
 
 def _fits(node: Node, place: Place, tokens: int) -> bool:
-    """Whether a place lies in the output, for all that is known of its size."""
+    """Whether a place lies in a value, for all that is known of its size."""
     value = recorded(node)
     shape = _shape(node if isinstance(value, torch.Tensor) else _first(node))
     if not 0 <= place.dim < len(shape) or place.start < 0:

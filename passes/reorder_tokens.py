@@ -387,11 +387,13 @@ class _Search:
                 if self.places.get(operand) and operand not in self.conversions(node):
                     parts.join(node, operand)
         cost: Counter[Node] = Counter()
+        edges: dict[Node, list[Gather]] = {}
         for gather in gathers:
-            inside = gather.node if self.places.get(gather.node) else gather.users[0]
+            part = parts.of(gather.node if self.places.get(gather.node) else gather.users[0])
+            edges.setdefault(part, []).append(gather)
             times = len(gather.users) if gather.written else 1
             for place in (*gather.undone, *gather.done):
-                cost[parts.of(inside)] += times * self._elements(gather.node, place)
+                cost[part] += times * self._elements(gather.node, place)
         saved: Counter[Node] = Counter()
         for node, call in self.sparse.items():
             if self.places.get(node):
@@ -401,8 +403,7 @@ class _Search:
             return False
         for node in self.sparse:
             if self.places.get(node) and parts.of(node) in losing:
-                mine = [x for x in gathers if parts.of(x.node) == parts.of(node)]
-                end = self._in_between(mine)
+                end = self._in_between(edges[parts.of(node)])
                 self.reasons[node] = f"here: {end}" if end else _MORE_ONCE
         self.banned |= {node for node in self.places if parts.of(node) in losing}
         return True
@@ -428,6 +429,8 @@ class _Search:
                 above.add(node)
                 stack.extend(self.operands(node))
         ends = [user for x in gathers if x.undone for user in x.users if user in above]
+        # a call that reorders its own tokens has a reason, which is the one to name
+        ends.sort(key=lambda node: node in self.every)
         return _because(ends[0]) if ends else None
 
 
