@@ -54,7 +54,7 @@ def needs(node: Node, place: Place, tokens: int) -> Needs | None:
         place: Of its output.
         tokens: How many are permuted.
     """
-    rule = _RULES.get(name_of(node)) if node.op in ("call_function", "call_method") else None
+    rule = _RULES.get(name_of(node)) if _is_known(node) else None
     if rule is None or node.kwargs.get("out") is not None:
         return None
     try:
@@ -98,7 +98,7 @@ def discards(
         places: Where each input is permuted.
     """
     name = name_of(node)
-    if node.op not in ("call_function", "call_method"):
+    if not _is_known(node):
         return False
     if name in _SHAPES or (name == "getattr" and not isinstance(recorded(node), torch.Tensor)):
         return True
@@ -137,7 +137,7 @@ def written_by(node: Node) -> Node | None:
         name == "setitem"
         or (in_operator and name.strip("_") in _IN_PLACE)
         or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
-        or node.kwargs.get("inplace") is True
+        or argument(node, _INPLACE_ARGUMENT.get(name, len(node.args)), "inplace") is True
     ):
         return argument(node, 0, "input")
     return None
@@ -156,10 +156,22 @@ def may_alias(node: Node) -> list[Node]:
     if name in _VIEWS:
         source = argument(node, 0, "input")
         return [source] if isinstance(source, Node) else []
-    if name in _RULES:
+    if name in _RULES and _is_known(node):
         return []
     # an operation that is not known may return what it was given
     return [x for x in node.all_input_nodes if isinstance(recorded(x), (torch.Tensor, tuple, list))]
+
+
+def _is_known(node: Node) -> bool:
+    """Whether an operation is PyTorch's or Python's, and so what its name says."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace == "aten"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
+    home = getattr(target, "__module__", None) or "torch"
+    known = home.split(".")[0] in ("torch", "_operator", "builtins")
+    return node.op == "call_method" or (node.op == "call_function" and known)
 
 
 def _fits(node: Node, place: Place, tokens: int) -> bool:
@@ -790,6 +802,11 @@ _SHAPES = {"size", "sym_size", "dim", "numel", "sym_numel", "stride", "ndimensio
 _IN_PLACE = {
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
     "imatmul", "ilshift", "irshift",
+}  # fmt: skip
+# where torch.nn.functional takes it by its place
+_INPLACE_ARGUMENT = {
+    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "leaky_relu": 2, "elu": 2,
+    "dropout": 3,
 }  # fmt: skip
 # a cast to what a tensor is already returns it
 _VIEWS = {

@@ -103,8 +103,16 @@ class GatherTokens:
     __name__ = "gather_tokens"  # torch.fx names and prints the target of a node by it
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        """As ``torch.index_select``."""
-        return x.index_select(self.dim, index)
+        """As ``torch.index_select``, with dimensions in memory as they were.
+
+        Whoever takes the result may be compiled for that: the next block of a model, a view.
+        """
+        strides = x.stride()
+        if not all(isinstance(stride, int) and stride for stride in strides):
+            return x.index_select(self.dim, index)
+        order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
+        gathered = x.permute(order).index_select(order.index(self.dim), index)
+        return gathered.permute([order.index(dim) for dim in range(x.dim())])
 
 
 @dataclasses.dataclass(frozen=True)

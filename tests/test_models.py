@@ -125,6 +125,7 @@ def test_a_repeated_block_by_itself_is_sparse_with_a_given_grid():
     with torch.no_grad():
         output = model(**entry.arguments(), return_dict=False)[0]
     assert [(site.kind, site.sparse) for site in found] == [("joint", True)]
+    assert found[0].reordered == "once"
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
 
 

@@ -87,6 +87,14 @@ def rotated_halves(q, cos):
     return q * cos + torch.cat([-b, a], -1) * cos
 
 
+@torch.library.custom_op("uta_fx_tests::silu", mutates_args=())
+def flipped(a: torch.Tensor) -> torch.Tensor:
+    """An operation of someone else's that has the name of one of PyTorch's."""
+    return a.flip(1)
+
+
+flipped.register_fake(torch.empty_like)
+
 MASK = torch.ones(1, 1, 1, 9).bool()
 
 # a function, its inputs, and the places of its output that may come permuted
@@ -124,6 +132,7 @@ COMMUTE = {
     "every second token": (lambda a: a[:, ::2], (x(2, 12, 4),), set()),
     "one sample": (lambda a: a[1], (x(2, 6, 4),), {(0, 0)}),
     "flipped": (lambda a: a.flip(1), (x(2, 6, 4),), set()),
+    "by the name of another": (flipped, (x(2, 6, 4),), set()),
     "pad behind": (lambda a: F.pad(a, (0, 0, 0, 2)), (x(2, 6, 4),), {(1, 0)}),
     "pad before": (lambda a: F.pad(a, (0, 0, 2, 0)), (x(2, 6, 4),), {(1, 2)}),
     "matmul": (torch.matmul, (x(2, 6, 4), x(2, 4, 5)), {(1, 0)}),
