@@ -3,15 +3,17 @@
 ``SparseAttention`` stays a node of our domain in the exported file, with its function beside it: a
 runtime that has a kernel for the node runs that, any other runs the function. ``BlockStatistics``
 and ``BlockScores`` are inlined. No function holds a tensor of Lq x Lk: they walk along the rows of
-lists, or along the heads. Arguments and results are those of ``uta_fx.kernels.reference``, except
-that in ONNX a tail always has rank 5, ``[B, H, T, R, D]`` with T = 1 where all query blocks share
-their representatives, and that ``per_block`` says whether the representatives stand for key blocks
-and leave the softmax of the rows that list theirs. Sums are float32.
+lists, or along the heads (with a state that nobody reads: TensorRT's parser wants one). Arguments
+and results are those of ``uta_fx.kernels.reference``, except that in ONNX a tail always has rank 5,
+``[B, H, T, R, D]`` with T = 1 where all query blocks share their representatives, and that
+``per_block`` says whether the representatives stand for key blocks and leave the softmax of the
+rows that list theirs. Sums are float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -128,6 +130,10 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     first_slope = Mul (head, slopes_or_one)
     slope_of_block = Mod (block, slopes_or_one)
     slope_row = Add (first_slope, slope_of_block)
+    first_query_row = Mul (block, block_q_size)
+    query_rows_left = Sub (length_q, first_query_row)
+    query_rows_inside = Min (query_rows_left, block_q_size)
+    query_rows = Cast <to = 1> (query_rows_inside)
     ids_shape = Concat <axis = 0> (minus_one, listed)
     wide_ids = Cast <to = 7> (block_ids)
     ids = Reshape (wide_ids, ids_shape)
@@ -135,9 +141,9 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     wide_counts = Cast <to = 7> (block_counts)
     counts = Reshape (wide_counts, counts_shape)
 
-    block_outputs, block_lses = Scan <num_scan_inputs = 6, body = attend_row (
+    block_outputs, block_lses = Scan <num_scan_inputs = 7, body = attend_row (
         q_row, int64[m] ids_row, int64[1] count, int64 head_row, int64 tail_of_row,
-        int64 slope_of_row) => (float[rows, channels] out_row, float[rows] lse_row)
+        int64 slope_of_row, float true_rows) => (float[rows, channels] out_row, float[rows] lse_row)
     {
         scale_row = Constant <value_float: float = @scale> ()
         weight = Constant <value_float: float = @variance_weight> ()
@@ -181,11 +187,12 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
         row_variance = Gather (variance_rows, head_row)
         row_variance_float = Cast <to = 1> (row_variance)
         variance_by_channel = Transpose <perm = [1, 0]> (row_variance_float)
-        q_square = Mul (q, q)
-        sigma2 = MatMul (q_square, variance_by_channel)
+        square_total = ReduceSumSquare <keepdims = 1> (q, zero)
+        square_mean = Div (square_total, true_rows)
+        sigma2 = MatMul (square_mean, variance_by_channel)
         half_weight = Mul (half, weight)
         lift = Mul (sigma2, half_weight)
-        no_lift_shape = Concat <axis = 0> (block_q_size, tokens)
+        no_lift_shape = Concat <axis = 0> (one, tokens)
         no_lift = ConstantOfShape (no_lift_shape)
         all_lift = Concat <axis = 1> (no_lift, lift)
         biased = Add (products, bias)
@@ -213,7 +220,7 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
         log_total = Log (total)
         lse_column = Add (base, log_total)
         lse_row = Squeeze (lse_column, last_axis)
-    }> (query_blocks, ids, counts, head, tail_row, slope_row)
+    }> (query_blocks, ids, counts, head, tail_row, slope_row, query_rows)
 
     padded_output_shape = Concat <axis = 0> (batch_heads, padded_q, dim_v)
     padded_output = Reshape (block_outputs, padded_output_shape)
@@ -297,34 +304,55 @@ BlockStatistics <block_kv> (key, value)
 
 _BLOCK_SCORES = """
 <domain: "uta", opset_import: ["" : OPSET]>
-BlockScores <scale, variance_weight, variance_power, block_q>
+BlockScores <scale, variance_weight, variance_power, block_q, rows>
     (query, key_mean, key_variance, log_size) => (scores)
 {
     one = Constant <value_ints = [1]> ()
     minus_one = Constant <value_ints = [-1]> ()
     rows_of_block = Constant <value_int: int = @block_q> ()
     block_size = Reshape (rows_of_block, one)
+    rows_of_group = Constant <value_int: int = @rows> ()
+    group_size = Reshape (rows_of_group, one)
+    groups_of_block = Div (block_size, group_size)
     lead = Shape <start = 0, end = 2> (query)
     length = Shape <start = 2, end = 3> (query)
     dim = Shape <start = 3, end = 4> (query)
     columns = Shape <start = 2, end = 3> (key_mean)
-    almost = Sub (block_size, one)
-    rounded_up = Add (length, almost)
-    blocks = Div (rounded_up, block_size)
-    padded = Mul (blocks, block_size)
-    missing = Sub (padded, length)
-    missing_shape = Concat <axis = 0> (missing, columns)
-    missing_scores = ConstantOfShape (missing_shape)
     first = Squeeze (one)
     zero = Sub (first, first)
+
+    almost_group = Sub (group_size, one)
+    length_up = Add (length, almost_group)
+    groups = Div (length_up, group_size)
+    group_count = Squeeze (groups)
+    group = Range (zero, group_count, first)
+    first_row = Mul (group, group_size)
+    rows_left = Sub (length, first_row)
+    rows_inside = Min (rows_left, group_size)
+    rows_column = Unsqueeze (rows_inside, one)
+    true_rows = Cast <to = 1> (rows_column)
+    grouped_length = Mul (groups, group_size)
+    missing_rows = Sub (grouped_length, length)
+    missing_rows_shape = Concat <axis = 0> (missing_rows, dim)
+    missing_queries = ConstantOfShape (missing_rows_shape)
+    group_shape = Concat <axis = 0> (groups, group_size, dim)
+
+    almost_block = Sub (groups_of_block, one)
+    groups_up = Add (groups, almost_block)
+    blocks = Div (groups_up, groups_of_block)
     block_count = Squeeze (blocks)
     block = Range (zero, block_count, first)
-    first_row = Mul (block, block_size)
-    rows_left = Sub (length, first_row)
-    rows_inside = Min (rows_left, block_size)
-    rows_column = Unsqueeze (rows_inside, one)
-    divisor = Cast <to = 1> (rows_column)
-    block_shape = Concat <axis = 0> (blocks, block_size, columns)
+    first_group = Mul (block, groups_of_block)
+    groups_left = Sub (groups, first_group)
+    groups_inside = Min (groups_left, groups_of_block)
+    groups_column = Unsqueeze (groups_inside, one)
+    true_groups = Cast <to = 1> (groups_column)
+    padded_groups = Mul (blocks, groups_of_block)
+    missing_groups = Sub (padded_groups, groups)
+    missing_shape = Concat <axis = 0> (missing_groups, columns)
+    missing_scores = ConstantOfShape (missing_shape)
+    block_shape = Concat <axis = 0> (blocks, groups_of_block, columns)
+
     query_shape = Concat <axis = 0> (minus_one, length, dim)
     mean_shape = Concat <axis = 0> (minus_one, columns, dim)
     size_shape = Concat <axis = 0> (minus_one, columns)
@@ -332,21 +360,29 @@ BlockScores <scale, variance_weight, variance_power, block_q>
     means = Reshape (key_mean, mean_shape)
     variances = Reshape (key_variance, mean_shape)
     sizes = Reshape (log_size, size_shape)
-    head_scores = Scan <num_scan_inputs = 4, body = score_head (
-        q_head, mean_head, variance_head, float[n] size_head) => (float[blocks, n] score_rows)
+    nothing = Constant <value_float = 0.0> ()
+    last, head_scores = Scan <num_scan_inputs = 4, body = score_head (
+        float state, q_head, mean_head, variance_head, float[n] size_head) =>
+        (float next, float[blocks, n] score_rows)
     {
+        next = Identity (state)
         scale_head = Constant <value_float: float = @scale> ()
         weight = Constant <value_float: float = @variance_weight> ()
         half = Constant <value_float = 0.5> ()
-        in_block = Constant <value_ints = [1]> ()
+        in_group = Constant <value_ints = [1]> ()
         q_float = Cast <to = 1> (q_head)
-        q = Mul (q_float, scale_head)
+        q_scaled = Mul (q_float, scale_head)
+        q_padded = Concat <axis = 0> (q_scaled, missing_queries)
+        q_groups = Reshape (q_padded, group_shape)
+        q_total = ReduceSum <keepdims = 0> (q_groups, in_group)
+        q = Div (q_total, true_rows)
+        square_total = ReduceSumSquare <keepdims = 0> (q_groups, in_group)
+        q_square = Div (square_total, true_rows)
         mean_float = Cast <to = 1> (mean_head)
         mean_by_channel = Transpose <perm = [1, 0]> (mean_float)
         products = MatMul (q, mean_by_channel)
         variance_float = Cast <to = 1> (variance_head)
         variance_by_channel = Transpose <perm = [1, 0]> (variance_float)
-        q_square = Mul (q, q)
         sigma2 = MatMul (q_square, variance_by_channel)
         biased = Add (products, size_head)
         half_weight = Mul (half, weight)
@@ -354,11 +390,12 @@ BlockScores <scale, variance_weight, variance_power, block_q>
         logits = Add (biased, lift)
         p = Softmax <axis = -1> (logits)
         WEIGHTED
-        all_rows = Concat <axis = 0> (weighted, missing_scores)
-        by_block = Reshape (all_rows, block_shape)
-        total = ReduceSum <keepdims = 0> (by_block, in_block)
-        score_rows = Div (total, divisor)
-    }> (queries, means, variances, sizes)
+        all_groups = Concat <axis = 0> (weighted, missing_scores)
+        by_block = Reshape (all_groups, block_shape)
+        total = ReduceSumSquare <keepdims = 0> (by_block, in_group)
+        mean_square = Div (total, true_groups)
+        score_rows = Sqrt (mean_square)
+    }> (nothing, queries, means, variances, sizes)
     score_shape = Concat <axis = 0> (lead, blocks, columns)
     scores = Reshape (head_scores, score_shape)
 }
@@ -393,7 +430,7 @@ def schemas() -> dict[str, OpSchema]:
     return {
         schema.name: schema
         for schema in (
-            _schema(
+            make_schema(
                 "SparseAttention",
                 "Attention over listed key blocks and over representatives of the rest, in one"
                 " softmax (Unified Tail Aggregation).",
@@ -421,7 +458,7 @@ def schemas() -> dict[str, OpSchema]:
                     "per_block": (int, "1: representative r leaves the rows that list block r"),
                 },
             ),
-            _schema(
+            make_schema(
                 "BlockStatistics",
                 "Means and variances of the blocks of keys and values, over their true tokens.",
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
@@ -434,10 +471,10 @@ def schemas() -> dict[str, OpSchema]:
                 },
                 {"block_kv": (int, "keys in a block; the last may be ragged")},
             ),
-            _schema(
+            make_schema(
                 "BlockScores",
-                "Pooled attention of each query row on each key block, weighted and averaged over"
-                " the query block.",
+                "Pooled attention of groups of query rows on each key block, weighted, as root mean"
+                " square over the query block.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key_mean": ("T", "[B, H, Nk, D]"),
@@ -450,19 +487,29 @@ def schemas() -> dict[str, OpSchema]:
                     "variance_weight": (float, "share of half the logit variance in the logit"),
                     "variance_power": (float, "exponent of the variance in the score"),
                     "block_q": (int, "query rows in a block"),
+                    "rows": (int, "query rows in a group"),
                 },
             ),
         )
     }
 
 
-def _schema(
+def make_schema(
     name: str,
     doc: str,
     inputs: dict[str, tuple[str, str]],
     outputs: dict[str, tuple[str, str]],
     attributes: dict[str, tuple[type, str]],
 ) -> OpSchema:
+    """The schema of a node of our domain, all of whose attributes are required.
+
+    Args:
+        name: Of the node.
+        doc: What it computes.
+        inputs: By name, type (T of the model, F float32, I int32) and meaning.
+        outputs: As inputs.
+        attributes: By name, ``float`` or ``int`` and meaning.
+    """
     types = {float: OpSchema.AttrType.FLOAT, int: OpSchema.AttrType.INT}
     return OpSchema(
         name,
@@ -481,6 +528,24 @@ def _schema(
             for x, (kind, text) in attributes.items()
         ],
     )
+
+
+def check_version(path: Path, name: str) -> None:
+    """Raise ``ValueError`` where a file is none, or from another version of our operators.
+
+    Args:
+        path: The file.
+        name: Of the argument that gave it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{name} must be an ONNX file, got {path}")
+    imports = onnx.load(path, load_external_data=False).opset_import
+    versions = [x.version for x in imports if x.domain == DOMAIN]
+    if versions not in ([], [VERSION]):
+        raise ValueError(
+            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
+            f" this release has version {VERSION}: export the model again"
+        )
 
 
 ELEMENT_TYPES = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import logging
 import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,27 @@ from uta_fx.export.onnx_functions import (
     schemas,
     sparse_attention_function,
 )
+from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What becomes of our operators in a file.
+
+    Attributes:
+        translations: How the exporter writes operators, beside and before the common ways.
+        site_node: The node of our domain that is named after its site.
+        lower: Given the model and its opset, what is done to the nodes of our domain.
+    """
+
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    site_node: str = "SparseAttention"
+    lower: Callable[[ir.Model, int], None]
 
 
 def write_onnx(
@@ -48,6 +68,7 @@ def write_onnx(
     *,
     opset: int,
     metadata: Mapping[str, str],
+    dialect: Dialect | None = None,
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
 
@@ -60,17 +81,20 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the sites.
+        dialect: What becomes of our operators; None for ``SparseAttention`` beside its function.
 
     Raises:
         ValueError: An operation of the model has no translation, or none in that opset.
     """
+    dialect = dialect or Dialect(lower=keep_sparse_attention)
+    program = _without_complex_gaps(program)
     try:
         with _without_its_own_worries():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=_translations(),
+                custom_translation_table={**_translations(), **dialect.translations},
                 verbose=False,
                 optimize=False,  # its rewriter takes as long as all the rest and finds little
             )
@@ -82,19 +106,13 @@ def write_onnx(
     assert exported is not None
     model = exported.model
     fold_constants(model)
-    sizes = {
-        node: [(value.shape, value.dtype) for value in node.inputs] for node in _sparse_nodes(model)
-    }
-    _add_functions(model, opset)
+    _name_sites(nodes_of(model, dialect.site_node), [site for site in sites if site.sparse])
+    dialect.lower(model, opset)
     tidy = Passes(
         IdentityEliminationPass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass()
     )
     tidy(model)
     _spell_out_boolean_where(model)
-    for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
-        for value, (shape, dtype) in zip(node.inputs, known, strict=True):
-            value.shape, value.dtype = shape, dtype
-    _name_sites(model, [site for site in sites if site.sparse])
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
     model.metadata_props.update(metadata)
@@ -122,6 +140,33 @@ def _without_its_own_worries() -> Iterator[None]:
             yield
     finally:
         registration.setLevel(level)
+
+
+def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
+    """What complex tensors go through, by operations that the exporter can write for them."""
+    aten = torch.ops.aten
+    gaps = (aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default)
+    nodes = [x for gap in gaps for x in program.graph.find_nodes(op="call_function", target=gap)]
+    if not any(node.args[0].meta["val"].is_complex() for node in nodes):
+        return program
+
+    def split(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        ends = itertools.accumulate(sizes)
+        return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+    def expand(x: torch.Tensor, sizes: Sequence[int], implicit: bool = False) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        return torch.view_as_complex(torch.view_as_real(x).expand(*sizes, 2))
+
+    def unsqueeze(x: torch.Tensor, dim: int) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim - (dim < 0)))
+
+    return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -156,6 +201,44 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             per_block=int(per_block and tail_key.shape[2] > 0),
         )  # fmt: skip
 
+    def rectified_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        block_ids: Any,
+        block_counts: Any,
+        text_key: Any,
+        text_value: Any,
+        text_bias: Any,
+        gain: Any,
+        offset: Any,
+        scale: float,
+        block_q: int,
+        block_kv: int,
+    ) -> Any:
+        """The same node, with the text as its tail; gain and offset after it."""
+        zero, two, four = (opset18.Constant(value_ints=[number]) for number in (0, 2, 4))
+        text = (
+            _sized_like(opset18.Unsqueeze(x, two), x) for x in (text_key, text_value, text_bias)
+        )
+        lead, dim, dim_v = list(query.shape[:2]), query.shape[3], value.shape[3]
+        variance = opset18.Slice(query, zero, zero, two)
+        variance.shape, variance.dtype = ir.Shape([*lead, 0, dim]), query.dtype
+        slope = opset18.Expand(
+            opset18.Unsqueeze(variance, four), opset18.Constant(value_ints=[1, 1, 1, 1, dim_v])
+        )
+        slope.shape, slope.dtype = ir.Shape([*lead, 0, dim, dim_v]), query.dtype
+        output, _ = nodes["SparseAttention"](
+            query, key, value, block_ids, block_counts, *text, variance, slope, scale=scale,
+            variance_weight=0.0, block_q=block_q, block_kv=block_kv, per_block=0,
+        )  # fmt: skip
+        rows = opset18.Constant(value_ints=[row // block_q for row in range(query.shape[2])])
+        gains = opset18.Gather(
+            opset18.Unsqueeze(gain, opset18.Constant(value_ints=[3])), rows, axis=2
+        )
+        scaled = opset18.Mul(opset18.Cast(output, to=ir.DataType.FLOAT), gains)
+        return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
+
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
         return nodes["BlockStatistics"](key, value, block_kv=block_kv)
 
@@ -168,10 +251,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         variance_weight: float,
         variance_power: float,
         block_q: int,
+        rows: int,
     ) -> Any:
         return nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
+            rows=rows,
         )  # fmt: skip
 
     def squeeze(x: Any, dim: int) -> Any:
@@ -180,9 +265,29 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        """An operator that returns a constant, as that constant."""
+
+        def constant(like: Any, *arguments: Any) -> Any:
+            return opset18.Constant(
+                value=onnx.numpy_helper.from_array(function(*arguments).numpy())
+            )
+
+        return constant
+
+    def stable_sort(
+        x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+    ) -> Any:
+        """TopK of all: of equal values the one with the lower index comes first."""
+        size = opset18.Constant(value_ints=[x.shape[dim]])
+        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     return {
+        **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
+        torch.ops.uta.rectified_attention.default: rectified_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
     }
@@ -195,24 +300,45 @@ def _sized_like(unsqueezed: ir.Value, x: ir.Value) -> ir.Value:
     return unsqueezed
 
 
-def _sparse_nodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "SparseAttention"]
+def nodes_of(model: ir.Model, name: str) -> list[ir.Node]:
+    """The nodes ``uta::name``, in the order in which they run."""
+    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, name)]
 
 
-def _add_functions(model: ir.Model, opset: int) -> None:
-    """Put the functions beside the graph, and inline all but that of ``SparseAttention``."""
-    powers = {
-        node.attributes["variance_power"].as_float()
-        for node in model.graph
-        if (node.domain, node.op_type) == (DOMAIN, "BlockScores")
+def keep_sparse_attention(model: ir.Model, opset: int) -> None:
+    """Leave ``SparseAttention`` a node beside its function; inline the functions of the others."""
+    sizes = {
+        node: [(value.shape, value.dtype) for value in node.inputs]
+        for node in nodes_of(model, "SparseAttention")
     }
-    functions = [sparse_attention_function(opset), block_statistics_function(opset)]
-    functions += [block_scores_function(opset, power) for power in powers]
+    inline(
+        model,
+        [*pooling_functions(model, opset), sparse_attention_function(opset)],
+        keep={"SparseAttention"},
+    )
+    for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
+        for value, (shape, dtype) in zip(node.inputs, known, strict=True):
+            value.shape, value.dtype = shape, dtype
+
+
+def pooling_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
+    """What ``BlockStatistics`` and ``BlockScores`` nodes of a model compute."""
+    powers = {
+        node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
+    }
+    statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
+    return [*statistics, *(block_scores_function(opset, power) for power in powers)]
+
+
+def inline(
+    model: ir.Model, functions: Iterable[onnx.FunctionProto], keep: Container[str] = ()
+) -> None:
+    """Put functions beside a graph and in the place of their nodes, except those to keep."""
     for proto in functions:
         function = ir.from_proto(proto)
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
-    InlinePass(criteria=lambda function: function.name != "SparseAttention")(model)
+    InlinePass(criteria=lambda function: function.name not in keep)(model)
 
 
 def _spell_out_boolean_where(model: ir.Model) -> None:
@@ -239,15 +365,21 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         )
 
 
-def _name_sites(model: ir.Model, sites: Sequence[Site]) -> None:
-    """Name the nodes after the modules that attend; a joint site is two: its video and its text."""
+def _name_sites(nodes: Sequence[ir.Node], sites: Sequence[Site]) -> None:
+    """Name the nodes after the modules that attend.
+
+    A joint site is two, its video and its text, or one for both (``rectified``).
+    """
     names = []
     for site in sites:
-        names += [site.name] if site.text is None else [f"{site.name}/video", f"{site.name}/text"]
+        if site.text is None or len(nodes) == len(sites):
+            names.append(site.name)
+        else:
+            names += [f"{site.name}/video", f"{site.name}/text"]
     seen: Counter[str] = Counter()
-    for name, node in zip(names, _sparse_nodes(model), strict=True):
+    for name, node in zip(names, nodes, strict=True):
         call = f".{seen[name]}" if seen[name] else ""  # of a module that attends more than once
-        node.name = f"{name}/SparseAttention{call}"
+        node.name = f"{name}/{node.op_type}{call}"
         seen[name] += 1
 
 

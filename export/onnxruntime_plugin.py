@@ -258,7 +258,8 @@ def _compile_variant(variant: Variant, architecture: int) -> list[Kernel | None]
     constants = {
         "BLOCK_Q": variant.block_q, "BLOCK_KV": variant.block_kv, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "EVEN": variant.even, "RESUME": variant.has_tail,
-        "CHUNK": ID_CHUNK, **dims,
+        "CHUNK": ID_CHUNK, "RECTIFY": False, "gain_ptr": None, "offset_ptr": None,
+        "COUNTED": False, "key_counts_ptr": None, **dims,
     }  # fmt: skip
     listed = _compile(triton_attention._listed_kernel, variant, architecture, constants, tile)
     return [mark, tail, listed]

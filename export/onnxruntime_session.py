@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 from torch import Tensor
 
-from uta_fx.export.onnx_functions import DOMAIN, ELEMENT_TYPES, VERSION
+from uta_fx.export.onnx_functions import ELEMENT_TYPES, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def open_session(
     options: onnxruntime.SessionOptions | None,
 ) -> onnxruntime.InferenceSession:
     """See ``uta_fx.onnxruntime_session``."""
-    _check_version(path)
+    check_version(path, "path")
     available = onnxruntime.get_available_providers()
     if providers is None:
         providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]
@@ -87,15 +86,3 @@ def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path 
         reason = error
     logger.warning("%s: sparse attention runs by its function, not by a plugin: %s", path, reason)
     return None
-
-
-def _check_version(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"path must be an ONNX file, got {path}")
-    imports = onnx.load(path, load_external_data=False).opset_import
-    versions = [x.version for x in imports if x.domain == DOMAIN]
-    if versions not in ([], [VERSION]):
-        raise ValueError(
-            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
-            f" this release has version {VERSION}: export the model again"
-        )

@@ -13,13 +13,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
-from uta_fx.kernels.reference import listed_blocks, split_blocks
+from uta_fx.kernels.reference import (
+    listed_blocks,
+    pooled_variance,
+    split_blocks,
+    text_as_tail,
+)
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache
@@ -43,6 +49,8 @@ def sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
+    *,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``reference.sparse_attention`` for CPU tensors; arguments and results as there.
 
@@ -50,20 +58,75 @@ def sparse_attention(
         ValueError: A listed id lies outside ``[0, Nk)``, or a count outside ``[0, M]``.
     """
     output, lse = empty_outputs(query, value)
-    length_q, blocks_kv = query.shape[2], -(-key.shape[2] // block_kv)
+    exact, exact_lse = _attend(
+        query, key, value, block_ids, block_counts,
+        (tail_key, tail_value, tail_log_size, tail_variance, tail_slope),
+        scale, variance_weight, block_q, block_kv, key_counts,
+    )  # fmt: skip
+    output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
+    lse.copy_(exact_lse.flatten(2, 3)[:, :, : query.shape[2]])
+    return output, lse
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Compute ``reference.rectified_attention`` for CPU tensors; arguments and result as there.
+
+    Raises:
+        ValueError: As ``sparse_attention``.
+    """
+    output, _ = empty_outputs(query, value)
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    exact, _ = _attend(
+        query, key, value, block_ids, block_counts, tail, scale, 0.0, block_q, block_kv
+    )
+    exact = torch.addcmul(offset[..., None, :], exact.float(), gain[..., None, None])
+    return output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    tail: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+    key_counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, Nq, block_q, Dv]`` and log-sum-exp of blocks; ``tail`` as in the operator."""
+    tail_key, tail_value, tail_log_size, tail_variance, tail_slope = tail
+    blocks_kv = -(-key.shape[2] // block_kv)
     _check_lists(block_ids, block_counts, blocks_kv)
     blocks = _into_blocks(query, block_q)  # [B, H, Nq, block_q, D]
-    exact, exact_lse = _attend_listed(blocks, key, value, block_ids, block_counts, scale, block_kv)
+    exact, exact_lse = _attend_listed(
+        blocks, key, value, block_ids, block_counts, scale, block_kv, key_counts
+    )
     if tail_key.shape[-2]:
         bias = tail_log_size
         if tail_key.dim() == 4:
             listed, _ = listed_blocks(block_ids, block_counts, blocks_kv)
             bias = tail_log_size[:, :, None].masked_fill(listed, -torch.inf)
-        tail = (tail_key, tail_value, bias, tail_variance, tail_slope)
+        sigma2 = pooled_variance(query, tail_variance, scale, block_q)
+        tail = (tail_key, tail_value, bias, sigma2, tail_slope)
         _add_tail(exact, exact_lse, blocks, tail, scale, variance_weight)
-    output.copy_(exact.flatten(2, 3)[:, :, :length_q])
-    lse.copy_(exact_lse.flatten(2, 3)[:, :, :length_q])
-    return output, lse
+    return exact, exact_lse
 
 
 def _check_lists(block_ids: Tensor, block_counts: Tensor, blocks_kv: int) -> None:
@@ -96,6 +159,7 @@ def _attend_listed(
     block_counts: Tensor,
     scale: float,
     block_kv: int,
+    key_counts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the listed blocks alone: ``[B, H, Nq, block_q, Dv]`` and its log-sum-exp."""
     batch, heads, blocks_q, block_q, dim = query.shape
@@ -105,7 +169,9 @@ def _attend_listed(
         value = F.pad(value, (0, max(dim - dim_v, 0)))
     keys, values = (_into_blocks(x, block_kv).flatten(0, 2) for x in (key, value))
     blocks_kv = -(-key.shape[2] // block_kv)
-    ragged, dims = key.shape[2] % block_kv, key.shape[3]
+    dims = key.shape[3]
+    counts = _keys_in_blocks(key, block_kv) if key_counts is None else key_counts
+    counts = counts.expand(batch, heads, -1).flatten()
     rows = query.flatten(0, 2)[:, None]  # [B * H * Nq, 1, block_q, D]
     output = rows.new_zeros((*rows.shape[:-1], value.shape[-1])).squeeze(1)
     lse = rows.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
@@ -122,14 +188,18 @@ def _attend_listed(
             torch.index_select(x, 0, flat, out=some[: len(flat)]).view(len(group), 1, -1, dims)
             for x, some in ((keys, some_keys), (values, some_values))
         )
-        bias = _ragged_bias(local == blocks_kv - 1, ragged, block_kv, query.dtype)
-        if bias is not None:
-            bias = bias.expand(-1, -1, block_q, -1)
+        bias, true = None, counts[flat]
+        if (true < block_kv).any():
+            outside = torch.arange(block_kv) >= true[:, None]
+            bias = query.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
+            bias = bias.view(len(group), 1, 1, -1).expand(-1, -1, block_q, -1)
         # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows[group], k, v, attn_mask=bias, scale=scale
         )
         output[group], lse[group] = part.squeeze(1), part_lse.view(len(group), block_q)
+        empty = group[true.view(len(group), count).amax(1) == 0]
+        output[empty], lse[empty] = 0, -torch.inf
     shape = (batch, heads, blocks_q, block_q)
     return output.view(*shape, -1)[..., :dim_v], lse.view(shape)
 
@@ -144,20 +214,9 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
                 yield count, group
 
 
-def _ragged_bias(last: Tensor, ragged: int, block_kv: int, dtype: torch.dtype) -> Tensor | None:
-    """``[G, 1, 1, count * block_kv]``: -inf past the end of the keys; None where nothing is.
-
-    Args:
-        last: Boolean ``[G, count]``, True where the last key block is listed.
-        ragged: Keys in the last block, 0 where it is whole.
-        block_kv: Keys in a block.
-        dtype: Of the result.
-    """
-    if not ragged or not last.any():
-        return None
-    beyond = last[..., None] & (torch.arange(block_kv) >= ragged)
-    bias = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
-    return bias.flatten(1)[:, None, None]
+def _keys_in_blocks(key: Tensor, block_kv: int) -> Tensor:
+    """int64 ``[Nk]``; only the last can be ragged."""
+    return (key.shape[2] - torch.arange(0, key.shape[2], block_kv)).clamp(max=block_kv)
 
 
 def _add_tail(
@@ -174,20 +233,21 @@ def _add_tail(
         output: ``[B, H, Nq, block_q, Dv]``, attention over the listed blocks.
         lse: float32 ``[B, H, Nq, block_q]``, of the same.
         query: ``[B, H, Nq, block_q, D]``.
-        tail: Key, value, bias ``[B, H, Nq, R]`` (-inf: not in the tail), variance and slope.
+        tail: Key, value, bias ``[B, H, Nq, R]`` (-inf: not in the tail), sigma2 of each pair of
+            blocks (float32 ``[B, H, Nq, Nk]``, or Nk of 0 for none) and slope.
         scale: s.
         variance_weight: As in the operator.
     """
     block_q, representatives = query.shape[3], tail[0].shape[-2]
     for b, h, piece in _pieces(query.shape[:3], block_q * representatives):
-        key, value, bias, variance, slope = (x[b, h] for x in tail)
+        key, value, bias, sigma2, slope = (x[b, h] for x in tail)
         if key.dim() == 3:  # representatives of each query block
             key, value = key[piece], value[piece]
         if slope.shape[0] > 1:
             slope = slope[piece]
         part, part_lse = _attend_tail(
             query[b, h, piece].float() * scale, key.float(), value.float(), bias[piece],
-            variance.float(), slope.float(), variance_weight,
+            sigma2[piece], slope.float(), variance_weight,
         )  # fmt: skip
         _merge(output[b, h, piece], lse[b, h, piece], part, part_lse)
 
@@ -206,7 +266,7 @@ def _attend_tail(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
-    variance: Tensor,
+    sigma2: Tensor,
     slope: Tensor,
     variance_weight: float,
 ) -> tuple[Tensor, Tensor]:
@@ -217,23 +277,20 @@ def _attend_tail(
         key: ``[R, D]`` or ``[N, R, D]``.
         value: ``[R, Dv]`` or ``[N, R, Dv]``.
         bias: ``[N, R]``.
-        variance: ``[R, D]``, or empty for none.
+        sigma2: float32 ``[N, R]``, or ``[N, 0]`` for none.
         slope: ``[1, D, Dv]`` or ``[N, D, Dv]``, or empty for none.
         variance_weight: As in the operator.
     """
-    weights = (rows @ key.mT).add_(bias[:, None])  # [N, block_q, R], logits so far
-    sigma2 = None
-    if variance.shape[0]:
-        sigma2 = rows.square() @ variance.mT
-        if variance_weight:
-            weights.add_(sigma2, alpha=variance_weight / 2)
+    if sigma2.shape[1]:
+        bias = bias + variance_weight / 2 * sigma2
+    weights = (rows @ key.mT).add_(bias[:, None])  # [N, block_q, R], the logits
     # a row whose tail is empty has lse -inf; subtracting 0 instead leaves its weights zero
     highest = weights.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
     total = weights.sub_(highest).exp_().sum(-1, keepdim=True)
     output = weights @ value
     if slope.shape[0]:
-        gain = weights if sigma2 is None else weights.div_(sigma2.add_(1))
-        output.addcmul_(gain.sum(-1, keepdim=True), rows @ slope)
+        damping = 1 / (1 + sigma2) if sigma2.shape[1] else torch.ones_like(bias)
+        output.addcmul_(weights @ damping[..., None], rows @ slope)
     lse = highest.add_(total.log()).squeeze(-1)
     return output.div_(total.clamp_(min=torch.finfo(total.dtype).tiny)), lse
 
@@ -247,6 +304,15 @@ def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
     lse.copy_(merged)
 
 
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.clustered_attention`` for CPU tensors; arguments and results as there.
+
+    Raises:
+        ValueError: As ``sparse_attention``.
+    """
+    return sparse_attention(*args[:5], *args[6:], key_counts=args[5])
+
+
 def block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -256,23 +322,54 @@ def block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> Tensor:
     """Compute ``reference.block_scores`` for CPU tensors; arguments and result as there."""
+    mean, square = [], []
+    for group in split_blocks(query, rows):  # [B, H, n, rows, D]
+        scaled = group.float() * scale
+        mean.append(scaled.mean(3))
+        square.append(scaled.square_().mean(3))
+    groups, squares = torch.cat(mean, 2), torch.cat(square, 2)
     parts = []
-    for blocks in split_blocks(query, block_q):  # [B, H, Nq, block_q, D]
+    of_block = block_q // rows
+    for blocks, of_squares in zip(
+        split_blocks(groups, of_block), split_blocks(squares, of_block), strict=True
+    ):  # [B, H, Nq, of_block, D]
         scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=torch.float32)
         for b, h, piece in _pieces(blocks.shape[:3], blocks.shape[3] * key_mean.shape[2]):
-            rows = blocks[b, h, piece].float() * scale
-            logits = (rows @ key_mean[b, h].float().mT).add_(log_size[b, h])  # [N, block_q, Nk]
-            sigma2 = rows.square_() @ key_variance[b, h].float().mT
+            logits = (blocks[b, h, piece] @ key_mean[b, h].float().mT).add_(log_size[b, h])
+            sigma2 = of_squares[b, h, piece] @ key_variance[b, h].float().mT  # [N, of_block, Nk]
             if variance_weight:
                 logits.add_(sigma2, alpha=variance_weight / 2)
             error = logits.softmax(-1)
             if variance_power:
                 error.mul_(sigma2 if variance_power == 1 else sigma2.pow_(variance_power))
-            scores[b, h, piece] = error.mean(1)
+            scores[b, h, piece] = error.square_().mean(1).sqrt_()
         parts.append(scores)
     return torch.cat(parts, 2)
+
+
+def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``reference.kmeans`` for CPU tensors; arguments and results as there."""
+    batch, heads, length, _ = tokens.shape
+    clusters = centroids.shape[2]
+    labels = torch.empty((batch, heads, length), dtype=torch.int32)
+    sizes = torch.empty((batch, heads, clusters), dtype=torch.int32)
+    centroids = centroids.clone(memory_format=torch.contiguous_format)
+    rows = max(1, PIECE // clusters)
+    for b, h in itertools.product(range(batch), range(heads)):
+        x, means = tokens[b, h].float(), centroids[b, h]
+        for _ in range(iterations):
+            norms = means.square().sum(-1)
+            nearest = torch.cat(
+                [torch.addmm(norms, part, means.T, alpha=-2).argmin(-1) for part in x.split(rows)]
+            )
+            size = torch.bincount(nearest, minlength=clusters)
+            total = torch.zeros_like(means).index_add_(0, nearest, x)
+            torch.where(size[:, None] > 0, total / size.clamp(min=1)[:, None], means, out=means)
+        labels[b, h], sizes[b, h] = nearest, size
+    return labels, centroids, sizes
 
 
 def block_statistics(

@@ -1,9 +1,10 @@
-"""Listed key blocks of ``uta::sparse_attention`` on Hopper: two query blocks share what they read.
+"""``uta::sparse_attention`` on Hopper: two query blocks share what they read.
 
-A program takes a pair of neighbouring query blocks. One warp copies the key and value blocks of
-both lists into a ring of shared memory, a block that both list once; two groups of four warps
-multiply, one for each query block. Softmax is base 2 inside, and the products of one block overlap
-with the softmax of the next, as FlashAttention-3 does (https://arxiv.org/abs/2407.08608).
+A program takes a pair of neighbouring query blocks. One warp copies the representatives of the tail
+and then the key and value blocks of both lists into a ring of shared memory, a block that both list
+once; two groups of four warps multiply, one for each query block. Softmax is base 2 inside, and the
+products of one step overlap with the softmax of the next, as FlashAttention-3 does
+(https://arxiv.org/abs/2407.08608). ``gluon_tail`` has the tail's part.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -19,6 +20,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -26,14 +28,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from uta_fx.kernels.gluon_tail import Tail, add_slope, attend_tail, copy_tail, exp2, variances
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
-MAX_REGISTERS = 168  # of each of 384 threads: two groups that multiply and one that copies
-HEAD_DIM = 128  # at 64, bound by the softmax, it is no faster than Triton's tile
-STAGES = 6  # of the ring: pairs of a key and a value block
+HEAD_DIMS = (64, 128)
+# of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
+MAX_REGISTERS = {128: 168, 64: 96}
+STAGES = 5  # of the ring: pairs of a key and a value block
 
 
 @triton.jit
@@ -109,24 +114,17 @@ def _pair_lists_kernel(
 
 
 @gluon.jit
-def exp2(x):
-    """2^x in one instruction, results below 2^-126 as zero; ``gl.exp2`` takes four to keep them."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _copy_blocks(
-    k_desc, v_desc, k_ring, v_ring, full, empty, ids_row, plan, batch, head,
+    k_desc, v_desc, k_ring, v_ring, full, empty, ids_row, plan, batch, head, base,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the pair's key and value blocks in their order, each into the next stage of the ring.
 
-    Both groups free a stage; for a group that has no use for a block this warp does so. Such a
-    group goes on by two places at most and waits for a phase of a stage whose phase before it may
-    not have seen: that one must be over, or its parity is taken for the one waited for. So a copy
-    begins when the one ``STAGES - 2`` places before it has come to its end.
+    ``base`` places come before them. Both groups free a stage; for a group that has no use for a
+    block this warp does so. Such a group goes on by two places at most and waits for a phase of a
+    stage whose phase before it may not have seen: that one must be over, or its parity is taken for
+    the one waited for. So a copy begins when the one ``STAGES - 2`` places before it has come to
+    its end.
     """
     alternating = gl.load(plan)
     count_a, count_b = gl.load(plan + 1), gl.load(plan + 2)
@@ -135,8 +133,9 @@ def _copy_blocks(
     total = first + alternating + gl.maximum(count_a, count_b)
     shared_end = first + alternating + gl.minimum(count_a, count_b)
     block = gl.load(ids_row, mask=total > 0, other=0)
-    for t in range(total):
-        following = gl.load(ids_row + t + 1, mask=t + 1 < total, other=0)
+    for i in range(total):
+        following = gl.load(ids_row + i + 1, mask=i + 1 < total, other=0)
+        t = base + i
         stage = t % STAGES
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
         if t >= STAGES - 2:
@@ -150,10 +149,47 @@ def _copy_blocks(
         tma.async_copy_global_to_shared(
             v_desc, [batch, head, block * BLOCK, 0], bar, v_ring.index(stage)
         )
-        alone = (t < first + 2 * alternating) | (t >= shared_end)
-        alone = gl.where(t < first, ragged != 3, alone)
+        mbarrier.arrive(bar)  # there is nothing beside the copies
+        alone = (i < first + 2 * alternating) | (i >= shared_end)
+        alone = gl.where(i < first, ragged != 3, alone)
         mbarrier.arrive(empty.index(stage), pred=alone)
         block = following
+
+
+@gluon.jit
+def _copy(
+    memory,  # of _pair_memory
+    given,  # of _paired_kernel
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Copy everything that the pair reads: queries, the tail, the slope, listed blocks."""
+    desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free = memory
+    (
+        q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
+        size_base, sigma2_a, sigma2_b, listed_a, listed_b, ids_row, plan,
+        batch, head, pair, representatives, half_weight_log2,
+    ) = given  # fmt: skip
+    mbarrier.expect(desk_full, 2 * q_desc.block_type.nbytes)
+    for i in gl.static_range(2):
+        row = (2 * pair + i) * BLOCK  # beyond the last query: zeros
+        tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], desk_full, desk.index(i))
+    base = 0
+    if TAIL:
+        base = gl.cdiv(representatives, BLOCK)
+        copy_tail(
+            tail_k_desc, tail_v_desc, k_ring, v_ring, column_ring, full, empty,
+            size_base, sigma2_a, sigma2_b, listed_a, listed_b,
+            batch, head, base, representatives, half_weight_log2, BLOCK, STAGES,
+        )  # fmt: skip
+        if not KEEP:
+            mbarrier.wait(desk_free, 0)  # the queries are in registers by now
+        mbarrier.wait(desk_full, 0)
+        mbarrier.expect(desk_full, slope_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(slope_desc, [batch, head, 0, 0], desk_full, slope_desk)
+    _copy_blocks(
+        k_desc, v_desc, k_ring, v_ring, full, empty, ids_row, plan, batch, head, base,
+        BLOCK, STAGES,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -167,13 +203,19 @@ def _softmax_step(s, row_max, row_sum, scale_log2):
 
 @gluon.jit
 def _attend(
-    q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-    q_sm, o_sm, rows, last_keys, scale_log2,
+    memory,  # of _pair_memory
+    given,  # of _paired_kernel
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    SIGN: gl.constexpr, EVEN: gl.constexpr, RESUME: gl.constexpr,
+    SIGN: gl.constexpr, EVEN: gl.constexpr, TAIL: gl.constexpr, RESUME: gl.constexpr,
+    KEEP: gl.constexpr,
 ):  # fmt: skip
     """Store attention of one query block; ``rows``: how many of the pair's rows there are."""
+    desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free = memory
+    (
+        o_desc, o_base, lse_base, plan, o_sm, batch, head, pair, rows,
+        last_keys, representatives, scale, scale_log2,
+    ) = given  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
@@ -186,31 +228,52 @@ def _attend(
     own = ragged >> WHICH & 1  # and of them this query block's
     count = own + gl.load(plan + 1 + WHICH)
 
-    q_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, Q_LAYOUT))
-    q_dims = gl.arange(0, D, gl.SliceLayout(0, Q_LAYOUT))
-    q_ptrs = q_base + q_rows[:, None] * q_sm + q_dims[None, :]
-    q = gl.load(q_ptrs, mask=(q_rows < rows)[:, None], other=0.0)  # [BLOCK, D]
-    if SIGN != 1:
-        q = (q * SIGN).to(dtype)
-
-    o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
-    o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-    o_ptrs = o_base + o_rows[:, None] * o_sm + o_dims[None, :]
-    o_mask = (o_rows < rows)[:, None]
+    mbarrier.wait(desk_full, 0)
+    q_tile = desk.index(WHICH).reshape([BLOCK, D])
+    if KEEP:
+        q = q_tile
+        if SIGN != 1:
+            q_tile.store((q_tile.load(Q_LAYOUT) * SIGN).to(dtype))
+            fence_async_shared()
+    else:
+        q = q_tile.load(Q_LAYOUT)  # [BLOCK, D]
+        mbarrier.arrive(desk_free)
+        if SIGN != 1:
+            q = (q * SIGN).to(dtype)
     s_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
     lse_ptrs = lse_base + s_rows
+    base = 0
     if RESUME:
+        o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
+        o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+        o_ptrs = o_base + o_rows[:, None] * o_sm + o_dims[None, :]
         row_max = gl.load(lse_ptrs, mask=s_rows < rows, other=-float("inf")) * LOG2_E  # [BLOCK]
         row_sum = gl.where(row_max == -float("inf"), 0.0, 1.0)
-        acc = gl.load(o_ptrs, mask=o_mask, other=0.0).to(gl.float32)  # [BLOCK, D]
+        acc = gl.load(o_ptrs, mask=(o_rows < rows)[:, None], other=0.0).to(gl.float32)  # [BLOCK, D]
     else:
         row_max = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         row_sum = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([BLOCK, D], gl.float32, O_LAYOUT)
+    if TAIL:
+        base = gl.cdiv(representatives, BLOCK)
+        acc, row_max, row_sum, gain = attend_tail(
+            q, acc, row_max, row_sum, k_ring, v_ring, column_ring, full, empty, base, scale_log2,
+            WHICH, D, BLOCK, STAGES,
+        )  # fmt: skip
+        mbarrier.wait(desk_full, 1)
+        if KEEP:
+            q_again = q_tile.load(P_LAYOUT)
+        else:
+            q_again = gl.convert_layout(q, P_LAYOUT)
+        acc, row_max, row_sum = add_slope(
+            q_again, acc, row_max, row_sum, gain, slope_desk.reshape([D, D]), scale
+        )
+        if not KEEP:
+            mbarrier.arrive(desk_free)
 
     no_logits = gl.zeros([BLOCK, BLOCK], gl.float32, S_LAYOUT)
     if count > 0:
-        at = gl.where(own != 0, 0, first + gl.where(alternating > 0, WHICH, 0))
+        at = base + gl.where(own != 0, 0, first + gl.where(alternating > 0, WHICH, 0))
         stage = at % STAGES
         mbarrier.wait(full.index(stage), at // STAGES & 1)
         k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
@@ -225,7 +288,7 @@ def _attend(
         for j in range(1, count):
             before = stage
             i = j - own
-            at = first + gl.where(i < alternating, 2 * i + WHICH, i + alternating)
+            at = base + first + gl.where(i < alternating, 2 * i + WHICH, i + alternating)
             stage = at % STAGES
             mbarrier.wait(full.index(stage), at // STAGES & 1)
             k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
@@ -243,85 +306,179 @@ def _attend(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(stage))
 
-    divisor = gl.where(row_sum == 0.0, 1.0, row_sum)
-    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
+    acc *= gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
     lse = (row_max + gl.log2(row_sum)) * LN_2
     if bad != 0:
         acc += float("nan")
         lse += float("nan")
-    gl.store(o_ptrs, acc.to(dtype), mask=o_mask)
     gl.store(lse_ptrs, lse, mask=s_rows < rows)
+    if not KEEP:
+        # nobody reads the desk any more: both have their queries, and have used the slope
+        mbarrier.wait(desk_free, 1 if TAIL else 0)
+    o_tile = desk.index(WHICH)
+    o_tile.reshape([BLOCK, D]).store(acc.to(dtype))
+    fence_async_shared()
+    row = (2 * pair + WHICH) * BLOCK  # rows beyond the last one are not written
+    tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _pair_memory(
+    q_desc, k_desc, v_desc, slope_desc,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Shared memory and barriers of one pair."""
+    tile: gl.constexpr = k_desc.block_type.shape
+    ring: gl.constexpr = [STAGES, tile[0], tile[1], tile[2], tile[3]]
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, ring, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, ring, v_desc.layout)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    column_ring = gl.allocate_shared_memory(gl.float32, [4 * STAGES, BLOCK], line)
+    # queries, then the output
+    two: gl.constexpr = [2, tile[0], tile[1], tile[2], tile[3]]
+    desk = gl.allocate_shared_memory(q_desc.dtype, two, q_desc.layout)
+    slope_shape: gl.constexpr = slope_desc.block_type.shape
+    if KEEP:
+        slope_desk = gl.allocate_shared_memory(slope_desc.dtype, slope_shape, slope_desc.layout)
+    else:  # the slope takes the place of the queries
+        slope_desk = desk._reinterpret(slope_desc.dtype, slope_shape, slope_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    desk_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    desk_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)  # the copies, and what is beside them
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(desk_full, count=1)
+    mbarrier.init(desk_free, count=2)
+    return desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free
+
+
+@gluon.jit
+def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
+    """What the groups and the copying warp of one pair are given.
+
+    A pair, or a block of one, beyond the last reads the last one's lists and stores nothing.
+    """
+    (
+        q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
+        o_head, lse_ptr, ids_ptr, plan_ptr, size_head, sigma2_ptr, listed_ptr,
+        o_sm, batch_head, batch, head, length_q, blocks_q, blocks_kv,
+        last_keys, representatives, scale, scale_log2, half_weight_log2,
+    ) = given  # fmt: skip
+    wide = batch_head.to(gl.int64)
+    pairs = gl.cdiv(blocks_q, 2)
+    pair_at = wide * pairs + gl.minimum(pair, pairs - 1)
+    plan = plan_ptr + pair_at * PLAN
+    first_row = pair.to(gl.int64) * (2 * BLOCK)
+    rows = length_q - pair * (2 * BLOCK)
+    map_a = (wide * blocks_q + gl.minimum(2 * pair, blocks_q - 1)) * representatives
+    map_b = (wide * blocks_q + gl.minimum(2 * pair + 1, blocks_q - 1)) * representatives
+    attend = (
+        o_desc, o_head + first_row * o_sm, lse_ptr + wide * length_q + first_row, plan,
+        o_sm, batch, head, pair, rows, last_keys, representatives, scale, scale_log2,
+    )  # fmt: skip
+    copy = (
+        q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
+        size_head, sigma2_ptr + map_a, sigma2_ptr + map_b, listed_ptr + map_a, listed_ptr + map_b,
+        ids_ptr + pair_at * blocks_kv, plan,
+        batch, head, pair, representatives, half_weight_log2,
+    )  # fmt: skip
+    return attend, copy
 
 
 @gluon.jit
 def _paired_kernel(
-    q_ptr, k_desc, v_desc, o_ptr, lse_ptr, ids_ptr, plan_ptr,
-    q_sb, q_sh, q_sm,
+    q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
+    o_ptr, lse_ptr, ids_ptr, plan_ptr, size_ptr, sigma2_ptr, listed_ptr,
     o_sb, o_sh, o_sm,
-    heads, length_q, blocks_kv,
+    size_sb, size_sh,
+    heads, length_q, blocks_q, blocks_kv,
     last_keys,  # in the last key block
+    representatives,  # as many as key blocks, where TAIL
+    scale,  # |s|; its sign is in SIGN
     scale_log2,  # |s| * log2(e), 1 where s is 0
+    half_weight_log2,  # variance_weight / 2 * log2(e)
     D: gl.constexpr, BLOCK: gl.constexpr, PLAN: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr,  # of s: 1, -1 or 0
     EVEN: gl.constexpr,  # the last key block is whole
-    RESUME: gl.constexpr,  # o and lse hold attention over the tail
+    TAIL: gl.constexpr,  # attend to the representatives too
+    RESUME: gl.constexpr,  # o and lse hold attention over a tail, to go on from
+    TWO: gl.constexpr,  # two pairs, each with memory and a copying warp of its own
 ):  # fmt: skip
-    """Store attention of two query blocks over their listed blocks and, where RESUME, the tail."""
-    pair = gl.program_id(0)
+    """Store attention of a pair of query blocks, or two, over listed blocks and the tail."""
+    KEEP: gl.constexpr = TWO  # the queries in shared memory: there are registers for little else
     batch_head = gl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
-    first_row = pair.to(gl.int64) * (2 * BLOCK)
-    rows = length_q - pair * (2 * BLOCK)
-    q_base = q_ptr + batch.to(gl.int64) * q_sb + head.to(gl.int64) * q_sh + first_row * q_sm
-    o_base = o_ptr + batch.to(gl.int64) * o_sb + head.to(gl.int64) * o_sh + first_row * o_sm
-    lse_base = lse_ptr + batch_head.to(gl.int64) * length_q + first_row
-    pair_at = batch_head.to(gl.int64) * gl.num_programs(0) + pair
-    ids_row = ids_ptr + pair_at * blocks_kv
-    plan = plan_ptr + pair_at * PLAN
-
-    shape: gl.constexpr = [STAGES, 1, 1, BLOCK, D]
-    k_ring = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
-    v_ring = gl.allocate_shared_memory(v_desc.dtype, shape, v_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-
-    gl.warp_specialize(
-        [
-            (_attend, (
-                q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-                q_sm, o_sm, rows, last_keys, scale_log2,
-                0, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
-            )),
-            (_attend, (
-                q_base, o_base, lse_base, k_ring, v_ring, full, empty, plan,
-                q_sm, o_sm, rows, last_keys, scale_log2,
-                1, D, BLOCK, STAGES, SIGN, EVEN, RESUME,
-            )),
-            (_copy_blocks, (
-                k_desc, v_desc, k_ring, v_ring, full, empty, ids_row, plan, batch, head,
-                BLOCK, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
+    given = (
+        q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
+        o_ptr + batch.to(gl.int64) * o_sb + head.to(gl.int64) * o_sh,
+        lse_ptr, ids_ptr, plan_ptr,
+        size_ptr + batch.to(gl.int64) * size_sb + head.to(gl.int64) * size_sh,
+        sigma2_ptr, listed_ptr, o_sm, batch_head, batch, head, length_q, blocks_q, blocks_kv,
+        last_keys, representatives, scale, scale_log2, half_weight_log2,
     )  # fmt: skip
+    if not TWO:
+        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend, copy = _pair_arguments(given, gl.program_id(0), BLOCK, PLAN)
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend, copy = _pair_arguments(given, 2 * gl.program_id(0), BLOCK, PLAN)
+        memory_c = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+        attend_c, copy_c = _pair_arguments(given, 2 * gl.program_id(0) + 1, BLOCK, PLAN)
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory_c, attend_c, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_attend, (
+                    memory_c, attend_c, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
+                )),
+                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
+                (_copy, (memory_c, copy_c, BLOCK, STAGES, TAIL, KEEP)),
+            ],
+            [4, 4, 4, 1, 1],
+            [112, 112, 112, 24, 24],
+        )  # fmt: skip
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_kv: int) -> bool:
-    """Whether ``attend_listed`` serves these tensors, all of whose last dimensions are contiguous.
+def takes(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, block_q: int, block_kv: int
+) -> bool:
+    """Whether ``attend`` serves these tensors, all of whose last dimensions but the output's are 1.
 
-    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 128 for keys and values,
-    blocks of 64, and keys and values that the copy engine can address.
+    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128 for keys and values,
+    blocks of 64, and tensors that the copy engine can address.
     """
     return (
         on_hopper(query)
         and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] == value.shape[-1] == HEAD_DIM
+        and key.shape[-1] in HEAD_DIMS
+        and key.shape[-1] == value.shape[-1]
         and block_q == block_kv == BLOCK
-        and all(is_addressable(x) for x in (key, value))
+        and output.stride(-1) == 1
+        and all(is_addressable(x) for x in (query, key, value, output))
     )
 
 
@@ -343,7 +500,21 @@ def tensor_map(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], layout)
 
 
-def attend_listed(
+def takes_tail(tail: Tail) -> bool:
+    """Whether ``attend`` serves this tail, all of whose last dimensions are contiguous.
+
+    It wants one representative a key block, with its variance, and one slope a head, all where the
+    copy engine can address them.
+    """
+    return (
+        tail.key.dim() == 4
+        and tail.variance.shape[2] > 0
+        and tail.slope.shape[2] == 1
+        and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
+    )
+
+
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -352,8 +523,9 @@ def attend_listed(
     listed: Tensor,
     block_counts: Tensor,
     max_blocks: int,
-    scale_log2: float,
-    sign: int,
+    tail: Tail | None,
+    scale: float,
+    variance_weight: float,
     resume: bool,
 ) -> None:
     """Launch the kernels for tensors that ``takes`` accepts; nothing waits for the host.
@@ -362,14 +534,15 @@ def attend_listed(
         query: ``[B, H, Lq, D]``.
         key: ``[B, H, Lk, D]``.
         value: ``[B, H, Lk, D]``.
-        output: ``[B, H, Lq, D]``, last dimension contiguous: written, and where ``resume`` read.
+        output: ``[B, H, Lq, D]``: written, and where ``resume`` read.
         lse: float32 ``[B, H, Lq]``, contiguous: likewise.
         listed: uint8 ``[B, H, Nq, Nk]``, 1 where a query block lists a key block.
         block_counts: int32 ``[B, H, Nq]``, last dimension contiguous. A query block whose count is
             not that of its ones in ``listed`` has an id outside: its rows become NaN.
         max_blocks: Most blocks that a list can hold.
-        scale_log2: ``|s| * log2(e)``, 1 where s is 0.
-        sign: Of s.
+        tail: One that ``takes_tail`` accepts, or None for none.
+        scale: s.
+        variance_weight: As in the operator.
         resume: ``output`` and ``lse`` hold attention over the tail, to go on from.
     """
     batch, heads, length_q, dim = query.shape
@@ -378,17 +551,29 @@ def attend_listed(
     pairs = triton.cdiv(blocks_q, 2)
     ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.int32)
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
-    grid = (pairs, batch * heads)
-    _pair_lists_kernel[grid](
+    _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
     )  # fmt: skip
-    maps = (tensor_map(x, BLOCK) for x in (key, value))
-    _paired_kernel[grid](
-        query, *maps, output, lse, ids, plan,
-        *query.stride()[:3], *output.stride()[:3],
-        heads, length_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, scale_log2,
+    q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
+    if tail is None:  # what is not read
+        tail_maps = (k_map, v_map, k_map)
+        log_size, sigma2 = lse, listed
+    else:
+        tail_maps = (
+            tensor_map(tail.key, BLOCK), tensor_map(tail.value, BLOCK),
+            tensor_map(tail.slope[:, :, 0], dim),
+        )  # fmt: skip
+        log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
+    two = dim == 64
+    _paired_kernel[(triton.cdiv(pairs, 1 + two), batch * heads)](
+        q_map, k_map, v_map, o_map, *tail_maps,
+        output, lse, ids, plan, log_size, sigma2, listed,
+        *output.stride()[:3], *log_size.stride()[:2],
+        heads, length_q, blocks_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, blocks_kv,
+        abs(scale), (abs(scale) or 1.0) * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
         D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
-        SIGN=sign, EVEN=length_kv % BLOCK == 0, RESUME=resume,
-        num_warps=4, maxnreg=MAX_REGISTERS,
+        SIGN=(scale > 0) - (scale < 0), EVEN=length_kv % BLOCK == 0,
+        TAIL=tail is not None, RESUME=resume, TWO=two,
+        num_warps=4, maxnreg=MAX_REGISTERS[dim],
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """The operators: schemas, shape rules and device dispatch.
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention, and
-``uta::sparse_attention`` attends to listed blocks and a tail.
+``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
+to listed blocks and text, and scales and shifts what comes of it. ``uta::kmeans`` groups tokens,
+and ``uta::clustered_attention`` attends to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -15,9 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from uta_fx.kernels.reference import text_as_tail
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 BLOCK_SIZES = (16, 32, 64, 128)
+MIN_GROUPS = 4  # of rows in a query block
 
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
@@ -28,13 +33,31 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
+    "rectified_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
+    " Tensor block_counts, Tensor text_key, Tensor text_value, Tensor text_bias, Tensor gain,"
+    " Tensor offset, float scale, int block_q, int block_kv) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
     "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
-    " float scale, float variance_weight, float variance_power, int block_q) -> Tensor",
+    " float scale, float variance_weight, float variance_power, int block_q, int rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
     "block_statistics(Tensor key, Tensor value, int block_kv) -> (Tensor key_mean,"
     " Tensor key_variance, Tensor value_mean, Tensor value_variance, Tensor covariance)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "clustered_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
+    " Tensor block_counts, Tensor key_counts, Tensor tail_key, Tensor tail_value,"
+    " Tensor tail_log_size, Tensor tail_variance, Tensor tail_slope, float scale,"
+    " float variance_weight, int block_q, int block_kv) -> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "kmeans(Tensor tokens, Tensor centroids, int iterations) -> (Tensor labels,"
+    " Tensor new_centroids, Tensor sizes)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -54,6 +77,36 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.sparse_attention.default(*args, **options)
+
+
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::clustered_attention``; arguments and results as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``.
+    """
+    return torch.ops.uta.clustered_attention.default(*args)
+
+
+def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Call ``uta::kmeans``; arguments and results as in ``reference``, centroids in float32.
+
+    The same inputs give the same bits.
+
+    Raises:
+        ValueError: A shape, head dim or number of iterations is outside the contract.
+        TypeError: A dtype or device is outside the contract.
+        RuntimeError: A gradient is asked for.
+    """
+    return torch.ops.uta.kmeans.default(tokens, centroids, iterations)
+
+
+def rectified_attention(*args: Any) -> Tensor:
+    """Call ``uta::rectified_attention``; arguments and result as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``; ``gain``, ``offset`` and ``text_bias``
+    are float32.
+    """
+    return torch.ops.uta.rectified_attention.default(*args)
 
 
 def block_scores(*args: Any) -> Tensor:
@@ -146,6 +199,65 @@ def check_sparse_attention(
         _check_device(name, tensor, query)
 
 
+def check_clustered_attention(*args: Any) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    query, key, key_counts, block_kv = args[0], args[1], args[5], args[-1]
+    check_sparse_attention(*args[:5], *args[6:])
+    if key.shape[2] % block_kv:
+        raise ValueError(
+            f"key must have a length that is a multiple of block_kv, {block_kv}, got {key.shape[2]}"
+        )
+    _check_shape("key_counts", key_counts, (*query.shape[:2], key.shape[2] // block_kv))
+    _check_dtype("key_counts", key_counts, torch.int32)
+    _check_device("key_counts", key_counts, query)
+
+
+def check_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_heads("tokens", tokens)
+    batch, heads, _, dim = tokens.shape
+    _check_shape("centroids", centroids, (batch, heads, centroids.shape[-2], dim))
+    if not centroids.shape[2]:
+        raise ValueError("centroids must hold at least 1 a head, got 0")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    _check_dtype("centroids", centroids, torch.float32)
+    _check_device("centroids", centroids, tokens)
+
+
+def check_rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", block_q)
+    lead, texts = query.shape[:2], text_key.shape[-2]
+    _check_shape("text_key", text_key, (*lead, texts, query.shape[-1]))
+    _check_shape("text_value", text_value, (*lead, texts, value.shape[-1]))
+    _check_shape("text_bias", text_bias, (*lead, texts))
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    check_sparse_attention(
+        query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv
+    )
+    blocks = block_counts.shape[-1]
+    _check_shape("gain", gain, (*lead, blocks))
+    _check_shape("offset", offset, (*lead, blocks, value.shape[-1]))
+    for name, tensor in (("gain", gain), ("offset", offset)):
+        _check_dtype(name, tensor, torch.float32)
+        _check_device(name, tensor, query)
+
+
 def check_block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -155,6 +267,7 @@ def check_block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     _check_blocked("query", query, "block_q", block_q)
@@ -163,6 +276,10 @@ def check_block_scores(
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("log_size", log_size, (batch, heads, blocks))
+    if rows < 1 or block_q % rows or block_q // rows < MIN_GROUPS:
+        raise ValueError(
+            f"rows must divide block_q, {block_q}, into at least {MIN_GROUPS} groups, got {rows}"
+        )
     if variance_power < 0:
         raise ValueError(f"variance_power must not be negative, got {variance_power}")
     for name, tensor, dtype in (
@@ -185,12 +302,17 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
 
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
     """A tensor ``[B, H, L, D]`` that is cut into blocks."""
+    _check_heads(name, tensor)
+    _check_block_size(block_name, block)
+
+
+def _check_heads(name: str, tensor: Tensor) -> None:
+    """A tensor ``[B, H, L, D]``."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     _check_head_dim(name, tensor)
-    _check_block_size(block_name, block)
 
 
 def _check_head_dim(name: str, tensor: Tensor) -> None:
@@ -230,6 +352,27 @@ def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.sparse_attention(*args)
 
 
+def _cpu_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_clustered_attention(*args)
+    return cpu.clustered_attention(*args)
+
+
+def _cpu_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, ...]:
+    from uta_fx.kernels import cpu
+
+    check_kmeans(tokens, centroids, iterations)
+    return cpu.kmeans(tokens, centroids, iterations)
+
+
+def _cpu_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    check_rectified_attention(*args)
+    return cpu.rectified_attention(*args)
+
+
 def _cpu_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -249,6 +392,27 @@ def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_sparse_attention(*args)
     return triton_attention.sparse_attention(*args)
+
+
+def _cuda_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_attention
+
+    check_clustered_attention(*args)
+    return triton_attention.clustered_attention(*args)
+
+
+def _cuda_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, ...]:
+    from uta_fx.kernels import triton_kmeans
+
+    check_kmeans(tokens, centroids, iterations)
+    return triton_kmeans.kmeans(tokens, centroids, iterations)
+
+
+def _cuda_rectified_attention(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_attention
+
+    check_rectified_attention(*args)
+    return triton_attention.rectified_attention(*args)
 
 
 def _cuda_block_scores(*args: Any) -> Tensor:
@@ -272,9 +436,30 @@ def _fake_sparse_attention(
     return empty_outputs(query, value)
 
 
+def _fake_clustered_attention(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_clustered_attention(query, key, value, *rest)
+    return empty_outputs(query, value)
+
+
+def _fake_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, ...]:
+    check_kmeans(tokens, centroids, iterations)
+    return (
+        tokens.new_empty(tokens.shape[:3], dtype=torch.int32),
+        centroids.new_empty(centroids.shape),
+        tokens.new_empty(centroids.shape[:3], dtype=torch.int32),
+    )
+
+
+def _fake_rectified_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    check_rectified_attention(query, key, value, *rest)
+    return empty_outputs(query, value)[0]
+
+
 def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
-    block_q = rest[-1]
+    block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
     return query.new_empty(shape, dtype=torch.float32)
 
@@ -300,6 +485,19 @@ def _refuse_gradient(*_: Any) -> NoReturn:
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
+    (
+        "clustered_attention",
+        _cpu_clustered_attention,
+        _cuda_clustered_attention,
+        _fake_clustered_attention,
+    ),
+    ("kmeans", _cpu_kmeans, _cuda_kmeans, _fake_kmeans),
+    (
+        "rectified_attention",
+        _cpu_rectified_attention,
+        _cuda_rectified_attention,
+        _fake_rectified_attention,
+    ),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
 ):

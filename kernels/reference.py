@@ -25,18 +25,21 @@ def sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
+    *,
+    key_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over listed key blocks and over representatives of the rest, in one softmax.
 
     Query row i of query block n sees the tokens of its listed blocks with logit ``s q_i.k_j`` and
     value ``v_j``, and every representative r of its tail with
 
-        sigma2 = sum_c (s q_ic)^2 tail_variance_rc               (0 without a variance)
+        sigma2 = sum_c mean over rows j of block n of (s q_jc)^2 tail_variance_rc      (or 0)
         logit  = s q_i.tail_key_r + tail_log_size_r + variance_weight * sigma2 / 2
         value  = tail_value_r + (s q_i @ tail_slope) / (1 + sigma2)      (no slope: tail_value_r)
 
     which is UTA's equation 14 with any number of representatives; variance and slope are the
-    second-order mass and first-order value of a block whose logits and values are Gaussian.
+    second-order mass and first-order value of a block whose logits and values are Gaussian. The
+    variance of the logits is that of the whole query block: one number for each pair of blocks.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -57,6 +60,7 @@ def sparse_attention(
         variance_weight: Share of ``sigma2 / 2`` that is added to the logit.
         block_q: Query rows in a block.
         block_kv: Keys in a block; the last one may be ragged.
+        key_counts: As in ``clustered_attention``; None where every key counts.
 
     Returns:
         Output ``[B, H, Lq, Dv]`` in the dtype of ``query`` and the natural log-sum-exp
@@ -69,8 +73,15 @@ def sparse_attention(
     columns = torch.arange(length_kv, device=query.device) // block_kv
 
     logits = (query * scale) @ key.transpose(-1, -2)
-    logits = logits.masked_fill(~exact[:, :, rows][..., columns], -torch.inf)
-    tail, sigma2 = _tail_logits(query, tail_key, tail_log_size, tail_variance, scale, rows)
+    seen = exact[:, :, rows][..., columns]
+    if key_counts is not None:
+        place = torch.arange(length_kv, device=query.device) % block_kv
+        seen = seen & (place < key_counts[:, :, columns])[:, :, None]
+    logits = logits.masked_fill(~seen, -torch.inf)
+    tail = _tail_logits(query * scale, tail_key, tail_log_size, rows)
+    sigma2 = tail.new_zeros(())
+    if tail_variance.shape[2]:
+        sigma2 = pooled_variance(query, tail_variance, scale, block_q)[:, :, rows]
     tail = tail + variance_weight / 2 * sigma2
     if tail_key.dim() == 4 and tail_key.shape[-2]:
         tail = tail.masked_fill(exact[:, :, rows], -torch.inf)
@@ -93,6 +104,118 @@ def sparse_attention(
     return output.masked_fill(invalid[..., None], torch.nan), lse.masked_fill(invalid, torch.nan)
 
 
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Attention over listed key blocks and over text, times a gain, plus an offset.
+
+    ``gain_n * softmax(...) @ values + offset_n`` for each row of query block n: Rectified SpaAttn
+    (arXiv:2511.19835).
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        block_ids: As in ``sparse_attention``.
+        block_counts: As in ``sparse_attention``.
+        text_key: ``[B, H, Lt, D]``, seen by every row; Lt may be 0.
+        text_value: ``[B, H, Lt, Dv]``.
+        text_bias: float32 ``[B, H, Lt]``, added to their logits; ``-inf`` hides one.
+        gain: float32 ``[B, H, Nq]``.
+        offset: float32 ``[B, H, Nq, Dv]``.
+        scale: Multiplies the logits.
+        block_q: Query rows in a block.
+        block_kv: Keys in a block; the last one may be ragged.
+
+    Returns:
+        ``[B, H, Lq, Dv]`` in the dtype of ``query``. A row that sees nothing is its offset; a row
+        with an id outside ``[0, Nk)`` is NaN.
+    """
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    arguments = (query, key, value, block_ids, block_counts, *tail)
+    output, _ = sparse_attention(*arguments, scale, 0.0, block_q, block_kv)
+    rows = torch.arange(query.shape[2], device=query.device) // block_q
+    return (output * gain[:, :, rows, None] + offset[:, :, rows]).to(query.dtype)
+
+
+def text_as_tail(
+    query: Tensor, text_key: Tensor, text_value: Tensor, text_bias: Tensor, block_q: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Text of ``rectified_attention`` as tail inputs of ``sparse_attention``: each key for itself.
+
+    Nothing is copied.
+    """
+    blocks = -(-query.shape[2] // block_q)
+    lead, (dim, dim_v) = query.shape[:2], (query.shape[3], text_value.shape[3])
+    return (
+        text_key[:, :, None].expand(-1, -1, blocks, -1, -1),
+        text_value[:, :, None].expand(-1, -1, blocks, -1, -1),
+        text_bias[:, :, None].expand(-1, -1, blocks, -1),
+        query.new_empty((*lead, 0, dim)),
+        query.new_empty((*lead, 0, dim, dim_v)),
+    )
+
+
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    key_counts: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_log_size: Tensor,
+    tail_variance: Tensor,
+    tail_slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention`` over key blocks that are not full.
+
+    What a policy needs whose groups of keys have any size: each group is padded to whole blocks.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Nk * block_kv, D]``.
+        value: ``[B, H, Nk * block_kv, Dv]``.
+        block_ids: As in ``sparse_attention``.
+        block_counts: As in ``sparse_attention``.
+        key_counts: int32 ``[B, H, Nk]``, in ``[0, block_kv]``: only so many keys at the start of a
+            block exist. The others are padding, which no row sees and which must be finite.
+        tail_key: As in ``sparse_attention``, as all that follow.
+        tail_value: See there.
+        tail_log_size: See there.
+        tail_variance: See there.
+        tail_slope: See there.
+        scale: See there.
+        variance_weight: See there.
+        block_q: See there.
+        block_kv: See there.
+
+    Returns:
+        As ``sparse_attention``.
+    """
+    return sparse_attention(
+        query, key, value, block_ids, block_counts, tail_key, tail_value, tail_log_size,
+        tail_variance, tail_slope, scale, variance_weight, block_q, block_kv, key_counts=key_counts,
+    )  # fmt: skip
+
+
 def block_scores(
     query: Tensor,
     key_mean: Tensor,
@@ -102,15 +225,18 @@ def block_scores(
     variance_weight: float,
     variance_power: float,
     block_q: int,
+    rows: int,
 ) -> Tensor:
-    """Pooled attention of each query row on each key block, weighted and averaged over the block.
+    """Pooled attention of groups of query rows on each key block, weighted, root mean square.
 
-        sigma2_ib = sum_c (s q_ic)^2 key_variance_bc
-        p_i       = softmax_b(s q_i.key_mean_b + log_size_b + variance_weight * sigma2_ib / 2)
-        score_nb  = mean over rows i of query block n of p_ib * sigma2_ib ** variance_power
+    Group g holds ``rows`` consecutive query rows; q_g is their mean, and so is that of squares.
+
+        sigma2_gb = sum_c mean over rows i of group g of (s q_ic)^2 key_variance_bc
+        p_g       = softmax_b(s q_g.key_mean_b + log_size_b + variance_weight * sigma2_gb / 2)
+        score_nb  = sqrt(mean over groups g of query block n of (p_gb sigma2_gb^variance_power)^2)
 
     With power 1 this is the expected error of aggregating block b (``low_delta``), with power 0
-    the share of attention that b is estimated to hold.
+    the attention that b is estimated to hold. Its square adds up over rows, as squared errors do.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -121,19 +247,22 @@ def block_scores(
         variance_weight: As in ``sparse_attention``.
         variance_power: Exponent of sigma2 in the score, at least 0.
         block_q: Query rows in a block; the last one may be ragged.
+        rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
 
     Returns:
         ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs), not negative.
     """
     accumulator = _accumulator(query)
     scaled = query.to(accumulator) * scale
-    sigma2 = scaled.square() @ key_variance.to(accumulator).transpose(-1, -2)
-    logits = scaled @ key_mean.to(accumulator).transpose(-1, -2)
+    groups = torch.cat([x.mean(3) for x in split_blocks(scaled, rows)], 2)
+    sigma2 = pooled_variance(query, key_variance, scale, rows)
+    logits = groups @ key_mean.to(accumulator).transpose(-1, -2)
     logits = logits + log_size[..., None, :].to(accumulator) + variance_weight / 2 * sigma2
     scores = logits.softmax(-1)
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
-    return torch.cat([rows.mean(3) for rows in split_blocks(scores, block_q)], 2)
+    blocks = split_blocks(scores.square(), block_q // rows)
+    return torch.cat([x.mean(3) for x in blocks], 2).sqrt()
 
 
 def block_statistics(
@@ -173,6 +302,32 @@ def block_statistics(
     return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
 
 
+def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's algorithm for each head: assign every token to its nearest centroid, move these.
+
+        label_i    = argmin_c |x_i - centroid_c|^2           (the first of several)
+        centroid_c = mean of the tokens with label c         (stays where it is if there are none)
+
+    Args:
+        tokens: ``[B, H, L, D]``.
+        centroids: ``[B, H, C, D]``, where to start.
+        iterations: How often both steps are taken, at least 1.
+
+    Returns:
+        Labels of the last iteration, int32 ``[B, H, L]``; the centroids that follow from them,
+        ``[B, H, C, D]``; how many tokens each has, int32 ``[B, H, C]``.
+    """
+    tokens, centroids = tokens.to(_accumulator(tokens)), centroids.to(_accumulator(tokens))
+    for _ in range(iterations):
+        distance = centroids.square().sum(-1)[:, :, None] - 2 * tokens @ centroids.mT
+        labels = distance.argmin(-1)
+        members = torch.zeros_like(distance).scatter(-1, labels[..., None], 1.0)  # [B, H, L, C]
+        sizes = members.sum(2)
+        means = members.mT @ tokens / sizes.clamp(min=1)[..., None]
+        centroids = torch.where(sizes[..., None] > 0, means, centroids)
+    return labels.int(), centroids, sizes.int()
+
+
 def split_blocks(x: Tensor, block: int) -> list[Tensor]:
     """``[B, H, L, D]`` as its whole blocks ``[B, H, n, block, D]`` and its ragged one, if any."""
     whole = x.shape[2] // block * block
@@ -201,24 +356,32 @@ def listed_blocks(block_ids: Tensor, block_counts: Tensor, blocks: int) -> tuple
     return mask.scatter(-1, spill, True)[..., :blocks], (inside | ~used).all(-1)
 
 
-def _tail_logits(
-    query: Tensor,
-    tail_key: Tensor,
-    tail_log_size: Tensor,
-    tail_variance: Tensor,
-    scale: float,
-    rows: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, H, Lq, R]`` without their variance term, and sigma2 (a zero without one)."""
-    scaled = query * scale
+def pooled_variance(query: Tensor, variance: Tensor, scale: float, block_q: int) -> Tensor:
+    """Variance of the logits of each query block in each key block, channel by channel.
+
+        sigma2_nb = sum_c mean over rows i of block n of (s q_ic)^2 variance_bc
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        variance: Of the keys, ``[B, H, Nk, D]``.
+        scale: s.
+        block_q: Query rows in a block; the last one may be ragged.
+
+    Returns:
+        ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs).
+    """
+    accumulator = _accumulator(query)
+    square = (query.to(accumulator) * scale).square()
+    mean = torch.cat([rows.mean(3) for rows in split_blocks(square, block_q)], 2)
+    return mean @ variance.to(accumulator).transpose(-1, -2)
+
+
+def _tail_logits(scaled: Tensor, tail_key: Tensor, tail_log_size: Tensor, rows: Tensor) -> Tensor:
+    """Logits ``[B, H, Lq, R]`` without their variance term."""
     if tail_key.dim() == 5:
         logits = torch.einsum("bhid,bhird->bhir", scaled, tail_key[:, :, rows])
-        logits = logits + tail_log_size[:, :, rows]
-    else:
-        logits = scaled @ tail_key.transpose(-1, -2) + tail_log_size[:, :, None]
-    if tail_variance.shape[2]:
-        return logits, scaled.square() @ tail_variance.transpose(-1, -2)
-    return logits, logits.new_zeros(())
+        return logits + tail_log_size[:, :, rows]
+    return scaled @ tail_key.transpose(-1, -2) + tail_log_size[:, :, None]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -3,7 +3,7 @@
 Two kernels share the work of a row: the tail kernel stores attention over the representatives, with
 its log-sum-exp, where the results belong; the listed kernel takes it up from there as the state of
 its own running softmax and overwrites it. Apart, each has the registers that it needs. Softmax is
-base 2 inside. ``gluon_attention`` and ``gluon_tail`` take the place of one or both on Hopper.
+base 2 inside. ``gluon_attention`` takes the place of one or both on Hopper.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels.ops import empty_outputs
+from uta_fx.kernels.reference import text_as_tail
 
 try:
     from uta_fx.kernels import gluon_attention, gluon_tail
@@ -110,8 +112,14 @@ def _tail_kernel(
     if SIGN != 1:
         q = (q * SIGN).to(q.dtype)
     if HAS_VARIANCE:
-        scaled = q.to(tl.float32) * scale
-        q_square = (scaled * scaled).to(q.dtype)  # [BLOCK_M, D_PADDED]
+        first_of_block = q_block * BLOCK_Q
+        square = tl.zeros([D_PADDED], tl.float32)  # of the query block, which may be many tiles
+        for part in tl.static_range(BLOCK_Q // BLOCK_M):
+            rows = first_of_block + part * BLOCK_M + offs_m
+            ptrs = q_ptr + batch * q_sb + head * q_sh + rows[:, None] * q_sm + d[None, :]
+            some = _load_rows(ptrs, rows < length_q, inside_d, True, PAD_D).to(tl.float32) * scale
+            square += tl.sum(some * some, 0)
+        square = square / tl.minimum(length_q - first_of_block, BLOCK_Q).to(tl.float32)
 
     tail_k_base = tail_k_ptr + batch * tail_k_sb + head * tail_k_sh + q_block * tail_k_sn
     tail_v_base = tail_v_ptr + batch * tail_v_sb + head * tail_v_sh + q_block * tail_v_sn
@@ -139,11 +147,10 @@ def _tail_kernel(
         if HAS_VARIANCE:
             var_ptrs = var_base + first * tail_var_sr + offs_var
             variance = _load_rows(var_ptrs, inside, inside_d, True, PAD_D)  # [BLOCK_N, D_PADDED]
-            sigma2 = tl.dot(q_square, tl.trans(variance), input_precision=PRECISION)
+            sigma2 = tl.sum(variance.to(tl.float32) * square[None, :], 1)  # [BLOCK_N]
+            bias += sigma2 * half_weight_log2
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         logits = logits * scale_log2 + bias[None, :]
-        if HAS_VARIANCE:
-            logits += sigma2 * half_weight_log2
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
         base = tl.where(new_max == -float("inf"), 0.0, new_max)
@@ -151,7 +158,7 @@ def _tail_kernel(
         shrink = tl.exp2(row_max - base)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         if HAS_SLOPE:
-            damped = p / (1.0 + sigma2) if HAS_VARIANCE else p
+            damped = p * (1.0 / (1.0 + sigma2))[None, :] if HAS_VARIANCE else p
             gain = gain * shrink + tl.sum(damped, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
@@ -181,14 +188,16 @@ def _attend_tile(
     q, k, v, acc, row_max, row_sum, inside, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys, at least one of them inside, into the running softmax."""
+    """Take one tile of keys into the running softmax."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         logits = tl.where(inside[None, :], logits, -float("inf"))
     # scale_log2 is positive, so it can wait until after the maximum: one multiply-add an element
     new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
-    p = tl.exp2(logits * scale_log2 - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
+    # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
+    base = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
+    p = tl.exp2(logits * scale_log2 - base[:, None])
+    shrink = tl.exp2(row_max - base)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
@@ -197,6 +206,8 @@ def _attend_tile(
 @triton.jit
 def _listed_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr,
+    key_counts_ptr,  # int32 [B, H, Nk], read where COUNTED
+    gain_ptr, offset_ptr,  # float32 [B, H, Nq] and [B, H, Nq, DV], read where RECTIFY
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
@@ -211,6 +222,8 @@ def _listed_kernel(
     SIGN: tl.constexpr,  # of s: 1, -1 or 0
     EVEN: tl.constexpr,  # the last key block is whole
     RESUME: tl.constexpr,  # o and lse hold attention over the tail
+    COUNTED: tl.constexpr,  # key blocks say how many keys they hold; the last one is whole
+    RECTIFY: tl.constexpr,  # scale and shift the output of each query block
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store attention of BLOCK_M rows over their listed blocks and, where RESUME, the tail.
@@ -276,11 +289,16 @@ def _listed_kernel(
         position = i // SPLIT
         if not EVEN:  # the last of the list stands in for the ragged one, which comes after
             position = tl.where(position == ragged_at, whole, position)
-        first = tl.load(ids_row + position).to(tl.int64) * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        block = tl.load(ids_row + position).to(tl.int64)
+        first = block * BLOCK_KV + (i % SPLIT) * BLOCK_N
+        inside_n = offs_n
+        if COUNTED:
+            keys = tl.load(key_counts_ptr + batch_head * blocks_kv + block)
+            inside_n = (i % SPLIT) * BLOCK_N + offs_n < keys
         k = _load_rows(k_base + first * k_sn + offs_k, offs_n, inside_d, False, PAD_D)
         v = _load_rows(v_base + first * v_sn + offs_v, offs_n, inside_dv, False, PAD_DV)
         acc, row_max, row_sum = _attend_tile(
-            q, k, v, acc, row_max, row_sum, offs_n, scale_log2, False, PRECISION
+            q, k, v, acc, row_max, row_sum, inside_n, scale_log2, COUNTED, PRECISION
         )
     if not EVEN:
         first_ragged = (blocks_kv - 1) * BLOCK_KV
@@ -296,6 +314,10 @@ def _listed_kernel(
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     lse = (row_max + tl.log2(row_sum)) * LN_2
+    if RECTIFY:
+        block = batch_head * tl.cdiv(length_q, BLOCK_Q) + q_block
+        offset = tl.load(offset_ptr + block * DV + dv, mask=inside_dv, other=0.0)  # [DV_PADDED]
+        acc = acc * tl.load(gain_ptr + block) + offset[None, :]
     if outside != 0:
         acc += float("nan")
         lse += float("nan")
@@ -362,16 +384,20 @@ def sparse_attention(
     *,
     listed_tile: Tile | None = None,
     tail_tile: Tile | None = None,
+    key_counts: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as in ``reference.sparse_attention``.
 
     One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
     nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
     of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. On Hopper, what ``gluon_attention.takes`` and ``gluon_tail.takes`` accept goes to
-    their kernels: a memset and two launches more at most, and five bytes for each pair of blocks at
-    most. ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of
-    the tuned tiles.
+    the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
+    launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
+    the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
+    none, are those of ``rectified_attention``, ``key_counts`` are those of ``clustered_attention``;
+    they keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -389,12 +415,15 @@ def sparse_attention(
         "SIGN": (scale > 0) - (scale < 0),
         "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
-    scale = abs(scale)
-    scale_log2 = (scale or 1.0) * LOG2_E.value
+    scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
-    pairable = gluon_attention is not None and output.stride(-1) == 1
-    paired = pairable and not listed_tile
-    paired = paired and gluon_attention.takes(query, key, value, block_q, block_kv)
+    paired = (
+        gluon_attention is not None
+        and not listed_tile
+        and gain is None
+        and key_counts is None
+        and gluon_attention.takes(query, key, value, output, block_q, block_kv)
+    )
     with torch.cuda.device_of(query):
         mapped = blocks_kv if per_block or paired else 0
         listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
@@ -405,57 +434,89 @@ def sparse_attention(
                 heads, blocks_kv, block_ids.shape[-1],
                 CHUNK=ID_CHUNK,
             )  # fmt: skip
+        paired_tail = None
         if representatives:
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
                 _last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             )
-            tail = (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
-            half_weight_log2 = variance_weight / 2 * LOG2_E.value
-            paired_tail = pairable and not tail_tile
-            if paired_tail and gluon_tail.takes(
-                query, tail_key, tail_value, tail_variance, tail_slope, block_q
-            ):
-                gluon_tail.attend_tail(
-                    query, output, lse, listed, *tail,
-                    scale, scale_log2, dims["SIGN"], half_weight_log2,
-                )  # fmt: skip
-            else:
-                most = max(16, triton.next_power_of_2(representatives))
-                tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
-                _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
-                    query, output, lse, listed,
-                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
-                    *query.stride()[:3], *output.stride(),
-                    *_block_strides(tail_key), *_block_strides(tail_value),
-                    *_block_strides(tail_log_size.unsqueeze(-1))[:3],
-                    *tail_variance.stride()[:3], *tail_slope.stride()[:2],
-                    tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
-                    heads, length_q, representatives,
-                    scale, scale_log2, half_weight_log2,
-                    BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
-                    PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
-                    HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
-                    num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
-                )  # fmt: skip
+            if paired and not tail_tile:
+                tail = gluon_tail.Tail(
+                    tail_key, tail_value, tail_log_size, tail_variance, tail_slope
+                )
+                paired_tail = tail if gluon_attention.takes_tail(tail) else None
+        if representatives and paired_tail is None:
+            most = max(16, triton.next_power_of_2(representatives))
+            tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
+            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+                query, output, lse, listed,
+                tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
+                *query.stride()[:3], *output.stride(),
+                *_block_strides(tail_key), *_block_strides(tail_value),
+                *_block_strides(tail_log_size.unsqueeze(-1))[:3],
+                *tail_variance.stride()[:3], *tail_slope.stride()[:2],
+                tail_slope.stride(2) if tail_slope.shape[2] > 1 else 0, tail_slope.stride(3),
+                heads, length_q, representatives,
+                abs(scale), scale_log2, variance_weight / 2 * LOG2_E.value,
+                BLOCK_Q=block_q, BLOCK_M=tail_tile.block_m, BLOCK_N=tail_tile.block_n,
+                PER_BLOCK=per_block, HAS_VARIANCE=tail_variance.shape[2] > 0,
+                HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
+                num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
+            )  # fmt: skip
+        resume = representatives > 0 and paired_tail is None
         if paired:
-            gluon_attention.attend_listed(
+            gluon_attention.attend(
                 query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],
-                scale_log2, dims["SIGN"], representatives > 0,
+                paired_tail, scale, variance_weight, resume,
             )  # fmt: skip
             return output, lse
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
         _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
             query, key, value, output, lse, block_ids, block_counts,
+            None if key_counts is None else key_counts.contiguous(),
+            None if gain is None else gain.contiguous(),
+            None if offset is None else offset.contiguous(),
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride(),
             *block_ids.stride()[:3], *block_counts.stride()[:2],
             heads, length_q, length_kv, block_ids.shape[-1], scale_log2,
             BLOCK_Q=block_q, BLOCK_KV=block_kv,
             BLOCK_M=listed_tile.block_m, BLOCK_N=listed_tile.block_n,
-            EVEN=length_kv % block_kv == 0, RESUME=representatives > 0, CHUNK=ID_CHUNK, **dims,
+            EVEN=length_kv % block_kv == 0, RESUME=resume, COUNTED=key_counts is not None,
+            RECTIFY=gain is not None, CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
     return output, lse
+
+
+def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments and results as in ``reference.clustered_attention``."""
+    return sparse_attention(*args[:5], *args[6:], key_counts=args[5])
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """Launch the kernels; arguments and result as in ``reference.rectified_attention``.
+
+    Gain and offset are the listed kernel's last step: nothing passes over the output again.
+    """
+    tail = text_as_tail(query, text_key, text_value, text_bias, block_q)
+    return sparse_attention(
+        query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv,
+        gain=gain, offset=offset,
+    )[0]  # fmt: skip
 
 
 def fit_tile(

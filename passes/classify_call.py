@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from uta_fx.passes.find_calls import Call
-from uta_fx.passes.trace_axes import Axis, Trace, equal, name_of
+from uta_fx.passes.trace_axes import Axis, Trace, equal, name_of, place_in
 
 
 def classify_call(call: Call, trace: Trace) -> str:
@@ -13,13 +13,16 @@ def classify_call(call: Call, trace: Trace) -> str:
 
     Lengths do not tell: the text of a cross-attention can be as long as the video. The tokens of
     queries and keys of a self-attention come into being at the same place; in a joint attention
-    they do too, but at several, one after another: video and text. Those of a cross-attention
-    differ. Tokens that differ without being projected in this graph leave the call unknown: the
-    graph may be a part of a model, with queries and keys handed in.
+    they do too, but at several, one after another: video and text; the queries may be a part of
+    them. Those of a cross-attention differ. Tokens that differ without being projected in this
+    graph leave the call unknown: it may be a part of a model, with queries and keys handed in.
     """
     tokens = trace.axis(call.query.node, call.query.token_dim)
-    if equal(tokens, trace.axis(call.key.node, call.key.token_dim)):
+    keys = trace.axis(call.key.node, call.key.token_dim)
+    if equal(tokens, keys):
         return "self" if _have_one_origin(trace, tokens) else "joint"
+    if place_in(keys, tokens) is not None:
+        return "joint"
     return "cross" if _is_projected(call.query.node) and _is_projected(call.key.node) else "unknown"
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from uta_fx.passes.expand_multi_head import MULTI_HEAD, objection_to_expansion
+from uta_fx.passes.match_operators import Fused, match_operator
 from uta_fx.passes.match_softmax import Written, match_softmax
 from uta_fx.passes.site import Operand, value_of
 
@@ -31,7 +32,9 @@ class Call:
         key: ``[B, H, Lk, D]``.
         value: ``[B, H, Lk, Dv]``.
         output: Which of ``[B, H, Lq, Dv]`` each dimension of the node's output is.
-        objection: Why a hand-written call is not what it looks like; None where it is.
+        objection: Why the call is not the plain attention that it looks like; None where it is.
+        operator: The call of an operator of ``match_operators``, whose first output ``node`` is;
+            None for other forms.
         attn_mask: As of ``F.scaled_dot_product_attention``, and so on.
         dropout_p: Likewise.
         is_causal: Likewise.
@@ -45,6 +48,7 @@ class Call:
     value: Operand
     output: tuple[int, ...] = (0, 1, 2, 3)
     objection: str | None = None
+    operator: Node | None = None
     attn_mask: Any = None
     dropout_p: Any = 0.0
     is_causal: Any = False
@@ -52,9 +56,19 @@ class Call:
     enable_gqa: Any = False
 
     @property
+    def place(self) -> Node:
+        """The node that attends: its arguments are what queries and keys are at this place."""
+        return self.operator or self.node
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is computed: autocast makes all tensors of an SDPA one dtype."""
+        return (value_of(self.node) if self.node.target in SDPA_TARGETS else self.query).dtype
+
+    @property
     def path(self) -> str:
         """Path of the calling module, such as ``blocks.0.attn1``, or else the node's name."""
-        return module_path(self.node) or self.node.name
+        return module_path(self.place) or self.place.name
 
 
 def module_path(node: Node) -> str:
@@ -68,8 +82,9 @@ def find_calls(gm: GraphModule) -> list[Call]:
     """Every attention call of the graph, in order.
 
     Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of three
-    or four dimensions; and softmaxes between two matrix products. A softmax that is almost that is
-    a call with an objection, as is an ``nn.MultiheadAttention`` that could not be expanded.
+    or four dimensions; operators of libraries and FlexAttention; and softmaxes between two matrix
+    products. A softmax that is almost that is a call with an objection, as is an
+    ``nn.MultiheadAttention`` that could not be expanded and an operator that is not known.
     """
     calls = []
     for node in gm.graph.nodes:
@@ -77,6 +92,9 @@ def find_calls(gm: GraphModule) -> list[Call]:
             calls.append(_bound(node))
         elif node.op == "call_function" and node.target is MULTI_HEAD:
             calls.append(_multi_head(node))
+        elif fused := match_operator(gm, node):
+            if fused.result is not None:
+                calls.append(_fused(fused, fused.result))
         elif written := match_softmax(node):
             calls.append(_described(written))
     return calls
@@ -94,6 +112,23 @@ def _multi_head(node: Node) -> Call:
     arguments: Any = node.args
     query, key, value = (Operand(x, (1, None, 0, 2)) for x in arguments[:3])
     return Call(node, query, key, value, objection=objection_to_expansion(node))
+
+
+def _fused(fused: Fused, result: Node) -> Call:
+    return Call(
+        node=result,
+        query=fused.query,
+        key=fused.key,
+        value=fused.value,
+        output=fused.output,
+        objection=fused.objection,
+        operator=fused.node,
+        attn_mask=fused.attn_mask,
+        dropout_p=fused.dropout_p,
+        is_causal=fused.is_causal,
+        scale=fused.scale,
+        enable_gqa=True,  # all of them share keys among heads where there are fewer of them
+    )
 
 
 def _operand(node: Node) -> Operand:

@@ -60,9 +60,11 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
 
 
 def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
-    """The part of an axis that has as many tokens as the user's grid."""
+    """The part of an axis, or all of it, that has as many tokens as the user's grid."""
     tokens = math.prod(grid)
     fits = {(x.start, x.end) for x in stretches if same(x.source.length, tokens)}
+    if same(length(axis), tokens):
+        fits.add((0, len(axis)))
     if len(fits) == 1:
         return _video(axis, *fits.pop(), grid)
     sides = " x ".join(map(str, grid))

@@ -31,7 +31,7 @@ from uta_fx.passes.order_rules import (
     written_by,
 )
 from uta_fx.passes.site import Grid, recorded, value_of
-from uta_fx.passes.trace_axes import Size, name_of
+from uta_fx.passes.trace_axes import Size, name_of, same
 
 TokenIndex = Callable[[Tensor], Tensor]
 MakeIndex = Callable[[Grid, Place, bool], TokenIndex]
@@ -44,7 +44,7 @@ class SparseCall:
     Attributes:
         call: The call.
         grid: Frames, height and width of its video.
-        before: Tokens in front of the video.
+        before: Tokens in front of the video, in the keys.
     """
 
     call: Call
@@ -54,15 +54,20 @@ class SparseCall:
     @property
     def output(self) -> Place:
         """Where the video lies in what the call returns."""
-        return Place(self.call.output.index(2), self.before)
+        return Place(self.call.output.index(2), self._before_queries)
 
     @property
     def operands(self) -> dict[Node, Place]:
         """Where it lies in queries, keys and values."""
         return {
-            x.node: Place(x.token_dim, self.before)
-            for x in (self.call.query, self.call.key, self.call.value)
-        }
+            x.node: Place(x.token_dim, self.before) for x in (self.call.key, self.call.value)
+        } | {self.call.query.node: Place(self.call.query.token_dim, self._before_queries)}
+
+    @property
+    def _before_queries(self) -> int:
+        """None where the video alone has queries."""
+        alone = same(self.call.query.shape[-2], math.prod(self.grid))
+        return 0 if alone else self.before
 
     @property
     def size(self) -> int:
@@ -124,12 +129,14 @@ class Region:
         calls: Nodes of the sparse calls inside.
         gathers: At its edges.
         reasons: By the node of each sparse call of this grid, where its tokens are reordered.
+        stands: By the node of each sparse call, the node that attends: its ``Call.place``.
     """
 
     grid: Grid
     calls: frozenset[Node]
     gathers: tuple[Gather, ...]
     reasons: Mapping[Node, str]
+    stands: Mapping[Node, Node]
 
 
 def find_regions(gm: GraphModule, sparse: Sequence[SparseCall]) -> list[Region]:
@@ -164,21 +171,23 @@ def insert_gathers(
             a place into block order, or back.
 
     Returns:
-        What a user takes from now on in place of a node, by the user and the node.
+        What a user (of a sparse call, the node that attends) takes from now on in place of a
+        node, by the user and the node.
     """
     moved: dict[tuple[Node, Node], Node] = {}
     made: dict[tuple[object, ...], Node] = {}
     # before anything stands between
     following = {gather.node: _next_place(gather.node) for gather in region.gathers}
     for gather in region.gathers:
+        users = [region.stands.get(user, user) for user in gather.users]
         if gather.written:
-            for user in gather.users:
+            for user in users:
                 with gm.graph.inserting_before(user):
                     moved[user, gather.node] = _gathered(gm.graph, gather, region, index, {})
         else:
             with gm.graph.inserting_before(following[gather.node]):
                 value = _gathered(gm.graph, gather, region, index, made)
-            moved.update({(user, gather.node): value for user in gather.users})
+            moved.update({(user, gather.node): value for user in users})
     for (user, node), value in moved.items():
         user.replace_input_with(node, value)
     return moved
@@ -256,7 +265,8 @@ class _Search:
         end = self._in_between(gathers)
         for node in inside:
             self.reasons[node] = f"in parts: {end}" if end else "once"
-        return Region(self.grid, inside, tuple(gathers), dict(self.reasons))
+        stands = {node: x.call.place for node, x in self.every.items()}
+        return Region(self.grid, inside, tuple(gathers), dict(self.reasons), stands)
 
     def operands(self, node: Node) -> list[Node]:
         """What a node takes; of a sparse call that will be queries, keys, values and the mask."""

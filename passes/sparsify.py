@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -12,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
-from uta_fx.passes.find_calls import Call, find_calls
+from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.reorder_tokens import (
@@ -23,7 +24,7 @@ from uta_fx.passes.reorder_tokens import (
     insert_gathers,
 )
 from uta_fx.passes.site import Grid, Operand, Site, value_of
-from uta_fx.passes.trace_axes import Size, Trace, same
+from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, same
 
 Replacement = Callable[..., torch.Tensor]
 
@@ -34,22 +35,26 @@ class Plan:
 
     Attributes:
         replacement: Makes what takes the place of a call, a function of q, k, v and, where there
-            is one, the mask: from the site's grid (None where its tokens are in block order
-            already), the call's scale (None for torch's default) and, of a joint site, the first
-            video token and how many there are.
+            is one, the mask: from the site's grid, the call's scale (None for torch's default), of
+            a joint site the first video token and how many there are, whether they alone have
+            queries, and whether they are in block order already.
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
+        trust_masks: Whether a mask that the graph does not show to hide text alone is taken to.
         is_dense_layer: Of a layer's index and the number of layers.
         token_index: Makes a function that gives, for a tensor, the index that brings the tokens of
             a grid at a place of it into block order, or (True) back; None to leave the order of
             tokens to each replacement alone.
     """
 
-    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None], Replacement]
+    replacement: Callable[
+        [Grid | None, float | None, tuple[int, int] | None, bool, bool], Replacement
+    ]
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
+    trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
     token_index: MakeIndex | None = None
 
@@ -99,7 +104,7 @@ def _describe(
     query, key = call.query, call.key
     video: Video | str = ""
     if kind in ("self", "joint"):
-        video = locate_video(trace, trace.axis(query.node, query.token_dim), plan.grid)
+        video = _video_among_keys(call, trace, plan)
     known = video if isinstance(video, Video) else None
     tokens = known.tokens if known else query.shape[-2]
     exemption = _exemption(kind, tokens, layer, layers, plan)
@@ -110,17 +115,17 @@ def _describe(
         or _objection_to_kind(kind)
         or _objection_to_length(tokens, kind)
         or _objection_to_video(video, kind, plan)
-        or _objection_to_mask(call, known)
+        or _objection_to_mask(call, known, plan)
     )
     text = None
-    if known and not same(known.tokens, query.shape[-2]):
+    if known and not same(known.tokens, key.shape[-2]):
         text = (_plain(known.before), _plain(known.after))
     return Site(
         name=call.path,
         kind=kind,
         shape=tuple(_plain(size) for size in query.shape),
         length_kv=_plain(key.shape[-2]),
-        dtype=query.dtype,
+        dtype=call.dtype,
         layer=layer,
         grid=known.grid if known else None,
         text=text,
@@ -128,6 +133,20 @@ def _describe(
         sparse=objection is None,
         reason=objection or _MERITS[kind],
     )
+
+
+def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
+    """Where the video lies among the keys: its queries may be all that there are."""
+    tokens = trace.axis(call.query.node, call.query.token_dim)
+    keys = trace.axis(call.key.node, call.key.token_dim)
+    video = locate_video(trace, tokens, plan.grid)
+    if isinstance(video, str) or equal(tokens, keys):
+        return video
+    if not same(video.tokens, length(tokens)):
+        return "its queries are a part of its tokens, but not the video alone"
+    before = place_in(keys, tokens)
+    assert before is not None
+    return dataclasses.replace(video, before=before, after=length(keys) - before - length(tokens))
 
 
 _MERITS = {
@@ -150,37 +169,60 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     for call, site in sites:
         if not site.sparse:
             continue
-        video = None
+        video, alone = None, False
         if site.text is not None:
             assert site.grid is not None and isinstance(site.text[0], int)
             video = (site.text[0], math.prod(site.grid))
-        grid = None if call.node in in_order else site.grid
-        masks = () if call.attn_mask is None else (call.attn_mask,)
-        with gm.graph.inserting_before(call.node):
+            alone = same(call.query.shape[-2], video[1])
+        with gm.graph.inserting_before(call.place):
             operands = [
-                _canonical(gm.graph, x, moved.get((call.node, x.node), x.node))
+                _canonical(gm.graph, x, moved.get((call.place, x.node), x.node), call.dtype)
                 for x in (call.query, call.key, call.value)
             ]
+            masks = () if call.attn_mask is None else (_mask(gm.graph, call),)
             sparse = gm.graph.call_function(
-                plan.replacement(grid, call.scale, video), (*operands, *masks)
+                plan.replacement(site.grid, call.scale, video, alone, call.node in in_order),
+                (*operands, *masks),
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
         call.node.replace_all_uses_with(sparse)
         gm.graph.erase_node(call.node)
+        if call.operator not in (None, call.node):
+            for other in list(call.operator.users):  # outputs that nobody uses
+                gm.graph.erase_node(other)
+            gm.graph.erase_node(call.operator)
     gm.graph.lint()
     gm.recompile()
 
 
-def _canonical(graph: Graph, operand: Operand, node: Node) -> Node:
-    """A node in the layout of an operand, as ``[B, H, L, D]``."""
+def _canonical(graph: Graph, operand: Operand, node: Node, dtype: torch.dtype) -> Node:
+    """A node that is laid out as an operand, as ``[B, H, L, D]``."""
+    if operand.dtype != dtype:
+        node = _emit(graph, "to", node, dtype)
     dims = [dim for dim in operand.order if dim is not None]
     if dims != sorted(dims):
-        node = graph.call_method("permute", (node, dims))
+        node = _emit(graph, "permute", node, dims)
     for place, dim in enumerate(operand.order):
         if dim is None:
-            node = graph.call_method("unsqueeze", (node, place))
+            node = _emit(graph, "unsqueeze", node, place)
     return node
+
+
+def _emit(graph: Graph, method: str, node: Node, *args: Any) -> Node:
+    """A call of a tensor's method, and what tracing would have recorded of it."""
+    new = graph.call_method(method, (node, *args))
+    name = "val" if "val" in node.meta else "example_value"
+    new.meta = {name: getattr(value_of(node), method)(*args)}
+    return new
+
+
+def _mask(graph: Graph, call: Call) -> Node:
+    """The mask for ``[B, H, L, D]``: a call without heads may have one for each sample."""
+    mask: Node = call.attn_mask
+    if None in call.query.order and value_of(mask).dim() == 3:
+        return _emit(graph, "unsqueeze", mask, 1)
+    return mask
 
 
 def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
@@ -192,7 +234,7 @@ def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
     if order != sorted(order):
         node = graph.call_method("permute", (node, order))
     dtype = value_of(call.node).dtype
-    return node if dtype == call.query.dtype else graph.call_method("to", (node, dtype))
+    return node if dtype == call.dtype else graph.call_method("to", (node, dtype))
 
 
 def _exemption(kind: str, tokens: Size, layer: int | None, layers: int, plan: Plan) -> str | None:
@@ -222,22 +264,28 @@ def _objection_to_arguments(call: Call) -> str | None:
         return "is causal"
     if call.dropout_p != 0.0:
         return f"has dropout ({call.dropout_p})"
-    if call.enable_gqa is not False and query.shape[1] != key.shape[1]:
-        return "shares keys among heads (grouped queries)"
     if not (call.scale is None or isinstance(call.scale, (int, float))):
         return "its scale is computed in the graph"
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not float32, float16 or bfloat16"
-    if not query.dtype == key.dtype == value.dtype:
+    if call.dtype not in DTYPES:
+        return f"dtype {call.dtype} is not float32, float16 or bfloat16"
+    if call.node.target not in SDPA_TARGETS and not query.dtype == key.dtype == value.dtype:
         return f"its tensors differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
-    if call.enable_gqa is False and not all(
-        same(a, b) for x in (key, value) for a, b in zip(query.shape[:2], x.shape[:2], strict=True)
+    if not all(
+        same(a, b) or (place == 1 and call.enable_gqa is not False and _divides(b, a))
+        for x in (key, value)
+        for place, (a, b) in enumerate(zip(query.shape[:2], x.shape[:2], strict=True))
     ):
         return "its tensors differ in batch or heads"
+    if not same(key.shape[1], value.shape[1]):
+        return "its keys and values differ in heads"
     for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
             return f"{name} head dim {dim} is not from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     return None
+
+
+def _divides(a: Size, b: Size) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a > 0 and b % a == 0
 
 
 def _objection_to_kind(kind: str) -> str | None:
@@ -266,15 +314,15 @@ def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None
     return None
 
 
-def _objection_to_mask(call: Call, video: Video | None) -> str | None:
+def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | None:
     if call.attn_mask is None:
         return None
-    if video is None or same(video.tokens, call.query.shape[-2]):
+    if video is None or same(video.tokens, call.key.shape[-2]):
         return "has an attention mask over its video tokens"
-    if None in call.query.order:
-        return "has an attention mask of three dimensions"
+    if same(video.tokens, call.query.shape[-2]):
+        return "has an attention mask for queries that are a part of its tokens"
     before, tokens = int(video.before), int(video.tokens)
-    return hides(call.attn_mask, before, before + tokens)
+    return hides(call.attn_mask, before, before + tokens, trusted=plan.trust_masks)
 
 
 def _plain(size: Size) -> int | str:

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from uta_fx.passes.match_operators import operands_of
 from uta_fx.passes.site import recorded
 
 Size = int | torch.SymInt
@@ -297,6 +298,25 @@ def cut(axis: Axis, position: Size) -> tuple[Axis, Axis] | None:
             return (*axis[:i], left), (right, *axis[i + 1 :])
         done = done + run.length
     return (axis, ()) if same(position, done) else None
+
+
+def place_in(axis: Axis, part: Axis) -> int | None:
+    """Where in an axis the positions of ``part`` lie one after another; None where they do not."""
+    done: Size = 0
+    for run in axis:
+        if not isinstance(done, int):
+            break
+        for number, start in part[0].spans:
+            begins = [begin for other, begin in run.spans if other == number]
+            if not (begins and isinstance(start, int) and isinstance(begins[0], int)):
+                continue
+            place = done + start - begins[0]
+            rest = cut(axis, place) if place >= done else None
+            found = cut(rest[1], length(part)) if rest else None
+            if found and equal(found[0], part):
+                return place
+        done = done + run.length
+    return None
 
 
 def meet(axes: Sequence[Axis]) -> Axis | None:
@@ -665,6 +685,19 @@ def _attention(trace: Trace, node: Node) -> Axes:
     return (*trace.of(query)[:-1], trace.of(value)[-1])
 
 
+def _operator(trace: Trace, node: Node) -> Any:
+    """An operator of a library that attends: its first output has the tokens of its queries."""
+    operands = operands_of(node)
+    if operands is None:
+        return None
+    query, value = map(trace.of, operands)
+    output = (*query[:-1], value[-1])
+    outputs = recorded(node)
+    if isinstance(outputs, torch.Tensor):
+        return output
+    return [output] + [None] * (len(outputs) - 1)
+
+
 def _reduction(trace: Trace, node: Node) -> Axes:
     axes = list(trace.of(argument(node, 0, "input")))
     dims = argument(node, 1, "dim")
@@ -797,6 +830,13 @@ for _rule, _names in (
     (_einsum, "einsum"),
     (_convolution, "conv1d conv2d conv3d convolution"),
     (_attention, "scaled_dot_product_attention"),
+    (
+        _operator,
+        "flash_attn_forward flash_fwd flash_attention_forward efficient_attention_forward"
+        " scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu"
+        " scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention"
+        " scaled_dot_product_fused_attention_overrideable flex_attention",
+    ),
     (
         _reduction,
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",

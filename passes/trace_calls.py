@@ -28,7 +28,7 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
 
     Args:
         gm: Changed in place; its calls of ``kind`` take tensors alone.
-        kind: Class of hashable callables with a ``__name__`` that return one tensor.
+        kind: Class of hashable callables with a ``__name__`` that return a tensor, or several.
         share: Call modules through ``invoke_subgraph``, which Inductor compiles once for all their
             calls; False writes the operators out at each call, which any compiler understands.
     """
@@ -57,7 +57,9 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
                 call = gm.graph.call_function(invoke_subgraph, (subgraph, name, *node.args))
             else:
                 call = gm.graph.call_module(name, node.args)
-            result = gm.graph.call_function(getitem, (call, 0))
+            result = call
+            if len(module.graph.output_node().args[0]) == 1:
+                result = gm.graph.call_function(getitem, (call, 0))
         result.meta = dict(node.meta)  # same shape, dtype and source line
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
@@ -65,9 +67,14 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
     gm.recompile()
 
 
-def _in_tuple(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+def _in_tuple(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """A subgraph returns a tuple."""
-    return lambda *arguments: (function(*arguments),)
+
+    def call(*arguments: Tensor) -> tuple[Tensor, ...]:
+        result = function(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    return call
 
 
 def _is_static(value: Tensor) -> bool:

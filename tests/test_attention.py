@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import list_blocks, operator_arguments, pool_blocks
+from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
@@ -39,7 +40,7 @@ def error(output, reference):
     return ((output - reference).square().mean() / reference.square().mean()).item()
 
 
-@pytest.mark.parametrize("reorder", ["none", "tile", "morton"])
+@pytest.mark.parametrize("reorder", ["none", "tile", "morton", "hilbert"])
 @pytest.mark.parametrize("tail", KINDS)
 def test_density_one_is_dense_attention(reorder, tail):
     """Whatever the order and the tail; the bound is a few float32 roundings of the sums."""
@@ -50,7 +51,9 @@ def test_density_one_is_dense_attention(reorder, tail):
     torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tail", [kind for kind in KINDS if kind not in ("none", "normalizer")])
+@pytest.mark.parametrize(
+    "tail", [kind for kind in KINDS if kind not in ("none", "normalizer", "rectified")]
+)
 @pytest.mark.parametrize("budget", ["site", "row"])
 def test_equal_logits_aggregate_without_error(tail, budget):
     """Theorem 3.1: equal tail logits make every aggregating tail equal to dense attention."""
@@ -161,6 +164,29 @@ def test_orders_sort_the_tokens_of_any_grid(grid, order, key):
     assert forward[inverse].equal(torch.arange(math.prod(grid)))
 
 
+def test_the_hilbert_curve_visits_neighbours():
+    """Every grid of up to 6 x 7 x 9: each token once, and no step moves a side by more than one."""
+    for grid in itertools.product(range(1, 7), range(1, 8), range(1, 10)):
+        points = list(curve(grid))
+        assert sorted(points) == list(itertools.product(*map(range, grid)))
+        steps = [
+            [abs(x - y) for x, y in zip(a, b, strict=True)] for a, b in itertools.pairwise(points)
+        ]
+        assert all(max(step) == 1 for step in steps)
+        if all(side % 2 == 0 for side in grid):
+            assert all(sum(step) == 1 for step in steps)
+
+
+def test_hilbert_order_is_the_curve():
+    """In raster indices, and back; on a cube it is the curve of Hilbert: each eighth is a cube."""
+    grid = (4, 6, 5)
+    order = token_order(grid, "hilbert", 64, "cpu")
+    assert order.order.tolist() == [(f * 6 + y) * 5 + x for f, y, x in curve(grid)]
+    assert order.order[order.inverse].equal(torch.arange(120))
+    points = torch.tensor(list(curve((8, 8, 8)))).view(8, 64, 3)
+    assert (points.amax(1) - points.amin(1)).eq(3).all()
+
+
 def test_tiles_are_blocks_where_they_divide():
     """Each block of 64 tokens is a 4 x 4 x 4 cube."""
     grid = (8, 8, 8)
@@ -222,7 +248,7 @@ def test_statistics_are_over_true_tokens(length):
     """A ragged last block has its own mean and variance."""
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 2, length, 16, generator=generator).unbind()
-    statistics = block_statistics(k, v, 32)
+    statistics = block_statistics(k, v, 32, k.shape[1])
     assert statistics.size.sum() == length
     torch.testing.assert_close(
         statistics.key_mean[:, :, -1], k[:, :, -(length % 32 or 32) :].mean(2)
@@ -393,13 +419,37 @@ def test_a_users_own_code_may_be_compiled_around_it():
     torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
 
 
+@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("text", [(0, 0), (3, 5)])
+def test_heads_may_share_keys(tail, text):
+    """Four heads of queries on two of keys: what each head has of its own when they are repeated.
+
+    The head dim of the values is another one than that of the keys.
+    """
+    q, k, v = fields(heads=4)
+    k, v = k[:, 1:3], v[:, 1:3, :, :16]
+    pads = (0, 0, *text)
+    q, k, v = (F.pad(x, pads, value=0.5) for x in (q, k, v))
+    config = Config(density=0.2, tail=tail, **SMALL)
+    shared = sparse_attention(q, k, v, config=config, grid=GRID, text=text)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    torch.testing.assert_close(
+        shared, sparse_attention(q, k, v, config=config, grid=GRID, text=text), rtol=1e-5, atol=1e-6
+    )
+    assert shared.shape == (*q.shape[:3], 16)
+
+
 def test_bad_inputs_are_named():
     """Shapes, grids, dtypes and gradients."""
     q, k, v = fields()
     with pytest.raises(ValueError, match=r"grid must have .* 512, got 8 x 8 x 9 = 576"):
         sparse_attention(q, k, v, grid=(8, 8, 9))
-    with pytest.raises(ValueError, match="key must have the batch, heads and length of query"):
+    with pytest.raises(ValueError, match="key must have the batch and length of query"):
         sparse_attention(q, k[:, :, :100], v)
+    with pytest.raises(ValueError, match=r"value must have .* got \(1, 1, 512\)"):
+        sparse_attention(q, k, v[:, :1])
+    with pytest.raises(ValueError, match=r"a number of heads that divides its, \(1, 2, 512\)"):
+        sparse_attention(q, k.repeat(1, 2, 1, 1), v)
     with pytest.raises(ValueError, match=r"text must hold two lengths .* 512, got \(500, 12\)"):
         sparse_attention(q, k, v, text=(500, 12))
     with pytest.raises(ValueError, match="attn_mask hides text from the video: it needs text"):

@@ -197,13 +197,21 @@ def test_a_policy_may_hold_constants():
 
 
 @torch.no_grad()
-def test_a_new_resolution_costs_one_compile_and_is_right():
-    """A grid is never carried over from another resolution with the same number of tokens."""
-    model = wan()
-    compiled = compile_uta(model, density=1.0)
-    for height, width in ((16, 24), (24, 16), (16, 32)):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_new_resolution_costs_one_compile_and_is_right(dynamic):
+    """A grid is never carried over from another resolution with the same number of tokens.
+
+    Nor with dynamic shapes; one that was there before costs nothing.
+    """
+    model = wan(num_layers=1)
+    options = {**SMALL, "inner": "eager", "density": 1.0}
+    compiled = torch.compile(model, backend="uta", dynamic=dynamic, options=options)
+    torch._dynamo.utils.counters.clear()
+    sizes = ((16, 24), (24, 16), (16, 32), (16, 24), (24, 16))
+    for (height, width), graphs in zip(sizes, (1, 2, 3, 3, 3), strict=True):
         kwargs = wan_inputs(height=height, width=width)
         torch.testing.assert_close(compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @torch.no_grad()
@@ -238,7 +246,8 @@ def test_dense_layers_that_are_not_there_are_said(caplog, layers):
 def test_dense_layers_concern_graphs_with_self_attention_alone():
     """Another part of the model is compiled with the same options."""
     config = Config(dense_layers="0-1,-1")
-    assert uta_fx.explain(nn.Linear(4, 4), torch.ones(4), config=config).notes == ()
+    (note,) = uta_fx.explain(nn.Linear(4, 4), torch.ones(4), config=config).notes
+    assert note == "the model has no attention: there is nothing to make sparse"
     assert uta_fx.explain(wan(), **wan_inputs(), config=config).notes == ()
 
 
@@ -320,6 +329,20 @@ def test_nothing_rewritten_is_said(caplog):
     with caplog.at_level(logging.WARNING, logger="uta_fx.backend"):
         compile_uta(Attention())(torch.randn(1, 256, 64))
     assert "no attention was rewritten" in caplog.text
+
+
+@torch.no_grad()
+def test_the_log_has_a_line_for_each_site_and_the_graph(caplog):
+    """At INFO and at DEBUG."""
+    with caplog.at_level(logging.DEBUG, logger="uta_fx"):
+        compile_uta(Attention(), reorder="none")(torch.randn(1, 256, 64))
+    ours = [record for record in caplog.records if record.name.startswith("uta_fx")]
+    line, graph = (record.getMessage() for record in ours)
+    assert line == (
+        "scaled_dot_product_attention (self, B H L D 1 x 2 x 256 x 32, 256 keys): sparse,"
+        " self-attention over video tokens"
+    )
+    assert graph.startswith("the rewritten graph:") and "uta_fx_attention_sparse_site(" in graph
 
 
 def test_a_gradient_is_refused_by_name():

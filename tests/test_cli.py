@@ -1,5 +1,6 @@
 """The command line: what it writes, and how it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,9 +13,12 @@ from imageio import v2 as imageio
 from PIL import Image
 from typer.testing import CliRunner
 
+import uta_fx
 from uta_fx import pictures
 from uta_fx.bench import attention as bench
+from uta_fx.bench import model as bench_model
 from uta_fx.commands import app
+from uta_fx.study.real_models import REAL_MODELS, Size
 
 
 def run(*arguments):
@@ -26,8 +30,10 @@ def run(*arguments):
 @pytest.mark.parametrize(
     "command",
     [
-        (), ("generate",), ("explain",), ("study",), ("bench",), ("bench", "attention"),
-        ("export",), ("export", "onnx"), ("export", "plugin"),
+        (), ("generate",), ("explain",), ("study",), ("study", "oracle"), ("study", "policies"),
+        ("bench",), ("bench", "attention"), ("bench", "model"),
+        ("export",), ("export", "onnx"), ("export", "plugin"), ("export", "tensorrt"),
+        ("export", "engine"),
     ],
 )  # fmt: skip
 def test_every_command_has_help(command):
@@ -44,7 +50,7 @@ def test_every_command_has_help(command):
         (("--density", "0"), "density must be in (0, 1], got 0.0"),
         (
             ("--policy", "best"),
-            "policy must be one of low_delta, topk, topp, threshold, random, got 'best'",
+            "policy must be one of low_delta, topk, topp, threshold, radial, sliding_tile",
         ),
         (("--tail", "long"), "tail must be one of"),
         (("--prompt", ""), "got an empty one"),
@@ -71,6 +77,7 @@ def test_export_refuses_in_one_sentence(tmp_path):
             ("plugin", str(tmp_path / "no.onnx"), "p.so", "--architecture", "90"),
             "model must be an ONNX file",
         ),
+        (("engine", str(tmp_path / "no.onnx"), "m.engine"), "model must be an ONNX file"),
     ):
         result = run("export", *arguments)
         assert result.returncode == 2
@@ -100,6 +107,24 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
 
 
+def test_a_whole_model_is_timed_dense_and_sparse(monkeypatch, tmp_path):
+    """A row for each density after the dense one; the outputs are compared."""
+    small = dataclasses.replace(
+        REAL_MODELS["wan-2.1-1.3b"], sizes={"small": Size(height=64, width=96, frames=17)}
+    )
+    monkeypatch.setitem(REAL_MODELS, "small-wan", small)
+    output = tmp_path / "small.json"
+    config = uta_fx.Config(min_tokens=64, inner="eager")
+    rows = bench_model.run(
+        ["small-wan"], [1.0, 0.3], config=config, layers=1, rounds=1, device="cpu", output=output
+    )
+    assert json.loads(output.read_text()) == rows
+    assert [row["density"] for row in rows] == [None, 1.0, 0.3]
+    assert {row["tokens"] for row in rows} == {5 * 4 * 6}
+    dense, whole, sparse = rows
+    assert dense["error"] == 0 and whole["error"] < 2e-2 and sparse["error"] > 0
+
+
 def test_a_missing_package_names_its_extra():
     """Without typer the command says what to install."""
     script = "import sys; sys.modules['typer'] = None; from uta_fx.cli import main; main()"
@@ -124,12 +149,13 @@ def test_generate_writes_pictures_and_a_table(tmp_path):
     assert gif.n_frames == 16
 
 
-def test_explain_lists_every_site():
-    """Eight layers of self-attention sparse, eight of cross-attention dense."""
-    result = run("explain")
+def test_explain_lists_every_site(tmp_path):
+    """Eight layers of self-attention sparse, eight of cross-attention dense; the graph in files."""
+    result = run("explain", "--dump", str(tmp_path / "graphs"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("self-attention over video tokens") == 8
     assert "8 of 16 sites sparse, 1 graph" in result.stdout
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["graph_0.dot", "graph_0.py"]
 
 
 def test_explain_needs_no_weights_of_a_released_model():

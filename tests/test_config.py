@@ -19,7 +19,11 @@ from uta_fx.tails import Tail
         ({"policy": 3}, TypeError, "policy must be a name or have a method select"),
         ({"tail": "long"}, ValueError, "tail must be one of none, normalizer, single"),
         ({"tail": 3}, TypeError, "tail must be a name or"),
-        ({"reorder": "hilbert"}, ValueError, "reorder must be one of auto, none, tile, morton"),
+        (
+            {"reorder": "zigzag"},
+            ValueError,
+            "reorder must be one of auto, none, tile, morton, hilbert",
+        ),
         ({"block_q": 48}, ValueError, "block_q must be one of 16, 32, 64, 128, got 48"),
         ({"bins": 0}, ValueError, "bins must be at least 1"),
         ({"min_tokens": 1.5}, TypeError, "min_tokens must be an int"),

@@ -69,6 +69,27 @@ def test_the_schedule_decides_between_dense_and_sparse():
 
 
 @torch.no_grad()
+def test_warmup_compiles_both_variants_by_the_first_call():
+    """Whichever that is; and it changes no output."""
+    x = torch.randn(1, 128, 32)
+    for first in (0, 9):
+        model = Model()
+        dense, pipeline = model(x), pipeline_of(model, schedule(10, first))
+        config = Config(density=0.2, dense_until=0.5, **FAST)
+        uta_fx.enable(pipeline, config, warmup=True, fullgraph=True)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        outputs = {}
+        for step in (first, 9 - first):
+            pipeline.scheduler.step_index = step
+            outputs[step] = model(x)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        assert torch.equal(outputs[0], dense) and not torch.equal(outputs[9], dense)
+    with pytest.raises(ValueError, match=r"warmup=True needs config\.dense_until"):
+        uta_fx.enable(Model(), Config(**FAST), warmup=True)
+
+
+@torch.no_grad()
 def test_a_scheduler_that_takes_the_place_of_another_decides():
     """As pipelines let users do it, after ``enable``."""
     model, x = Model(), torch.randn(1, 128, 32)

@@ -29,3 +29,28 @@ def test_a_clip_without_torch_is_the_clip_with_it(tmp_path, capsys):
     subprocess.run([sys.executable, script, tmp_path, "2", "--generate-only"], check=True)
     assert example.compare(tmp_path, 2, inner="eager") >= 45
     assert (tmp_path / "comparison.gif").stat().st_size > 0
+
+
+def test_an_engine_is_built_where_there_is_no_gpu(tmp_path, capsys):
+    """By TensorRT-RTX, of the shipped model's first layer: all of them take half a minute."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("tensorrt_rtx_bindings")
+    example = load("export_tensorrt")
+    pipeline = example.load_pipeline()
+    pipeline.transformer.blocks = pipeline.transformer.blocks[:1]
+    path, engine = tmp_path / "model.trt.onnx", tmp_path / "model.engine"
+    example.export(pipeline, path, "standard")
+    assert "1 of 2 sites sparse" in capsys.readouterr().out
+    example.build(path, engine, "tensorrt_rtx_bindings")
+    assert engine.stat().st_size > 1e6
+
+
+def test_without_tensorrt_the_example_says_what_to_install(monkeypatch):
+    """Before it does anything."""
+    pytest.importorskip("diffusers")
+    example = load("export_tensorrt")
+    monkeypatch.setattr(example, "find_tensorrt", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["export_tensorrt.py"])
+    with pytest.raises(SystemExit, match=r"pip install 'uta-fx\[tensorrt-rtx\]'"):
+        example.main()

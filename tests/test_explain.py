@@ -1,5 +1,6 @@
 """uta_fx.explain: a table for people, sites and operations for programs."""
 
+import ast
 import dataclasses
 import json
 from collections import Counter
@@ -47,7 +48,8 @@ def test_it_prints_a_table_of_sites():
 def test_a_model_without_attention_has_no_site():
     """Nothing is found and nothing is claimed."""
     explanation = uta_fx.explain(nn.Linear(4, 4), torch.ones(4))
-    assert explanation.sites == () and str(explanation).endswith("0 of 0 sites sparse, 1 graph")
+    assert explanation.sites == () and "\n0 of 0 sites sparse, 1 graph\n" in str(explanation)
+    assert explanation.notes == ("the model has no attention: there is nothing to make sparse",)
 
 
 def test_a_compiled_model_is_explained_as_the_model_itself():
@@ -97,9 +99,10 @@ def test_operations_are_those_of_the_layers(text, device):
     assert site.sparse and cost.dense == found.attention_flops == attention
     assert cost.parts == {
         "statistics": 2 * 2 * n * 16 * 16,  # covariance of keys and values
-        "scores": 6 * 2 * n * blocks * 16,  # means twice, variances once
+        "scores": 6 * 2 * n // 2 * blocks * 16,  # means twice, variances once; rows in pairs
         "listed": n * n * 2 * 16,  # a quarter of 4 H N N D
-        "tail": 2 * 2 * n * (blocks * 3 * 16 + 16 * 16),  # mean, variance, value; slope
+        # mean and value, slope; and variance, for each pair of blocks
+        "tail": 2 * 2 * n * (blocks * 2 * 16 + 16 * 16) + 2 * 2 * blocks * blocks * 16,
         "text": 4 * 2 * 16 * (length * length - n * n),
     }
     assert cost.decided == sum(cost.parts.values())
@@ -123,19 +126,21 @@ def test_a_dense_site_costs_what_it_costs():
     assert (found.sparse_share, found.ideal_speedup) == (0.0, 1.0)
 
 
+SHAPE = (1, 2, 192, 16)
+
+
 @pytest.mark.parametrize(
     ("config", "products"),
     [
-        ({"policy": LowDelta(variance_weight=0.5)}, 4),
-        ({"policy": LowDelta(power=0.0)}, 2),
+        ({"policy": LowDelta(variance_weight=0.5)}, 2),
+        ({"policy": LowDelta(power=0.0, rows=1)}, 2),
         ({"policy": TopK()}, 1 / 16),  # means of 16 queries
     ],
 )
 def test_policies_cost_what_they_multiply(config, products):
     """Products of queries with means or variances of key blocks: 2 H L Nk D each."""
-    cost = sparse_cost(
-        (1, 2, 192, 16), 16, torch.float32, 192, (4, 6, 8), dataclasses.replace(SMALL, **config)
-    )
+    config = dataclasses.replace(SMALL, **config)
+    cost = sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config)
     assert cost.parts["scores"] == products * 2 * 2 * 192 * 12 * 16
 
 
@@ -143,12 +148,28 @@ def test_policies_cost_what_they_multiply(config, products):
 def test_a_tail_costs_what_its_reference_multiplies(kind):
     """With all blocks listed: torch counts the operator written in plain PyTorch."""
     config = dataclasses.replace(SMALL, density=1.0, tail=Tail(kind=kind))
-    cost = sparse_cost((1, 2, 192, 16), 16, torch.float32, 192, (4, 6, 8), config)
+    cost = sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config)
     x = torch.ones(1, 2, 192, 16)
     arguments = operator_arguments(pool_blocks(x, x, x, config, None), x, x, config)
     with FlopCounterMode(display=False) as counter:
         reference.sparse_attention(*arguments)
     assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops()
+
+
+def test_the_rewritten_graph_can_be_read_and_drawn(tmp_path):
+    """Code that is Python, with the sparse attention in it; a picture with each operation once."""
+    entry = next(entry for entry in MODELS if entry.name == "Wan")
+    found = entry.explain()
+    code, picture = found.dump(tmp_path / "graphs")
+    assert (code.name, picture.name) == ("graph_0.py", "graph_0.dot")
+    ast.parse(code.read_text())
+    assert code.read_text().count("= uta_fx_attention_sparse_site(") == 2
+    drawn = picture.read_text()
+    assert drawn.count("palegreen") == 2 and drawn.count("orange") == 2
+    assert 'label="blocks.1.attn1"' in drawn and "grid 4 x 6 x 8" in drawn
+    assert drawn.count("{") == drawn.count("}") and "weight" not in drawn
+    # the model's own graph is as it was
+    assert found.dump(tmp_path)[0].read_text() == code.read_text()
 
 
 def test_a_report_is_also_json():
@@ -165,11 +186,15 @@ def test_a_report_is_also_json():
 
 
 def test_what_is_not_counted_is_said():
-    """FlexAttention takes functions: torch's counter refuses it."""
-    entry = next(entry for entry in MODELS if entry.name == "AnyFlow FAR")
-    found = entry.explain()
-    assert found.flops > found.attention_flops > 0
-    assert found.notes == ("operations inside flex_attention are not counted",)
+    """Operators that take functions: torch's counter refuses them."""
+
+    class Branches(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: x @ x, lambda x: x + 1, (x,))
+
+    found = uta_fx.explain(Branches(), torch.ones(4, 4))
+    assert found.flops == 0
+    assert found.notes[0] == "operations inside cond are not counted"
 
 
 @pytest.mark.parametrize("name", ["hunyuanvideo", "mochi"])

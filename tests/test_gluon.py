@@ -1,6 +1,7 @@
 """The kernels for Hopper: the order of blocks anywhere, the rest on such a GPU."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
-from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
+from uta_fx.kernels import gluon_attention, gluon_tail, reference, triton_attention
 from uta_fx.kernels.gluon_attention import CHUNK, PLAN
 
 
@@ -69,40 +70,41 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
-from uta_fx.kernels import gluon_tail as t
 
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
-tile, slope = map_of(g.BLOCK, g.HEAD_DIM, layout), map_of(g.HEAD_DIM, g.HEAD_DIM, layout)
-constants = {"D": g.HEAD_DIM, "BLOCK": g.BLOCK, "SIGN": -1}
-if sys.argv[1] == "listed":
-    function = g._paired_kernel
-    constants |= {"PLAN": g.PLAN, "STAGES": g.STAGES, "EVEN": False, "RESUME": True}
-else:
-    function = t._paired_tail_kernel
-    constants |= {"STEP": t.STEP, "STAGES": t.STAGES}
+dim = int(sys.argv[2])
+tile, slope = map_of(g.BLOCK, dim, layout), map_of(dim, dim, layout)
+constants = {
+    "D": dim, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES, "SIGN": -1, "EVEN": False,
+    "TAIL": sys.argv[1] == "tail", "RESUME": sys.argv[1] == "resume", "TWO": dim == 64,
+}
 types = {
-    "q_ptr": "*bf16", "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
-    "size_ptr": "*fp32", "listed_ptr": "*u8", "k_desc": tile, "v_desc": tile, "var_desc": tile,
-    "slope_desc": slope, "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
+    "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
+    "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16",
+    "q_desc": tile, "k_desc": tile, "v_desc": tile, "o_desc": tile,
+    "tail_k_desc": tile, "tail_v_desc": tile, "slope_desc": slope,
+    "scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32",
 } | dict.fromkeys(constants, "constexpr")
+function = g._paired_kernel
 signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(
     GluonASTSource(function, signature, constants),
     target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS},
+    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS[dim]},
 )
 assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
 assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
 """
 
 
-@pytest.mark.parametrize("kernel", ["listed", "tail"])
-def test_it_compiles_for_hopper_without_one(kernel, tmp_path):
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["listed", "resume", "tail"])
+def test_it_compiles_for_hopper_without_one(kernel, dim, tmp_path):
     """And fits its shared memory; its products are the instructions of Hopper."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = [sys.executable, "-c", COMPILE, kernel]
+    script = [sys.executable, "-c", COMPILE, kernel, str(dim)]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -132,31 +134,33 @@ def test_plain_triton_serves_where_gluon_is_missing():
 
 def test_only_what_it_serves_is_taken():
     x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
-    assert gluon_attention.takes(x, x, x, 64, 64) == on_hopper()
-    short = x[..., :64]
+    assert gluon_attention.takes(x, x, x, x, 64, 64) == on_hopper()
+    assert gluon_attention.takes(*[x[..., :64]] * 4, 64, 64) == on_hopper()
+    short = x[..., :32]
     shifted = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape)
     odd = torch.zeros(1, 2, 128, 129, dtype=x.dtype, device=DEVICE)[..., :128]
     for case in (
-        (x, x, x, 128, 64), (x, x, x, 64, 32), (x.float(), x.float(), x.float(), 64, 64),
-        (short, short, short, 64, 64), (x, x, short, 64, 64), (x, shifted, x, 64, 64),
-        (x, x, odd, 64, 64), (x, x[:, :1].expand(1, 2, 128, 128), x, 64, 64),
+        (x, x, x, x, 128, 64), (x, x, x, x, 64, 32), (*[x.float()] * 4, 64, 64),
+        (short, short, short, short, 64, 64), (x, x, short, short, 64, 64),
+        (x, shifted, x, x, 64, 64), (shifted, x, x, x, 64, 64), (x, x, odd, x, 64, 64),
+        (x, x, x, odd, 64, 64), (x, x, x, x.mT, 64, 64),
+        (x, x[:, :1].expand(1, 2, 128, 128), x, x, 64, 64),
     ):  # fmt: skip
         assert not gluon_attention.takes(*case)
 
 
 def test_only_a_tail_that_it_serves_is_taken():
-    query, *_, key, value, _, variance, slope, _, _, block, _ = CASE.inputs(torch.float16)
-    assert gluon_tail.takes(query, key, value, variance, slope, block) == on_hopper()
-    two_slopes = torch.cat([slope, slope], 2)
-    for case in (
-        (query, key, value, variance, slope, 128),
-        (query, key, value, variance[:, :, :0], slope, block),
-        (query, key, value, variance, slope[:, :, :0], block),
-        (query, key, value, variance, two_slopes, block),
-        (query, key[:, :, None], value[:, :, None], variance, slope, block),
-        (query, key[..., 1:], value, variance, slope, block),
+    tail = gluon_tail.Tail(*CASE.inputs(torch.float16)[5:10])
+    assert gluon_attention.takes_tail(tail)
+    for change in (
+        {"variance": tail.variance[:, :, :0]},
+        {"slope": tail.slope[:, :, :0]},
+        {"slope": torch.cat([tail.slope, tail.slope], 2)},
+        {"key": tail.key[:, :, None], "value": tail.value[:, :, None]},
+        {"key": tail.key[:, :1].expand(tail.key.shape)},
+        {"slope": tail.slope[:, :1].expand(tail.slope.shape)},
     ):
-        assert not gluon_tail.takes(*case)
+        assert not gluon_attention.takes_tail(tail._replace(**change))
 
 
 CASE = Case(length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64)
@@ -181,26 +185,53 @@ CASES = {
 }
 
 
+def variance_roundings(args):
+    """What rounding sigma2 adds to the error of the output and of the log-sum-exp.
+
+    A mean of squares is rounded to the query's dtype and sigma2 to bfloat16: half a unit of each, a
+    share ``u`` of sigma2. A logit moves by ``u * weight / 2 * sigma2``, a weight by the share
+    ``e`` that is its exponential's; the output by twice that of the largest value, and the slope's
+    part, whose damping moves by ``u`` too, by as much of the largest rise.
+    """
+    query, value, tail_value, variance, slope, scale, weight, block = (
+        x.double() if torch.is_tensor(x) else x
+        for x in (args[i] for i in (0, 2, 6, 8, 9, 10, 11, 12))
+    )
+    if not variance.shape[2]:
+        return 0.0, 0.0
+    u = torch.finfo(args[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
+    sigma2 = reference.pooled_variance(query, variance, scale, block).max().item()
+    e = math.expm1(u * weight / 2 * sigma2)
+    largest = max(value.abs().max().item(), tail_value.abs().max().item())
+    rise = 0.0
+    if slope.shape[2]:
+        rise = (query[:, :, None] * scale @ slope).abs().max().item()
+    return 2 * e * largest + (2 * e + u) * rise, e
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_pairs_are_as_accurate_as_eager(case, dtype):
-    args = case.inputs(dtype)
-    assert gluon_attention.takes(*args[:3], 64, 64)
-    assert_as_accurate_as_eager(args)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pairs_are_as_accurate_as_eager(dim, case, dtype):
+    args = dataclasses.replace(case, dim=dim, dim_v=dim).inputs(dtype)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
+    assert_as_accurate_as_eager(args, more=variance_roundings(args))
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("row", [2, 3, 4])  # first and second of a pair, and one without a second
 @pytest.mark.parametrize("tail", ["none", "block"])
-def test_an_id_outside_makes_its_rows_nan_and_no_others(tail, row):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_an_id_outside_makes_its_rows_nan_and_no_others(dim, tail, row):
     """The neighbour's blocks come in another order: its weights are rounded apart, and its output.
 
     Half a unit of each weight in both orders, of at most the largest value; a unit of the output.
     """
-    args = dataclasses.replace(CASE, tail=tail, listed=0.6).inputs(torch.bfloat16)
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim, tail=tail, listed=0.6)
+    args = case.inputs(torch.bfloat16)
     args[4][:, 1, row] = 3
     expected, expected_lse = triton_attention.sparse_attention(*args)
     args[3][:, 1, row, 2] = 2**31 - 1
@@ -219,20 +250,22 @@ def test_an_id_outside_makes_its_rows_nan_and_no_others(tail, row):
 
 @pytest.mark.gpu
 @needs_hopper
-def test_strides_and_memory_beyond_cannot_matter():
+@pytest.mark.parametrize("dim", [64, 128])
+def test_strides_and_memory_beyond_cannot_matter(dim):
     """Heads before tokens in memory, NaN after the last token, and in blocks nobody lists."""
-    args = dataclasses.replace(CASE, batch=2, tail="none", listed=0.6).inputs(torch.bfloat16)
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim, batch=2, tail="none", listed=0.6)
+    args = case.inputs(torch.bfloat16)
     args[3] = args[3].sort(-1).values
     args[4].clamp_(max=4)  # of nine: the first four
     args[3][:, 0, 1, 0] = 8  # the ragged one
     expected = triton_attention.sparse_attention(*args)
     for i, x in enumerate(args[:3]):
-        wide = x.new_full((2, x.shape[2] + 64, 2, 128), torch.nan)
+        wide = x.new_full((2, x.shape[2] + 64, 2, dim), torch.nan)
         args[i] = wide[:, : x.shape[2]].movedim(1, 2)
         args[i].copy_(x)
     for i in (1, 2):
         args[i][:, :, 4 * 64 : 8 * 64] = torch.nan
-    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     output, lse = triton_attention.sparse_attention(*args)
     assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
 
@@ -251,7 +284,7 @@ def test_offsets_beyond_32_bits():
     args[1] = args[2] = key
     args[3] = ids.expand(*args[4].shape, 2)
     args[4] = torch.full_like(args[4], 2)
-    assert gluon_attention.takes(*args[:3], 64, 64)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     result = triton_attention.sparse_attention(*args)
     args[1] = args[2] = key[:, :, -256:]
     args[3] = args[3] - (blocks - 4)
@@ -260,13 +293,15 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.gpu
 @needs_hopper
-def test_a_cuda_graph_replays_with_new_lists():
-    args = CASE.inputs(torch.bfloat16)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_cuda_graph_replays_with_new_lists(dim):
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim)
+    args = case.inputs(torch.bfloat16)
     triton_attention.sparse_attention(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = triton_attention.sparse_attention(*args)
-    fresh = dataclasses.replace(CASE, seed=1).inputs(torch.bfloat16)
+    fresh = dataclasses.replace(case, seed=1).inputs(torch.bfloat16)
     for old, new in zip(args, fresh, strict=True):
         if torch.is_tensor(old):
             old.copy_(new)

@@ -101,6 +101,34 @@ def test_a_mask_that_hides_only_text_is_honoured(make):
     assert not torch.equal(outputs[0.3], outputs[1.0])
 
 
+class WithoutHeads(Joint):
+    """The same in tensors of three dimensions, the heads among the samples."""
+
+    def forward(self, video, text, seen):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(torch.cat([video, text], 1)).chunk(3, -1)
+        mask = self.make_mask(seen)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", [WithoutHeads, Joint])
+def test_a_mask_of_three_dimensions_is_honoured(of):
+    """``[2, 1, L]``: of two samples beside ``[B, L, D]``, of two heads beside ``[B, H, L, D]``."""
+
+    def make(seen):
+        return torch.cat([torch.ones(2, VIDEO, dtype=torch.bool), seen], 1)[:, None]
+
+    model, arguments = of(make), inputs()
+    (site,) = uta_fx.explain(model, *arguments, config=Config(**SETTINGS)).sites
+    assert site.sparse and site.text == (0, TEXT), site.reason
+    options = {**SETTINGS, "density": 1.0, "inner": "aot_eager"}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    dense = model(*arguments)
+    torch.testing.assert_close(compiled(*arguments), dense, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(of(lambda seen: None)(*arguments), dense)
+
+
 def from_outside(seen):
     return F.pad(seen, (VIDEO, 0), value=False)[:, None, None, :]
 
@@ -149,6 +177,49 @@ def test_a_mask_that_may_do_more_leaves_the_site_dense(make, reason):
     """For its own reason."""
     (site,) = uta_fx.explain(Joint(make), *inputs(), config=Config(**SETTINGS)).sites
     assert not site.sparse and site.reason.startswith(reason), site.reason
+
+
+def as_it_comes(seen):
+    return seen[:, None, None, :]
+
+
+def as_it_comes_added(seen):
+    return torch.where(seen, 0.0, -torch.inf)[:, None, None, :]
+
+
+def as_it_comes_for_queries_too(seen):
+    rows = seen.view(2, 1, 1, LENGTH).repeat(1, 1, LENGTH, 1)
+    return rows & rows.transpose(2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [as_it_comes, as_it_comes_added, as_it_comes_for_queries_too])
+def test_a_mask_of_unknown_origin_may_be_trusted(make):
+    """Density 1 equals dense; where it hides video all the same, that sample's video is NaN."""
+    model, (video, text, seen) = Joint(make), inputs()
+    shown = torch.cat([torch.ones(2, VIDEO, dtype=torch.bool), seen], 1)
+    (site,) = uta_fx.explain(model, video, text, shown, config=Config(**SETTINGS)).sites
+    assert not site.sparse and site.reason.startswith("the graph does not show that its attention")
+    options = {**SETTINGS, "density": 1.0, "inner": "aot_eager", "trust_masks": True}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    output, dense = compiled(video, text, shown), model(video, text, shown)
+    seen = slice(0, VIDEO + 4) if make is as_it_comes_for_queries_too else slice(None)
+    torch.testing.assert_close(output[:, :, seen], dense[:, :, seen], rtol=1e-4, atol=1e-5)
+    for hidden in (0, VIDEO - 1):
+        shown[0, hidden] = False
+        output = compiled(video, text, shown)
+        assert output[0, :, :VIDEO].isnan().all()
+        torch.testing.assert_close(output[1, :, seen], dense[1, :, seen], rtol=1e-4, atol=1e-5)
+        shown[0, hidden] = True
+
+
+@torch.no_grad()
+def test_a_mask_that_differs_between_queries_is_not_trusted():
+    """It is not one of keys and one of queries."""
+    arguments, config = inputs(), Config(**SETTINGS, trust_masks=True)
+    for make in (causal, of_queries):
+        (site,) = uta_fx.explain(Joint(make), *arguments, config=config).sites
+        assert site.reason == "its attention mask differs from query to query"
 
 
 def scattered(q, text):

@@ -82,8 +82,26 @@ def einsum_tokens_first(q, k, v):
     return torch.einsum("bshd,bhls->blhd", v, weights)
 
 
+def grouped(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+def grouped_and_repeated(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    k, v = (x[:, 1:].repeat_interleave(HEADS, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def grouped_and_expanded(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    k, v = (x[:, 1:, None].expand(-1, -1, HEADS, -1, -1).flatten(1, 2) for x in (k, v))
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
 FORMS = (
-    sdpa, sdpa_of_three_dimensions, matmul, matmul_divided, scaled_before, scale_on_the_left,
+    sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
+    matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
 )  # fmt: skip
 
@@ -247,6 +265,69 @@ def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):
     """One site each, with the condition."""
     (site,) = uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
     assert not site.sparse and re.match(reason, site.reason), site.reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [einsum_tokens_first, sdpa_of_three_dimensions, grouped])
+def test_a_form_goes_all_the_way_through_the_backend(form):
+    """Layouts that are brought to [B, H, L, D] first, with the compiler behind the passes."""
+    module, x = Attention(form).eval(), tokens()
+    for inner in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        options = {**SMALL, "density": 1.0, "inner": inner, "strict": True}
+        compiled = torch.compile(module, backend="uta", fullgraph=True, options=options)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=2e-6)
+
+
+class Parted(nn.Module):
+    """Video queries alone, on keys of the text before and after them and of the video."""
+
+    def __init__(self, mask=None, first=0):
+        super().__init__()
+        self.patch, self.qkv = nn.Conv3d(3, 32, 1), nn.Linear(32, 3 * HEADS * DIM)
+        self.mask, self.first = mask, first
+
+    def forward(self, video, text):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        x = torch.cat([text[:, :5], video, text[:, 5:]], 1)
+        q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+        stop = 5 + video.shape[1]
+        return F.scaled_dot_product_attention(q[:, :, self.first : stop], k, v, self.mask)
+
+
+@torch.no_grad()
+def test_queries_may_be_the_video_alone():
+    """As where text is causal and attends by itself; density 1 is dense."""
+    video, text = torch.randn(BATCH, 3, 4, 6, 8), torch.randn(BATCH, 12, 32)
+    settings = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
+    module = Parted(first=5)
+    (site,) = uta_fx.explain(module, video, text, config=Config(**settings)).sites
+    assert site.sparse and (site.kind, site.grid, site.text) == ("joint", (4, 6, 8), (5, 7))
+    assert (site.shape[2], site.length_kv) == (192, 204)
+    products = 4 * BATCH * HEADS * 192 * DIM
+    assert site.cost.dense == products * 204 and site.cost.sparsified == products * 192
+    outputs = []
+    for density in (1.0, 0.3):
+        torch._dynamo.reset()
+        options = {**settings, "density": density, "inner": "aot_eager"}
+        compiled = torch.compile(module, backend="uta", fullgraph=True, options=options)
+        outputs.append(compiled(video, text))
+    torch.testing.assert_close(outputs[0], module(video, text), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Parted(), "its queries are a part of its tokens, but not the video alone"),
+        (Parted(torch.zeros(192, 204), 5), "has an attention mask for queries that are a part of"),
+    ],
+)
+def test_other_parts_of_the_tokens_stay_dense(module, reason):
+    """Text among the queries, or a mask."""
+    inputs = torch.randn(BATCH, 3, 4, 6, 8), torch.randn(BATCH, 12, 32)
+    (site,) = uta_fx.explain(module, *inputs, config=Config(min_tokens=128)).sites
+    assert not site.sparse and site.reason.startswith(reason), site.reason
 
 
 def test_what_is_not_attention_is_no_site():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,8 +113,10 @@ def test_the_function_of_scores_is_the_operator(power):
         "key_variance": torch.rand(2, 3, 5, 24, generator=generator),
         "log_size": torch.rand(2, 3, 5, generator=generator),
     }
-    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32}
-    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32)
+    attributes = {
+        "scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32, "rows": 2,
+    }  # fmt: skip
+    exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
     function = onnx_functions.block_scores_function(18, power)
     (scores,) = run_node(function, inputs, attributes, [exact])
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
@@ -155,6 +159,7 @@ def arrays_of(inputs):
         {"tail": "gaussian"},
         {"tail": "none", "policy": "topk", "budget": "row"},
         {"tail": "bins", "reorder": "morton"},
+        {"policy": "spatial_temporal", "reorder": "hilbert"},
         {"tail": "gaussian", "dense_layers": "0"},
     ],
     ids=str,
@@ -244,6 +249,27 @@ def test_text_beside_the_video_is_a_second_node(tmp_path):
     assert len(nodes) == 2
     assert nodes[0].endswith("/video/SparseAttention")
     assert nodes[1].endswith("/text/SparseAttention")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("joint", [False, True])
+def test_rectified_attention_is_the_same_node_and_two_operations(tmp_path, joint):
+    """With text or none; the half block of the lists' last row is cut off."""
+    torch.manual_seed(0)
+    model = Joint().eval()
+    words = (5, 7) if joint else (0, 0)
+    inputs = (torch.randn(1, 3, 4, 14, 24), *(torch.randn(1, n, 32) for n in words))
+    path = tmp_path / "rectified.onnx"
+    options = {"policy": "rectified", "tail": "rectified", "density": 0.2, "grid": (4, 7, 12)}
+    explanation = export_onnx(model, inputs, path, config=Config(**options, **SMALL))
+    assert [site.sparse for site in explanation.sites] == [True]
+    names = ("clip", "before", "after")
+    (output,) = run(path, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
+    options |= {"inner": "eager", **SMALL}
+    expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
+    assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+    (node,) = (node.name for node in onnx.load(path).graph.node if node.domain == "uta")
+    assert node.endswith("/SparseAttention") and "/text" not in node
 
 
 def test_batch_and_text_may_be_dynamic(tmp_path):
@@ -337,3 +363,69 @@ def test_strict_writes_nothing_where_a_site_stays_dense(tmp_path):
             kwargs={**inputs, "return_dict": False},
         )  # fmt: skip
     assert not os.listdir(tmp_path)
+
+
+class Rotating(nn.Module):
+    """Positions as complex numbers, cut, widened and turned; and an order with equal keys."""
+
+    def forward(self, x, angles):
+        turns = torch.polar(torch.ones_like(angles), angles)
+        low, high = turns.split([2, 6], -1)
+        turns = torch.cat(
+            [low.unsqueeze(-2).expand(-1, 3, -1), high.unsqueeze(1).expand(-1, 3, -1)], -1
+        )
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * turns).flatten(-2)
+        order = torch.sort(angles.round(), dim=-1, descending=True, stable=True)[1]
+        return turned, order
+
+
+def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
+    """What the exporter itself has no words for: rotary embeddings in complex arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(4, 3, 16, generator=generator), torch.randn(4, 8, generator=generator))
+    path = tmp_path / "model.onnx"
+    export_onnx(Rotating().eval(), inputs, path)
+    turned, order = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
+    expected, expected_order = Rotating()(*inputs)
+    np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(order, expected_order)
+
+
+MEASURE = """
+import resource, sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+clip = np.random.default_rng(0).standard_normal((1, 3, 16, 64, 64), np.float32)
+session.run(None, {"clip": clip})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+class SelfAttention(nn.Module):
+    """Of the 16,384 video tokens of a clip, four heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv3d(3, 128, (1, 2, 2), (1, 2, 2))
+        self.to_qkv = nn.Linear(128, 384)
+
+    def forward(self, clip):
+        x = self.patch(clip).flatten(2).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(-1, (4, 32)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
+    """All logits would be 4.3 GB in float32; the goal is 1.5 GB above the weights."""
+    path = tmp_path / "model.onnx"
+    clip = torch.zeros(1, 3, 16, 64, 64)
+    export_onnx(SelfAttention().eval(), (clip,), path, config=Config(density=0.1))
+    command = [sys.executable, "-c", MEASURE, path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) * 1024 < 0.75e9

@@ -185,22 +185,44 @@ def test_registration(tail, dim_v):
     args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(torch.ops.uta.sparse_attention.default, tuple(args))
     scores = (args[0], args[0][:, :, :4], args[0][:, :, :4].square(), torch.zeros(2, 3, 4))
-    torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32))
+    torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32, 2))
     torch.library.opcheck(torch.ops.uta.block_statistics.default, (args[1], args[2], 64))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_block_scores_are_the_mean_over_true_rows(power):
-    """The ragged last query block averages over its own rows, not over the padding."""
+def test_block_scores_are_root_mean_squares_over_true_rows(power, rows):
+    """The ragged last query block takes its own groups alone, its last group its own rows alone."""
     q, mean = Case().inputs()[0].double(), torch.randn(2, 3, 5, 32, dtype=torch.float64)
     variance, log_size = torch.rand(2, 3, 5, 32).double(), torch.rand(2, 3, 5)
-    scores = reference.block_scores(q, mean, variance, log_size, 0.2, 1.0, power, 32)
-    sigma2 = torch.einsum("bhic,bhnc->bhin", (q * 0.2) ** 2, variance)
-    logits = torch.einsum("bhic,bhnc->bhin", q * 0.2, mean) + log_size[:, :, None] + sigma2 / 2
-    expected = logits.softmax(-1) * sigma2**power
+    scores = reference.block_scores(q, mean, variance, log_size, 0.2, 1.0, power, 32, rows)
     assert scores.shape == (2, 3, 5, 5)
-    torch.testing.assert_close(scores[:, :, 4], expected[:, :, 128:].mean(2))
-    torch.testing.assert_close(scores[:, :, 1], expected[:, :, 32:64].mean(2))
+    for block, start in ((1, 32), (4, 128)):
+        groups = q[:, :, start : min(start + 32, 130)].split(rows, 2)
+        squares = []
+        for group in groups:
+            sigma2 = torch.einsum("bhic,bhnc->bhin", (group * 0.2) ** 2, variance).mean(2)
+            logits = torch.einsum("bhc,bhnc->bhn", group.mean(2) * 0.2, mean)
+            share = (logits + log_size + sigma2 / 2).softmax(-1)
+            squares.append((share * sigma2**power) ** 2)
+        torch.testing.assert_close(scores[:, :, block], torch.stack(squares).mean(0).sqrt())
+
+
+@pytest.mark.parametrize("rows", [0, 3, 16])
+def test_rows_that_do_not_divide_a_block_are_named(rows):
+    q, mean = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 3, 16)
+    with pytest.raises(ValueError, match=f"rows must divide block_q, 32, .* got {rows}"):
+        ops.block_scores(q, mean, mean.square(), torch.zeros(1, 1, 3), 1.0, 0.0, 1.0, 32, rows)
+
+
+def test_the_variance_of_logits_is_that_of_the_whole_query_block():
+    """By the mean square of its true rows; the ragged last block has few."""
+    q = torch.randn(1, 2, 70, 16, dtype=torch.float64)
+    variance = torch.rand(1, 2, 3, 16, dtype=torch.float64)
+    sigma2 = reference.pooled_variance(q, variance, -0.3, 32)
+    for block, rows in enumerate(q.split(32, 2)):
+        expected = ((0.3 * rows).square()[:, :, :, None] * variance[:, :, None]).sum(-1).mean(2)
+        torch.testing.assert_close(sigma2[:, :, block], expected)
 
 
 def assert_as_accurate_as_float32(results, eager, exact, terms):
@@ -222,7 +244,7 @@ def test_block_scores_agree_with_the_reference(monkeypatch, dtype, length, power
     """Ragged, in several pieces, strided, without a number from beyond the end."""
     monkeypatch.setattr(cpu, "PIECE", 2 * 32 * 5)
     query, mean = (randn_transposed(2, n, 3, 48).to(dtype) for n in (length, 5))
-    args = (query, mean, mean.square(), torch.rand(2, 3, 5), 48**-0.5, weight, power, 32)
+    args = (query, mean, mean.square(), torch.rand(2, 3, 5), 48**-0.5, weight, power, 32, 2)
     results = (ops.block_scores(*args), reference.block_scores(*args))
     exact = reference.block_scores(*double(args))
     assert_as_accurate_as_float32(results[:1], results[1:], [exact], terms=32 + 48 + 5)

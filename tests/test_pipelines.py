@@ -1,5 +1,6 @@
 """uta_fx.enable over the real pipelines of diffusers, small and with random weights."""
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -147,9 +148,31 @@ def test_a_lora_costs_what_it_costs_without_us(wan):
     assert ours[0] == ours[1] == 2
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_a_lora_swap_and_a_prompt_cost_nothing(wan):
+    """50 steps, the first ten dense, then other weights and words and again dense and sparse.
+
+    Both variants are compiled by the first call; from the second on a recompilation is an error.
+    """
+    wan.transformer.blocks = wan.transformer.blocks[:1]
+    wan.enable_lora_hotswap(target_rank=4)
+    wan.load_lora_weights(lora(wan.transformer, 1), adapter_name="style")
+    config = dataclasses.replace(SPARSE, dense_until=0.2)
+    uta_fx.enable(wan, config, warmup=True, fullgraph=True)
+    generate(wan, "wan", steps=50, until=1)
+    assert graphs() == 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generate(wan, "wan", steps=50)
+        wan.load_lora_weights(lora(wan.transformer, 2), adapter_name="style", hotswap=True)
+        generate(wan, "wan", prompt="two blue whales in a calm sea", steps=50, until=15)
+    assert graphs() == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
 def test_autocast_is_honoured(name):
-    """Our part errs no more against float32 than dense attention does under autocast."""
+    """Our part errs no more against float32 than dense attention does under autocast.
+
+    HunyuanVideo's queries are float32 then, its values bfloat16.
+    """
     pipe = tiny_pipeline(name)
     recorded = {}
     handle = pipe.transformer.register_forward_pre_hook(
@@ -277,6 +300,18 @@ def test_group_offload_works_by_blocks(wan, before):
     assert torch.equal(generate(wan, "wan")[-1], dense)
 
 
+def test_hunyuan_video_is_sparse_by_blocks_where_its_masks_are_trusted():
+    """A block does not show that its mask hides text alone: the same latents as of the whole."""
+    pipe, outputs = tiny_pipeline("hunyuan_video"), []
+    by_block = dataclasses.replace(SPARSE, grid=GRID, trust_masks=True)
+    for config, blocks in ((SPARSE, False), (by_block, True)):
+        uta_fx.enable(pipe, config, blocks=blocks)
+        outputs.append(generate(pipe, "hunyuan_video", steps=1)[-1])
+        uta_fx.disable(pipe)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.equal(outputs[0], generate(pipe, "hunyuan_video", steps=1)[-1])
+
+
 def test_a_cache_that_skips_blocks_does_not_make_the_schedule_drift(wan, monkeypatch):
     """The first half of the steps is dense by count, though most calls are left out."""
     module, decisions = sys.modules["uta_fx.enable"], []
@@ -325,6 +360,14 @@ def test_compile_repeated_blocks_takes_the_backend(wan):
     assert graphs() == 1 and not counters["graph_break"]
     with pytest.raises(ValueError, match=r"compiled already .* on a WanTransformerBlock"):
         uta_fx.enable(wan)
+
+
+def test_compile_repeated_blocks_refuses_what_a_block_does_not_know(wan):
+    """Which layer it is."""
+    options = {"density": 0.3, "grid": GRID, "dense_layers": "0", **SETTINGS}
+    wan.transformer.compile_repeated_blocks(backend="uta", fullgraph=True, options=options)
+    with pytest.raises(Exception, match=r"dense_layers='0' needs .* uta_fx.enable\(.*blocks=True"):
+        generate(wan, "wan", steps=1)
 
 
 def test_what_is_no_video_transformer_is_named(wan):

@@ -8,7 +8,16 @@ import torch
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import pool_blocks
-from uta_fx.policies import BY_NAME, Random, Threshold, TopP
+from uta_fx.policies import (
+    BY_NAME,
+    SVG2,
+    OracleLowDelta,
+    OracleTopK,
+    OracleTopP,
+    Random,
+    Threshold,
+    TopP,
+)
 
 BLOCK = 16
 
@@ -67,6 +76,54 @@ def test_threshold_keeps_what_stands_out_and_neighbours(policy):
         assert exact[0, head, row].nonzero().flatten().tolist() == expected
 
 
+def true_attention(q, k, head, row, scale):
+    """Weights and logits of each row of a query block, in float64: ``[rows, L]``."""
+    logits = scale * q[0, head].double().split(BLOCK)[row] @ k[0, head].double().T
+    return logits.softmax(-1), logits
+
+
+def test_oracle_topk_keeps_the_blocks_of_most_true_attention():
+    """Averaged over the rows of a query block."""
+    q, k, exact = select(OracleTopK(), density=0.4, scale=1.0)
+    for head, row in itertools.product(range(2), range(7)):
+        attention, _ = true_attention(q, k, head, row, 1.0)
+        mass = [block.sum(1).mean().item() for block in attention.split(BLOCK, 1)]
+        expected = sorted(sorted(range(7), key=lambda i: -mass[i])[:3])
+        assert exact[0, head, row].nonzero().flatten().tolist() == expected
+
+
+def test_oracle_topp_keeps_the_fewest_blocks_that_truly_hold_the_mass():
+    """Recall is at least the mass in every row, and less without the smallest of its blocks."""
+    q, k, exact = select(OracleTopP(mass=0.8), scale=1.0)
+    for head, row in itertools.product(range(2), range(7)):
+        attention, _ = true_attention(q, k, head, row, 1.0)
+        mass = torch.stack([block.sum(1).mean() for block in attention.split(BLOCK, 1)])
+        kept = mass[exact[0, head, row]]
+        assert kept.sum() >= 0.8 > kept.sum() - kept.min()
+        assert kept.min() >= mass[~exact[0, head, row]].max()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_oracle_low_delta_keeps_the_largest_true_errors(power):
+    """True attention times a power of the true variance of each row's logits, times the values'."""
+    policy = OracleLowDelta(power=power)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 100, 16, generator=generator).unbind()
+    config = Config(density=0.4, budget="row", block_q=BLOCK, block_kv=BLOCK)
+    exact = policy.select(pool_blocks(q, k, v, config, scale=1.0))
+    for head, row in itertools.product(range(2), range(7)):
+        attention, logits = true_attention(q, k, head, row, 1.0)
+        spread = [x.double().var(0, correction=0).sum().sqrt() for x in v[0, head].split(BLOCK)]
+        scores = [
+            (weights.sum(1) * part.var(1, correction=0) ** power).mean() * nu
+            for weights, part, nu in zip(
+                attention.split(BLOCK, 1), logits.split(BLOCK, 1), spread, strict=True
+            )
+        ]
+        expected = sorted(sorted(range(7), key=lambda i: -scores[i])[:3])
+        assert exact[0, head, row].nonzero().flatten().tolist() == expected
+
+
 def test_threshold_keeps_what_sol_attn_says_of_gaussian_logits():
     """16, 7 and 2 % at 1, 1.5 and 2 deviations."""
     for deviations, share in ((1.0, 0.159), (1.5, 0.067), (2.0, 0.023)):
@@ -106,6 +163,8 @@ def test_random_is_the_same_at_every_call_and_another_with_another_seed():
         (lambda: TopP(least=1.5), r"least must be in \[0, 1\], got 1.5"),
         (lambda: Threshold(neighbours=-1), "neighbours must be at least 0, got -1"),
         (lambda: Random(seed=-1), "seed must be in"),
+        (lambda: OracleTopP(mass=2), r"mass must be in \(0, 1\], got 2"),
+        (lambda: OracleLowDelta(power=-1), "power must not be negative, got -1"),
     ],
 )
 def test_parameters_out_of_range(make, message):
@@ -119,7 +178,9 @@ def test_every_policy_by_its_name_in_the_operation(name):
     """Traced by torch.compile without a break, it gives what it gives by itself."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 96, 16, generator=generator).unbind()
-    config = Config(density=0.4, policy=name, block_q=BLOCK, block_kv=BLOCK)
+    few = {"svg2": SVG2(query_clusters=4, key_clusters=12)}  # by name, more than there are tokens
+    policy = few.get(name, name)
+    config = Config(density=0.4, policy=policy, block_q=BLOCK, block_kv=BLOCK)
 
     def call(q, k, v):
         return sparse_attention(q, k, v, config=config, grid=(2, 6, 8))

@@ -8,16 +8,24 @@ from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
 from uta_fx.enable import disable, enable
 from uta_fx.explain import Explanation, explain
-from uta_fx.exporters import build_onnxruntime_plugin, export_onnx, onnxruntime_session
+from uta_fx.exporters import (
+    build_onnxruntime_plugin,
+    build_tensorrt_engine,
+    export_onnx,
+    export_tensorrt,
+    onnxruntime_session,
+)
 
 __all__ = [
     "Config",
     "Explanation",
     "build_onnxruntime_plugin",
+    "build_tensorrt_engine",
     "disable",
     "enable",
     "explain",
     "export_onnx",
+    "export_tensorrt",
     "onnxruntime_session",
     "sparse_attention",
 ]

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uta_fx.clusters import Centroids, Clusters
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
-from uta_fx.policies import Selection
-from uta_fx.statistics import block_statistics
+from uta_fx.policies import SVG2, Selection
+from uta_fx.statistics import block_statistics, for_heads
 
 
 def sparse_attention(
@@ -35,8 +36,9 @@ def sparse_attention(
 
     Args:
         query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
+            keys and values.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; None for the defaults. ``min_tokens``, ``dense_layers``, ``dense_until``,
             ``inner`` and ``strict`` concern graphs and have no effect here.
         grid: Frames, height and width of the video tokens, with their number as product; None takes
@@ -58,14 +60,91 @@ def sparse_attention(
         RuntimeError: A gradient is asked for.
     """
     config = config or Config()
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
+
+
+def clustered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Centroids | None = None,
+    *,
+    config: Config,
+    grid: Grid | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Centroids]:
+    """As ``sparse_attention`` with the policy ``svg2``, from one denoising step to the next.
+
+    The centroids of a step are where the clusters of the next begin, which then needs few
+    iterations. Keep those of each layer apart; a new video starts anew, with None.
+
+    Args:
+        query: As in ``sparse_attention``.
+        key: See there.
+        value: See there.
+        centroids: What the step before returned, with the same batch, heads and head dim; the
+            number of tokens may be another. None to start anew.
+        config: With the policy ``svg2``.
+        grid: As in ``sparse_attention``.
+        scale: See there.
+        text: See there.
+        attn_mask: See there.
+
+    Returns:
+        The output, and the centroids for the next step.
+
+    Raises:
+        ValueError: The policy is another one, or centroids have another shape; or as
+            ``sparse_attention``.
+        TypeError: As ``sparse_attention``.
+        RuntimeError: A gradient is asked for.
+    """
+    policy = config.selection_policy()
+    if not isinstance(policy, SVG2):
+        raise ValueError(f"config must have the policy svg2, got {config.policy!r}")
+    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    if centroids is not None:
+        lead, dim = query.shape[:2], query.shape[3]
+        for name, got, clusters in (
+            ("query", centroids.query, policy.query_clusters),
+            ("key", centroids.key, policy.key_clusters),
+        ):
+            if got.shape != (*lead, clusters, dim):
+                raise ValueError(
+                    f"centroids.{name} must have shape {(*lead, clusters, dim)},"
+                    f" got {tuple(got.shape)}"
+                )
+    output, found = _attend(
+        query, key, value, attn_mask, config, grid, scale, video, False, centroids
+    )
+    assert found is not None
+    return output, found
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    text: tuple[int, int],
+) -> tuple[Grid | None, tuple[int, int] | None]:
+    """The grid, and where the video lies, once they and the rest fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    batch, heads, length, _ = query.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[:3] != query.shape[:3]:
+        shared = key.shape[1] and heads % key.shape[1] == 0
+        if not shared or tensor.shape[:3] != (batch, key.shape[1], length):
             raise ValueError(
-                f"{name} must have the batch, heads and length of query,"
-                f" {tuple(query.shape[:3])}, got {tuple(tensor.shape[:3])}"
+                f"{name} must have the batch and length of query, and a number of heads that"
+                f" divides its, {(batch, heads, length)}, the same for key and value;"
+                f" got {tuple(tensor.shape[:3])}"
             )
     tokens = query.shape[2] - sum(text)
     if min(text) < 0 or tokens < 1:
@@ -81,10 +160,9 @@ def sparse_attention(
             f"grid must have as many tokens as the video, {tokens},"
             f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
         )
-    if grid is None and config.reorder in ("tile", "morton"):
+    if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    video = (text[0], tokens) if any(text) else None
-    return _attend(query, key, value, attn_mask, config, grid, scale, video)
+    return grid, (text[0], tokens) if any(text) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +171,75 @@ class SparseSite:
 
     Attributes:
         config: Settings.
-        grid: Frames, height and width of the video tokens; None keeps their order, which is block
-            order already or is to be left alone.
+        grid: Frames, height and width of the video tokens; None keeps their order.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
+        alone: Whether the video alone has queries, and the others are keys and values.
+        in_order: Whether video tokens come in block order already.
     """
 
     config: Config
     grid: Grid | None
     scale: float | None
     video: tuple[int, int] | None = None
+    alone: bool = False
+    in_order: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
-        return _attend(query, key, value, attn_mask, self.config, self.grid, self.scale, self.video)
+        config, grid, scale, video = self.config, self.grid, self.scale, self.video
+        return _attend(
+            query, key, value, attn_mask, config, grid, scale, video, self.alone,
+            in_order=self.in_order,
+        )[0]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuedSite:
+    """A ``SparseSite`` of a policy that clusters, which goes on from where its last call ended.
+
+    Attributes:
+        site: What it is but for that.
+    """
+
+    site: SparseSite
+    __name__ = "continued_site"  # torch.fx names and prints the target of a node by it
+
+    def state_shapes(self, query: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the centroids of ``query`` ``[B, H, L, D]`` and of its keys."""
+        policy = self.site.config.selection_policy()
+        assert isinstance(policy, SVG2)
+        batch, heads, _, dim = query.shape
+        return (
+            (batch, heads, policy.query_clusters, dim),
+            (batch, heads, policy.key_clusters, dim),
+        )
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend; shapes and meaning as in ``sparse_attention``.
+
+        Args:
+            query: See there.
+            key: See there.
+            value: See there.
+            others: The mask, if there is one, and the centroids that the call before returned;
+                zeros at the first.
+
+        Returns:
+            The output, and centroids of queries and of keys for the next call.
+        """
+        site, mask = self.site, others[0] if len(others) == 3 else None
+        output, centroids = _attend(
+            query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
+            Centroids(*others[-2:]), site.in_order,
+        )  # fmt: skip
+        assert centroids is not None
+        return output, *centroids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +248,7 @@ class TokenIndex:
 
     Attributes:
         grid: Frames, height and width of the video tokens.
-        reorder: As in ``Config``, and not ``"none"``.
+        order: As in ``Config.reorder``, but neither ``"auto"`` nor ``"none"``.
         block: Tokens in a block.
         dim: Of the tensor, along which tokens lie.
         start: The first video token; those around the video stay where they are.
@@ -126,7 +256,7 @@ class TokenIndex:
     """
 
     grid: Grid
-    reorder: str
+    order: str
     block: int
     dim: int
     start: int
@@ -135,7 +265,7 @@ class TokenIndex:
 
     def __call__(self, x: Tensor) -> Tensor:
         """For a tensor: int64, as long as its dimension ``dim``."""
-        index = token_order(self.grid, self.reorder, self.block, x.device)[int(self.back)]
+        index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
         tokens, length = math.prod(self.grid), x.shape[self.dim]
         if length == tokens:
             return index
@@ -150,8 +280,8 @@ def reorder_tokens(
 
     Args:
         query: ``[B, H, L, D]``.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         grid: Frames, height and width of the tokens; None keeps their order.
 
@@ -159,32 +289,59 @@ def reorder_tokens(
         The three in the new order, and the index that brings the output back: int64 ``[L]``, None
         where they keep their order.
     """
-    if grid is None or config.reorder == "none":
+    if grid is None or config.order == "none":
         return (query, key, value), None
-    order, inverse = token_order(grid, config.reorder, config.block_kv, query.device)
+    order, inverse = token_order(grid, config.order, config.block_kv, query.device)
     query, key, value = (x.index_select(2, order) for x in (query, key, value))
     return (query, key, value), inverse
 
 
 def pool_blocks(
-    query: Tensor, key: Tensor, value: Tensor, config: Config, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
+    clusters: Clusters | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
     Args:
         query: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        grid: Frames, height and width of the tokens; None where nobody knows.
+        text_key: ``[B, Hkv, Lt, D]``, keys beside the blocks that all queries see; None for none.
+        text_bias: As in ``Selection``.
+        clusters: Where tokens lie in the blocks of clusters: these.
     """
+    heads = query.shape[1]
+    text_key = key[:, :, :0] if text_key is None else text_key
+    statistics = (
+        block_statistics(key, value, config.block_kv, heads)
+        if clusters is None
+        else clusters.key.statistics(key, value)
+    )
     return Selection(
         query=query,
-        statistics=block_statistics(key, value, config.block_kv),
+        key=for_heads(key, heads),
+        value=for_heads(value, heads),
+        statistics=statistics,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         density=config.density,
         budget=config.budget,
         block_q=config.block_q,
+        block_kv=config.block_kv,
+        grid=grid,
+        order="none" if grid is None else config.order,
+        text_key=for_heads(text_key, heads),
+        text_bias=text_bias,
+        clusters=clusters,
     )
 
 
@@ -195,11 +352,12 @@ def operator_arguments(
 
     Args:
         selection: Of ``pool_blocks``.
-        key: ``[B, H, L, D]``, in the order in which tokens are blocked.
-        value: ``[B, H, L, Dv]``.
+        key: ``[B, Hkv, L, D]``, in the order in which tokens are blocked.
+        value: ``[B, Hkv, L, Dv]``.
         config: Settings; those that ``selection`` holds too are taken from there.
     """
     tail = config.tail_form()
+    key, value = (for_heads(x, selection.query.shape[1]) for x in (key, value))
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
@@ -217,34 +375,102 @@ def _attend(
     grid: Grid | None,
     scale: float | None,
     video: tuple[int, int] | None,
-) -> Tensor:
-    """A function and not a method: torch 2.11 cannot trace values of our own in a user's code."""
+    alone: bool = False,
+    centroids: Centroids | None = None,
+    in_order: bool = False,
+) -> tuple[Tensor, Centroids | None]:
+    """The output and, of a policy that clusters, where the next step may start.
+
+    A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
+    """
+    if config.tail_form().kind == "rectified":
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        if video is None:
+            none = (key[:, :, :0], value[:, :, :0])
+            output = _attend_rectified(
+                query, (key, value), none, None, config, grid, scale, in_order
+            )
+            return output, None
     if video is None:
-        return _attend_to_video(query, key, value, config, grid, scale)[0]
+        output, _, centroids = _attend_to_video(
+            query, key, value, config, grid, scale, in_order, centroids=centroids
+        )
+        return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
-    sizes = [*video, query.shape[2] - sum(video)]
+    sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
-    before_q, q, after_q = query.split(sizes, 2)
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+    if alone:
+        return _attend_to_both(
+            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order
+        )
+    before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
     others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
-    row = rows = None
+    bias = rows = doubt = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+        if config.trust_masks:
+            doubt = _doubt(attn_mask, sizes)
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+        bias = row.float()
+        if row.dtype == torch.bool:
+            bias = torch.where(row, 0.0, -torch.inf)
 
-    output, lse = _attend_to_video(q, k, v, config, grid, scale)
-    text, text_lse = _attend_to_text(q, text_k, text_v, row, config, scale)
-    # two softmaxes over disjoint keys as one; a row that sees no text has text_lse -inf
-    share = (text_lse - lse).sigmoid()[..., None]
-    output = torch.lerp(output.float(), text.float(), share).to(query.dtype)
-    others = F.scaled_dot_product_attention(others_q, key, value, attn_mask=rows, scale=scale)
+    output, centroids = _attend_to_both(
+        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order
+    )
+    if doubt is not None:
+        output = output + doubt.to(output.dtype)
+    others = F.scaled_dot_product_attention(
+        others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + 1 :])
-    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2), centroids
+
+
+def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
+    """0 where a mask shows all video to all video, NaN elsewhere: ``[B or 1, H or 1, 1, 1]``.
+
+    Looks at the first video query and, where queries differ, at the first video key: the mask is
+    one of keys, or one of keys and one of queries.
+    """
+    start, tokens, _ = sizes
+    several = mask.shape[-2] != 1
+    lines = [mask.narrow(-1, start, tokens).narrow(-2, start if several else 0, 1)]
+    if several:
+        lines.append(mask.narrow(-2, start, tokens).narrow(-1, start, 1).transpose(-1, -2))
+    shown = torch.cat(lines, -1)
+    if mask.dtype != torch.bool:
+        shown = shown == 0
+    return torch.where(shown.all(-1, keepdim=True), 0.0, torch.nan)
+
+
+def _attend_to_both(
+    query: Tensor,
+    video: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+    centroids: Centroids | None,
+    in_order: bool,
+) -> tuple[Tensor, Centroids | None]:
+    """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
+    if config.tail_form().kind == "rectified":
+        return _attend_rectified(query, video, text, bias, config, grid, scale, in_order), None
+    output, lse, centroids = _attend_to_video(
+        query, *video, config, grid, scale, in_order, text[0], bias, centroids
+    )
+    other, other_lse = _attend_to_text(query, *text, bias, config, scale)
+    # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
+    share = (other_lse - lse).sigmoid()[..., None]
+    return torch.lerp(output.float(), other.float(), share).to(query.dtype), centroids
 
 
 def _attend_to_video(
@@ -254,36 +480,82 @@ def _attend_to_video(
     config: Config,
     grid: Grid | None,
     scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The output ``[B, H, L, Dv]`` and the log-sum-exp ``[B, H, L]`` over video keys."""
-    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    selection = pool_blocks(query, key, value, config, scale)
-    output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
-    if inverse is None:
-        return output, lse
-    return output.index_select(2, inverse), lse.index_select(2, inverse)
+    in_order: bool,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Tensor, Centroids | None]:
+    """The output ``[B, H, L, Dv]``, the log-sum-exp ``[B, H, L]`` over video keys, and centroids.
+
+    Centroids are those that a policy that clusters found, starting from ``centroids``.
+    """
+    (query, key, value), inverse = reorder_tokens(
+        query, key, value, config, None if in_order else grid
+    )
+    policy, clusters = config.selection_policy(), None
+    if isinstance(policy, SVG2):
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
+        query = clusters.query.gather(query)
+        key, value = clusters.key.gather(key), clusters.key.gather(value)
+        centroids, grid = clusters.centroids, None
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
+    arguments = operator_arguments(selection, key, value, config)
+    if clusters is None:
+        output, lse = ops.sparse_attention(*arguments)
+    else:
+        output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
+        output = clusters.query.scatter(output)
+        lse = clusters.query.scatter(lse[..., None])[..., 0]
+    if inverse is not None:
+        output, lse = output.index_select(2, inverse), lse.index_select(2, inverse)
+    return output, lse, centroids
+
+
+def _attend_rectified(
+    query: Tensor,
+    video: tuple[Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    text_bias: Tensor | None,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+    in_order: bool,
+) -> Tensor:
+    """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
+    text_key, text_value = text
+    (query, key, value), inverse = reorder_tokens(query, *video, config, None if in_order else grid)
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
+    exact = config.selection_policy().select(selection)
+    if text_bias is None:
+        text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
+    output = ops.rectified_attention(
+        query, key, value, *list_blocks(exact),
+        text_key, text_value, text_bias.expand(*text_key.shape[:2], 1, -1)[:, :, 0],
+        *config.tail_form().rectification(selection, exact),
+        selection.scale, config.block_q, config.block_kv,
+    )  # fmt: skip
+    return output if inverse is None else output.index_select(2, inverse)
 
 
 def _attend_to_text(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    bias: Tensor | None,
     config: Config,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``_attend_to_video``, over text keys, with a mask ``[B or 1, H or 1, 1, Lt]``.
+    """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``.
 
     To the operator each text key is a representative of itself: no key block is listed, and the
-    mask goes where the log of how many keys a representative stands for does.
+    bias goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
+    key, value = (for_heads(x, heads) for x in (key, value))
     blocks = -(-length // block)
     size = torch.zeros(key.shape[2], device=query.device)
-    if mask is not None:
-        bias = mask.float()
-        if mask.dtype == torch.bool:
-            bias = torch.where(mask, 0.0, -torch.inf)
+    if bias is not None:
         size = bias.expand(batch, heads, 1, -1)
     none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
     return ops.sparse_attention(

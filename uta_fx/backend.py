@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import SparseSite, TokenIndex
+from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
 from uta_fx.config import Config
+from uta_fx.dump import readable
+from uta_fx.passes.carry_state import carry_state, with_state
 from uta_fx.passes.order_rules import Place
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
+from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,8 @@ def uta(
         mode: As ``options["mode"]``.
 
     Raises:
-        ValueError: An option is unknown or out of range, or ``strict`` and a site stays dense.
+        ValueError: An option is unknown or out of range, ``strict`` and a site stays dense, or
+            ``dense_layers`` for a graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     options = dict(options or {})
@@ -51,10 +56,16 @@ def uta(
             " one step does not know where in the noise schedule it is"
         )
     sparsify(gm, example_inputs, config)
-    trace_calls(gm, SparseSite, share=config.inner == "inductor")
+    share = config.inner == "inductor"
     trace_calls(gm, TokenIndex, share=False)
     # apart, so that Inductor gathers a table once and not in each kernel that reads it
-    trace_calls(gm, GatherTokens, share=config.inner == "inductor")
+    trace_calls(gm, GatherTokens, share=share)
+    if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
+        gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
+        trace_calls(gm, ContinuedSite, share=share)
+        compiled = _compile(gm, inputs, config.inner, mode, inductor)
+        return with_state(compiled, inputs[len(example_inputs) :])
+    trace_calls(gm, SparseSite, share=share)
     return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
@@ -62,20 +73,28 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     """Rewrite the graph in place and say what was done.
 
     Raises:
-        ValueError: ``strict`` and a video self-attention stays dense.
+        ValueError: ``strict`` and a video self-attention stays dense, or ``dense_layers`` for a
+            graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
     plan = plan_of(config)
     pairs = understand(gm, plan)
     sites = [site for _, site in pairs]
     for site in sites:
-        logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
+        logger.info(
+            "%s (%s, B H L D %s, %s keys): %s, %s",
+            site.name, site.kind, " x ".join(map(str, site.shape)), site.length_kv,
+            "sparse" if site.sparse else "dense", site.reason,
+        )  # fmt: skip
     refused = [site for site in sites if site.expected and not site.sparse]
     if refused and config.strict:
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
-    note = note_on_layers(sites, config)
-    if note is not None:
+    if objection := objection_to_layers(sites, config):
+        raise ValueError(objection)
+    if note := note_on_layers(sites, config):
         logger.warning(note)
+    if not sites:
+        logger.warning("the graph has no attention: it is compiled as it is")
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -85,6 +104,8 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
                 " under torch.no_grad() or torch.inference_mode()"
             )
         rewrite(gm, pairs, plan)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("the rewritten graph:\n%s", readable(gm))
     elif refused:
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
     return sites
@@ -94,16 +115,49 @@ def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
 
     def index(grid: Grid, place: Place, back: bool) -> TokenIndex:
-        return TokenIndex(grid, config.reorder, config.block_kv, *place, back)
+        return TokenIndex(grid, config.order, config.block_kv, *place, back)
+
+    def replacement(
+        grid: Grid | None,
+        scale: float | None,
+        video: tuple[int, int] | None,
+        alone: bool,
+        in_order: bool,
+    ) -> SparseSite | ContinuedSite:
+        site = SparseSite(config, grid, scale, video, alone, in_order)
+        return ContinuedSite(site) if _keeps(config) else site
 
     return Plan(
-        replacement=lambda grid, scale, video: SparseSite(config, grid, scale, video),
+        replacement=replacement,
         min_tokens=config.min_tokens,
-        needs_grid=config.reorder != "none",
+        needs_grid=config.needs_grid,
         grid=config.grid,
+        trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
-        token_index=None if config.reorder == "none" else index,
+        token_index=None if config.order == "none" else index,
     )
+
+
+def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
+    """Why ``dense_layers`` cannot be honoured: nothing says which layers of a model these are.
+
+    The layers of a model are modules in a list, so that their paths hold a number. A block that is
+    compiled by itself has none, and is one graph for all layers that are like it.
+    """
+    layers = [site for site in sites if site.layer is not None]
+    numbered = any(re.search(r"(^|\.)\d+(\.|$)", site.name) for site in layers)
+    if not config.dense_layers or not layers or numbered:
+        return None
+    return (
+        f"dense_layers={config.dense_layers!r} needs a graph with a list of blocks: this one has"
+        f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
+        " use uta_fx.enable(model, config, blocks=True)"
+    )
+
+
+def _keeps(config: Config) -> bool:
+    policy = config.selection_policy()
+    return isinstance(policy, SVG2) and policy.keep
 
 
 def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:

@@ -33,6 +33,11 @@ export_app = typer.Typer(
     help="Write models as files that run without PyTorch.", no_args_is_help=True
 )
 app.add_typer(export_app, name="export")
+study_app = typer.Typer(
+    help="Measure what choices are worth; without a command every tail, budget and token order.",
+    invoke_without_command=True,
+)
+app.add_typer(study_app, name="study")
 bench_app = typer.Typer(help="Time what was made against what there was.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 console = rich_console.Console()
@@ -48,19 +53,23 @@ Density = Annotated[
 ]
 PolicyName = Annotated[
     str,
-    typer.Option(help="What chooses the exact blocks: low_delta, topk, topp, threshold or random."),
+    typer.Option(
+        help="What chooses the exact blocks: low_delta, topk, topp, threshold; from the grid alone"
+        " radial, sliding_tile, window; spatial_temporal, rectified; random, and for study"
+        " oracle_topk, oracle_topp, oracle_low_delta."
+    ),
 ]
 TailName = Annotated[
     str,
     typer.Option(
-        help="What stands for the rest: none, normalizer, single, bins, block, first_order or"
-        " gaussian."
+        help="What stands for the rest: none, normalizer, single, bins, block, first_order,"
+        " gaussian or rectified."
     ),
 ]
 Budget = Annotated[
     str, typer.Option(help="site: one budget for a whole attention call; row: equal rows.")
 ]
-Reorder = Annotated[str, typer.Option(help="Token order: tile, morton, none, or auto (tile).")]
+Reorder = Annotated[str, typer.Option(help="Token order: tile, morton, hilbert, none, or auto.")]
 DenseUntil = Annotated[
     float, typer.Option(help="Share of the noise schedule that runs dense at its start, 0 to 1.")
 ]
@@ -179,12 +188,21 @@ def explain(
         int, typer.Option(help="Sites with fewer tokens stay dense.")
     ] = DEFAULTS.min_tokens,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the rewritten graphs: graph_0.py to read and graph_0.dot for Graphviz,"
+            " and so on."
+        ),
+    ] = None,
 ) -> None:
     """List every attention of a model: sparse or dense, why, and what it saves in operations.
 
     Traces on the meta device: no weights, no GPU, seconds.
     """
     config = Config(density=density, min_tokens=min_tokens)
+    if dump is not None:
+        _check_folder(dump)
     about: dict[str, Any] = {"density": density}
     if model is None:
         given = {"size": size, "height": height, "width": width, "frames": frames}
@@ -202,6 +220,8 @@ def explain(
         if not as_json:
             print(f"{real.title}, {clip}, density {density:g}\n")
     print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)
+    if dump is not None:
+        found.dump(dump)
 
 
 def _explain_shipped(config: Config) -> Explanation:
@@ -223,8 +243,9 @@ def _explain_shipped(config: Config) -> Explanation:
     )
 
 
-@app.command()
+@study_app.callback()
 def study(
+    context: typer.Context,  # type: ignore[name-defined]  # mypy does not follow require
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 16,
     policy: PolicyName = str(DEFAULTS.policy),
     steps: Steps = 30,
@@ -237,6 +258,8 @@ def study(
     Generates the same prompts and seeds dense and in every combination; writes quality.md and
     quality.json as it goes. Takes minutes on a GPU and hours on a CPU.
     """
+    if context.invoked_subcommand is not None:
+        return
     from uta_fx.moving_shapes import held_out_scenes, load_pipeline
     from uta_fx.study.quality import Score, configurations, markdown, measure, write_json
 
@@ -264,6 +287,136 @@ def study(
             _publish(output, "quality.json", lambda path: write_json(path, scores))
             bar.update(task, advance=1, description=score.label)
     print(table())
+
+
+@study_app.command("oracle")
+def study_oracle(
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Query rows of each call to look at; default all.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    output: Output = Path("study"),
+) -> None:
+    """Keep single tokens by their true scores, drop or aggregate the others: the UTA paper's table.
+
+    Mean squared error of the attention output in float64, over all layers, heads and three noise
+    levels of the shipped model; writes oracle.json. On a CPU give --rows 64: a minute.
+    """
+    from uta_fx.moving_shapes import load_pipeline
+    from uta_fx.study.oracle import markdown, measure_oracle, to_json
+    from uta_fx.study.sites import trained_calls
+
+    _check_folder(output)
+    target = _device(device)
+    torch.set_float32_matmul_precision("highest")
+    calls = list(trained_calls(load_pipeline(target), seed=seed))
+    with _bar() as bar:
+        task = bar.add_task("attention calls", total=len(calls))
+        errors = measure_oracle(calls, rows=rows, progress=lambda: bar.update(task, advance=1))
+    _publish(output, "oracle.json", lambda path: path.write_text(to_json(errors)))
+    print(
+        f"{len(calls)} attention calls, {rows or 'all'} rows each, {_name(target)}, torch"
+        f" {torch.__version__}: mean squared error, and recall\n\n{markdown(errors)}\n"
+    )
+
+
+@study_app.command("policies")
+def study_policies(
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of blocks to keep; several times for several; default 0.1 to 0.5."
+        ),
+    ] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="System to measure; several times for several; default all."),
+    ] = None,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="How many attention calls of the model; default all.")
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="How many held-out prompts to generate; 0 for no pictures.")
+    ] = 8,
+    steps: Steps = 30,
+    shape: Annotated[
+        str | None, typer.Option(help="Shape to time the operation at, of uta-fx bench attention.")
+    ] = None,
+    timed: Annotated[
+        list[float] | None,
+        typer.Option(help="Density to time; several times for several; default 0.1 and 0.3."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    output: Output = Path("study"),
+) -> None:
+    """Put published sparse attentions side by side, each with its tail dropped and aggregated.
+
+    Error and recall on the shipped model's own queries, keys and values, PSNR of its clips against
+    dense, and, with --shape, the time and error of the operation at a real size. Writes
+    policies.json, policies.md and policies.png as it goes. Minutes on a GPU; on a CPU try
+    --calls 2 --prompts 0.
+    """
+    import dataclasses
+
+    from uta_fx.bench.inputs import SHAPES, trained_inputs
+    from uta_fx.moving_shapes import held_out_scenes, load_pipeline
+    from uta_fx.study import systems as study
+    from uta_fx.study.quality import measure
+    from uta_fx.study.sites import trained_calls
+
+    require("matplotlib", extra="demo")
+    _check_folder(output)
+    chosen = study.find_systems(system)
+    densities, timed = density or list(study.DENSITIES), timed or [0.1, 0.3]
+    if shape is not None and shape not in SHAPES:
+        raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    target = _device(device)
+    pipeline = load_pipeline(target)
+    title = f"{_name(target)}, torch {torch.__version__}"
+    rows: dict[tuple[str, float], study.Row] = {}
+    configs: dict[tuple[str, float], Config] = {}
+
+    def keep(row: study.Row) -> None:
+        rows[row.system, row.density] = row
+        found = list(rows.values())
+        about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
+        _publish(output, "policies.json", lambda path: study.write_json(path, about, found))
+        table = f"{title}\n\n{study.markdown(found)}\n"
+        _publish(output, "policies.md", lambda path: path.write_text(table))
+
+    with _bar() as bar:
+        task = bar.add_task("attention", total=len(chosen) * len(densities))
+        torch.set_float32_matmul_precision("highest")
+        seen = list(trained_calls(pipeline, seed=seed))
+        # as many as are asked for, from all layers and noise levels
+        seen = seen[:: max(1, len(seen) // calls)][:calls] if calls else seen
+        for row, config in study.attention_rows(seen, densities, chosen):
+            keep(row)
+            if config is not None:
+                configs[row.system, row.density] = config
+            bar.update(task, advance=1, description=f"attention: {row.system}")
+        if prompts:
+            torch.set_float32_matmul_precision("high")  # TF32 where there is any
+            task = bar.add_task("pictures", total=len(configs))
+            texts = [scene.prompt for scene in held_out_scenes(prompts)]
+            labelled = [(name, config) for (name, _), config in configs.items()]
+            scores = measure(pipeline, texts, labelled, steps=steps, seed=seed)
+            for key, score in zip(configs, scores, strict=True):
+                keep(dataclasses.replace(rows[key], psnr=score.psnr))
+                bar.update(task, advance=1, description=f"pictures: {score.label}")
+        if shape is not None:
+            wanted = [row for row in rows.values() if row.density in timed]
+            task = bar.add_task("time", total=len(wanted))
+            dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+            inputs = trained_inputs(SHAPES[shape], target, dtype, seed)
+            for row in study.timed_rows(wanted, SHAPES[shape], inputs, chosen):
+                keep(row)
+                bar.update(task, advance=1, description=f"time: {row.system}")
+    found = list(rows.values())
+    _publish(output, "policies.png", lambda path: study.draw(path, found, title))
+    print(f"{title}\n\n{study.markdown(found)}\n")
 
 
 @bench_app.command("attention")
@@ -327,40 +480,140 @@ def bench_attention(
         draw(plot, rows, f"{describe(str(target), dtype, config)}, {inputs} inputs")
 
 
+@bench_app.command("model")
+def bench_model(
+    model: Annotated[
+        list[str],
+        typer.Option(help="Released model, as uta-fx explain names it; several times for several."),
+    ],
+    size: Annotated[
+        str | None, typer.Option(help="Size of the clip, such as 480p or 720p; default its own.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density to time; several times for several.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of each kind of layer; default all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed forwards; medians are printed.")] = 3,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+    ] = None,
+) -> None:
+    """Time one forward of a released model, dense and sparse, with random weights.
+
+    Needs no checkpoint; the architecture has its real size. Blocks are compiled one by one.
+    """
+    require("diffusers", extra="diffusers")
+    from uta_fx.bench.model import run
+
+    if output is not None:
+        _check_file(output, "--output")
+    run(
+        model,
+        density or (0.25, 0.1),
+        size=size,
+        layers=layers,
+        rounds=rounds,
+        device=str(_device(device)),
+        output=output,
+    )
+
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Folder that examples/train_small_wan.py wrote; the shipped one without."),
+]
+Clips = Annotated[int, typer.Option(min=1, help="Clips in a batch.")]
+
+
 @export_app.command("onnx")
 def export_onnx(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that examples/train_small_wan.py wrote; the shipped one without."
-        ),
-    ] = None,
+    weights: Weights = None,
     density: Density = DEFAULTS.density,
     policy: PolicyName = str(DEFAULTS.policy),
     tail: TailName = str(DEFAULTS.tail),
     budget: Budget = DEFAULTS.budget,
     reorder: Reorder = DEFAULTS.reorder,
-    clips: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 1,
+    clips: Clips = 1,
 ) -> None:
     """Write the shipped denoiser as an ONNX file with sparse attention inside.
 
     Other models: uta_fx.export_onnx in Python.
     """
     from uta_fx.exporters import export_onnx as write
-    from uta_fx.moving_shapes import load_pipeline
-    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
 
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
-    pipeline = load_pipeline(weights=weights or WEIGHTS)
-    words = pipeline.prompt_encoder.config
-    arguments = {
-        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
-        "timestep": torch.zeros(clips),
-        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
-        "return_dict": False,
-    }
-    print(write(pipeline.transformer, (), output, config=config, kwargs=arguments))
+    model, arguments = _shipped_model(weights, clips)
+    print(write(model, (), output, config=config, kwargs=arguments))
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+
+
+@export_app.command("tensorrt")
+def export_tensorrt(
+    output: Annotated[
+        Path, typer.Argument(help="File to write, ending in .onnx; in .engine for --form engine.")
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            help="plugin (TensorRT with our kernels), standard (for TensorRT-RTX) or engine (by"
+            " torch_tensorrt, on a GPU)."
+        ),
+    ] = "plugin",
+    weights: Weights = None,
+    density: Density = DEFAULTS.density,
+    policy: PolicyName = str(DEFAULTS.policy),
+    tail: TailName = str(DEFAULTS.tail),
+    budget: Budget = DEFAULTS.budget,
+    reorder: Reorder = DEFAULTS.reorder,
+    clips: Clips = 1,
+) -> None:
+    """Write the shipped denoiser for TensorRT, with sparse attention inside.
+
+    Other models: uta_fx.export_tensorrt in Python.
+    """
+    from uta_fx.exporters import export_tensorrt as write
+
+    config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
+    model, arguments = _shipped_model(weights, clips)
+    if form == "engine":
+        device = _device("cuda")
+        model = model.to(device)
+        arguments = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x
+            for name, x in arguments.items()
+        }
+    print(write(model, (), output, config=config, kwargs=arguments, form=form))
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+
+
+@export_app.command("engine")
+def export_engine(
+    model: Annotated[
+        Path, typer.Argument(help="File of uta-fx export tensorrt or uta_fx.export_tensorrt.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Engine to write, such as model.engine.")],
+    rtx: Annotated[
+        bool, typer.Option("--rtx", help="Build with TensorRT-RTX, which needs no GPU for it.")
+    ] = False,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="Compute capability to build for, such as 89; with --rtx, repeatable."),
+    ] = None,
+) -> None:
+    """Build a TensorRT engine from an ONNX file of ours.
+
+    TensorRT builds for the GPU of this machine.
+    """
+    from uta_fx.exporters import build_tensorrt_engine
+
+    try:
+        build_tensorrt_engine(model, output, rtx=rtx, architectures=architecture or None)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
 
 
@@ -385,6 +638,21 @@ def export_plugin(
     except RuntimeError as error:
         raise OSError(str(error)) from error
     print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB, for sm_{architecture}")
+
+
+def _shipped_model(weights: Path | None, clips: int) -> tuple[Any, dict[str, Any]]:
+    """The shipped denoiser, and its arguments for so many clips."""
+    from uta_fx.moving_shapes import load_pipeline
+    from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
+
+    pipeline = load_pipeline(weights=weights or WEIGHTS)
+    words = pipeline.prompt_encoder.config
+    return pipeline.transformer, {
+        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
+        "timestep": torch.zeros(clips),
+        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
+        "return_dict": False,
+    }
 
 
 def _device(name: str) -> torch.device:

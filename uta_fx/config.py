@@ -9,7 +9,7 @@ from typing import Any
 
 from uta_fx.kernels.ops import BLOCK_SIZES
 from uta_fx.order import ORDERS, Grid
-from uta_fx.policies import BUDGETS, BY_NAME, Policy
+from uta_fx.policies import BUDGETS, BY_NAME, SVG2, Policy
 from uta_fx.tails import KINDS, Tail
 
 
@@ -19,22 +19,28 @@ class Config:
 
     Attributes:
         density: Share of key blocks that stay exact, in (0, 1].
-        policy: Name of a policy (``low_delta``, ``topk``, ``topp``, ``threshold``, ``random``) or a
-            policy object, such as ``uta_fx.policies.TopP(mass=0.95)``.
+        policy: Name of a policy (a key of ``uta_fx.policies.BY_NAME``, such as ``low_delta``,
+            ``topk``, ``radial`` or ``rectified``) or a policy object, such as
+            ``uta_fx.policies.TopP(mass=0.95)``.
         tail: Name of a tail (``none``, ``normalizer``, ``single``, ``bins``, ``block``,
-            ``first_order``, ``gaussian``) or a ``uta_fx.tails.Tail``.
+            ``first_order``, ``gaussian``, ``rectified``) or a ``uta_fx.tails.Tail``.
         budget: ``"site"``: ``density`` is a share of all blocks of one attention call and sample,
             spent where the policy's score is highest; ``"row"``: of each query block's blocks.
         bins: Groups of the tail ``bins``.
         block_q: Query tokens in a block: 16, 32, 64 or 128.
         block_kv: Key tokens in a block: 16, 32, 64 or 128.
-        reorder: ``"auto"`` or ``"tile"``: compact 3-D tiles; ``"morton"``: the Z-order curve;
+        reorder: ``"auto"``: what suits the policy, as a rule tiles; ``"tile"``: compact 3-D tiles;
+            ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
+        trust_masks: Take an attention mask for one that hides text alone where the graph does not
+            show it, as in a block that is compiled by itself. What the mask of a run hides of the
+            video all the same makes the video's output of that sample NaN.
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
             A layer is a self-attention call of the graph. Those that a graph does not have are
-            logged, not refused: it may be a part of the model.
+            logged, not refused: it may be a part of the model. A graph without a list of blocks,
+            which may be a block by itself, is refused.
         dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
             ``uta_fx.enable``, which sees the schedule.
         inner: Name of the ``torch.compile`` backend that gets the rewritten graph.
@@ -55,6 +61,7 @@ class Config:
     block_kv: int = 64
     reorder: str = "auto"
     grid: Grid | None = None
+    trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
     dense_until: float = 0.0
@@ -88,13 +95,25 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+        for name in ("strict", "trust_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.inner, str) or not self.inner:
             raise TypeError(
                 f"inner must be the name of a torch.compile backend, got {self.inner!r}"
             )
         _parse_ranges(self.dense_layers)
+        if isinstance(self.selection_policy(), SVG2) and self.tail_form().kind == "rectified":
+            raise ValueError(
+                "tail rectified has no meaning with policy svg2: it weighs fixed blocks of tokens,"
+                " and svg2 selects clusters; take gaussian, or another policy"
+            )
+        orders = getattr(self.selection_policy(), "orders", ORDERS)
+        if self.order not in orders:
+            raise ValueError(
+                f"reorder must be auto or {' or '.join(orders)} for policy {self.policy}, whose"
+                f" rule has no meaning in another order, got {self.reorder!r}"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
@@ -118,6 +137,19 @@ class Config:
     def selection_policy(self) -> Policy:
         """The policy itself, where ``policy`` may be its name."""
         return BY_NAME[self.policy] if isinstance(self.policy, str) else self.policy
+
+    @property
+    def order(self) -> str:
+        """The token order itself, where ``reorder`` may be ``"auto"``."""
+        if self.reorder != "auto":
+            return self.reorder
+        order: str = getattr(self.selection_policy(), "order", "tile")
+        return order
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a site without a known grid cannot be as this says."""
+        return self.order != "none" or getattr(self.selection_policy(), "needs_grid", False)
 
     def tail_form(self) -> Tail:
         """The tail itself, where ``tail`` may be its name."""

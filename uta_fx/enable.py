@@ -19,7 +19,12 @@ Forward = Callable[..., Any]
 
 
 def enable(
-    target: Any, config: Config | None = None, *, blocks: bool = False, **compile_options: Any
+    target: Any,
+    config: Config | None = None,
+    *,
+    blocks: bool = False,
+    warmup: bool = False,
+    **compile_options: Any,
 ) -> Any:
     """Compile a pipeline's transformers, or a model, with ``backend="uta"``, in place.
 
@@ -41,6 +46,9 @@ def enable(
         blocks: Compile the model's blocks, each by itself, in place of the whole model. Alike
             blocks share their code. Needs ``config.grid``, which a block does not show, and the
             same one for every call; ``config.dense_layers`` counts blocks.
+        warmup: The first call runs the dense and the sparse variant, so that both are compiled
+            before the generation goes on; without it the sparse one is compiled by the first sparse
+            step. Needs ``config.dense_until``.
         **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``, ``mode``).
 
     Returns:
@@ -50,7 +58,8 @@ def enable(
         TypeError: ``target`` is neither, or a text encoder or a VAE.
         ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` without a
             grid or for a model that has none; ``dense_until`` without a schedule that can be
-            followed. A hook that is put inside later is refused by the next call.
+            followed, ``warmup`` without ``dense_until``. A hook that is put inside later is refused
+            by the next call.
     """
     config = config or Config()
     models = _models_of(target)
@@ -58,8 +67,15 @@ def enable(
         _check_model(model)
     if config.dense_until:
         _check_schedule(target)
+    elif warmup:
+        raise ValueError("warmup=True needs config.dense_until: without it there is one variant")
     if blocks and config.grid is None:
         raise ValueError("blocks=True needs config.grid: a block does not show how its tokens lie")
+    if blocks and getattr(config.selection_policy(), "keep", False):
+        raise ValueError(
+            "blocks=True needs a policy with keep=False: alike blocks share their code, and would"
+            " share what it keeps from call to call"
+        )
     parts = [_blocks_of(model, config) if blocks else [model] for model in models]
     for part in (part for several in parts for part in several):
         _check_hooks(part)
@@ -68,7 +84,7 @@ def enable(
         common = dataclasses.replace(config, dense_layers="") if blocks else config
         for index, part in enumerate(several):
             dense = blocks and config.is_dense_layer(index, len(several))
-            _install(part, target, common, dense, compile_options)
+            _install(part, target, common, dense, warmup, compile_options)
     return target
 
 
@@ -157,7 +173,12 @@ class _Enabled:
 
 
 def _install(
-    part: nn.Module, target: Any, config: Config, dense: bool, compile_options: dict[str, Any]
+    part: nn.Module,
+    target: Any,
+    config: Config,
+    dense: bool,
+    warmup: bool,
+    compile_options: dict[str, Any],
 ) -> None:
     space, name = innermost_forward(part)
     original = space.get(name, part.forward)
@@ -165,22 +186,27 @@ def _install(
     if dense:
         forward = _dense(original, config, compile_options)
     else:
-        forward = _compiled(original, target, config, compile_options)
+        forward = _compiled(original, target, config, warmup, compile_options)
     space[name] = _Enabled(part, original, forward, own)
 
 
 def _compiled(
-    original: Forward, target: Any, config: Config, compile_options: dict[str, Any]
+    original: Forward, target: Any, config: Config, warmup: bool, compile_options: dict[str, Any]
 ) -> Forward:
     """What runs in place of one forward."""
     sparse = _sparse(original, config, compile_options)
     if not config.dense_until:
         return sparse
     dense = _dense(original, config, compile_options)
+    cold = warmup
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal cold
         # the pipeline's scheduler decides, whichever it has at the time of a call
-        variant = dense if runs_dense(target, config.dense_until) else sparse
+        variant, other = (dense, sparse)[:: 1 if runs_dense(target, config.dense_until) else -1]
+        if cold:
+            cold = False
+            other(*args, **kwargs)
         return variant(*args, **kwargs)
 
     return forward

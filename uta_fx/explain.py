@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
-from uta_fx.backend import note_on_layers, plan_of
+from uta_fx import dump
+from uta_fx.backend import note_on_layers, objection_to_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.flops import dense_flops, model_counter, sparse_cost
 from uta_fx.passes.find_calls import Call, module_path
-from uta_fx.passes.site import Cost, Operand, Site
-from uta_fx.passes.sparsify import understand
+from uta_fx.passes.match_operators import FLEX
+from uta_fx.passes.site import Cost, Site
+from uta_fx.passes.sparsify import rewrite, understand
 
 # what fullgraph=True switches on
 FULL_CAPTURE = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
@@ -37,12 +41,14 @@ class Explanation:
         notes: What is odd about the configuration, a sentence each.
         module_flops: Of the dense model, by path of the module whose forward makes them (those of
             its children not included, "" is the model itself); None where nobody counted.
+        traced: The graphs themselves, for ``dump``.
     """
 
     sites: tuple[Site, ...]
     graphs: int
     notes: tuple[str, ...] = ()
     module_flops: Mapping[str, int] | None = None
+    traced: tuple[CountedGraph, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def flops(self) -> int | None:
@@ -105,6 +111,21 @@ class Explanation:
                 for site in self.sites
             ],
         }
+
+    def dump(self, folder: str | Path) -> list[Path]:
+        """Write each graph as the backend would rewrite it: code to read, and a picture.
+
+        Args:
+            folder: Gets ``graph_0.py``, an operation a line with its shape, and ``graph_0.dot`` for
+                Graphviz (``dot -Tsvg``), and so on; made if it is not there.
+
+        Returns:
+            The files.
+        """
+        paths: list[Path] = []
+        for number, graph in enumerate(self.traced):
+            paths += dump.write(Path(folder), f"graph_{number}", *graph.rewritten())
+        return paths
 
     def __str__(self) -> str:
         header: tuple[str, ...] = (
@@ -190,12 +211,16 @@ def explain(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or Config()
     graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
-    notes = (note for graph in graphs for note in graph.notes)
+    notes = [note for graph in graphs for note in graph.notes]
+    sites = tuple(site for graph in graphs for site in graph.counted_sites())
+    if not sites:
+        notes.append("the model has no attention: there is nothing to make sparse")
     return Explanation(
-        sites=tuple(site for graph in graphs for site in graph.counted_sites()),
+        sites=sites,
         graphs=len(graphs),
         notes=tuple(dict.fromkeys(notes)),  # each once
         module_flops=sum((graph.flops for graph in graphs), Counter()),
+        traced=tuple(graphs),
     )
 
 
@@ -216,20 +241,29 @@ class CountedGraph:
         self._shapes: dict[Node, Sequence[int]] = {
             x.node: () for call, _ in self.sites for x in (call.query, call.key, call.value)
         }
+        self._operators = {call.operator: call for call, _ in self.sites if call.operator}
 
     @property
     def notes(self) -> list[str]:
         """What is odd about the configuration or the count, a sentence each."""
-        layers = note_on_layers([site for _, site in self.sites], self._config)
+        sites = [site for _, site in self.sites]
+        layers = objection_to_layers(sites, self._config) or note_on_layers(sites, self._config)
         targets = (node.target for node in self._gm.graph.nodes)
-        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)}
+        left_out = {x.name() for x in targets if isinstance(x, HigherOrderOperator)} - {FLEX}
         count = [f"operations inside {name} are not counted" for name in sorted(left_out)]
         return ([layers] if layers else []) + count
 
     def __call__(self, *args: Any) -> Any:
         """Run it dense."""
         self.runs += 1
-        return _Counting(self._gm, self._shapes, self.flops).run(*args)
+        return _Counting(self._gm, self._shapes, self._operators, self.flops).run(*args)
+
+    def rewritten(self) -> tuple[GraphModule, list[Node]]:
+        """A copy with sparse attention in it, and its attention that stays dense."""
+        plan, gm = plan_of(self._config), copy.deepcopy(self._gm)
+        pairs = understand(gm, plan)
+        rewrite(gm, pairs, plan)
+        return gm, [call.place for call, site in pairs if not site.sparse]
 
     def counted_sites(self) -> list[Site]:
         """The sites with what they cost, and how many calls they stand for."""
@@ -240,19 +274,26 @@ class CountedGraph:
 
     def _cost(self, call: Call, site: Site) -> Cost | None:
         """By the sizes of the last run, which knows them all."""
-        shapes = [self._shape(x) for x in (call.query, call.key, call.value)]
-        if any(len(shape) != 4 for shape in shapes):
+        shapes = _shapes_of(call, self._shapes)
+        if shapes is None:
             return None
         query, key, value = shapes
         if site.sparse:
             tokens = math.prod(site.grid) if site.grid else query[2]
-            return sparse_cost(query, value[3], site.dtype, tokens, site.grid, self._config)
+            return sparse_cost(query, key, value[3], site.dtype, tokens, site.grid, self._config)
         dense = dense_flops(query, key, value[3])
         return Cost(dense, dense, {})
 
-    def _shape(self, operand: Operand) -> tuple[int, ...]:
-        sizes = self._shapes[operand.node]
-        return tuple(1 if dim is None else sizes[dim] for dim in operand.order)
+
+def _shapes_of(
+    call: Call, sizes: Mapping[Node, Sequence[int]]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """``[B, H, L, D]`` of queries, keys and values in a run; None where they are not of four."""
+    query, key, value = (
+        tuple(1 if dim is None else sizes[x.node][dim] for dim in x.order)
+        for x in (call.query, call.key, call.value)
+    )
+    return (query, key, value) if len(query) == len(key) == len(value) == 4 else None
 
 
 def run_graphs(
@@ -273,16 +314,27 @@ def run_graphs(
 class _Counting(Interpreter):
     """Runs a graph, notes sizes of some nodes and counts the operations of each module.
 
-    Operators that take functions (FlexAttention) run uncounted: torch's counter refuses them.
+    Attention that is one operator is counted by its shapes: torch's counter does not know those of
+    libraries. Other operators that take functions run uncounted: it refuses them.
     """
 
     def __init__(
-        self, gm: GraphModule, shapes: dict[Node, Sequence[int]], flops: Counter[str]
+        self,
+        gm: GraphModule,
+        shapes: dict[Node, Sequence[int]],
+        operators: Mapping[Node, Call],
+        flops: Counter[str],
     ) -> None:
         super().__init__(gm)
-        self._shapes, self._flops = shapes, flops
+        self._shapes, self._operators, self._flops = shapes, operators, flops
 
     def run_node(self, n: Node) -> Any:
+        if n in self._operators:
+            result = super().run_node(n)
+            if shapes := _shapes_of(self._operators[n], self._shapes):
+                query, key, value = shapes
+                self._flops[module_path(n)] += dense_flops(query, key, value[3])
+            return result
         if isinstance(n.target, HigherOrderOperator):
             return super().run_node(n)
         with model_counter() as counter:

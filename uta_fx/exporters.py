@@ -19,9 +19,11 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.program import sparsify_program
+from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
+TENSORRT_FORMS = ("plugin", "standard", "engine")
 VERSION_KEY, CONFIG_KEY = "uta_fx.version", "uta_fx.config"
 
 
@@ -74,17 +76,119 @@ def export_onnx(
         raise ValueError(f"path must end in .onnx, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
-    if opset is None:
-        opset = 23 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
-    if opset < 18:
-        raise ValueError(f"opset must be at least 18, got {opset}")
+    opset = _opset(model, opset, 23)
     program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
-    metadata = {
-        VERSION_KEY: __version__,
-        CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
-    }
-    write_onnx(program, explanation.sites, target, opset=opset, metadata=metadata)
+    write_onnx(program, explanation.sites, target, opset=opset, metadata=_metadata(config))
     return explanation
+
+
+def export_tensorrt(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    form: str = "plugin",
+    opset: int | None = None,
+) -> Explanation:
+    """Write a model for TensorRT, with sparse video attention inside.
+
+    Every size is fixed: how a video is cut into blocks belongs to its resolution, and TensorRT is
+    fastest so. ``build_tensorrt_engine`` makes an engine of the first two forms.
+
+    ``"plugin"``: an ONNX file whose sparse attentions are nodes for our plugins, which TensorRT
+    10.9 and later compile into the engine from our Triton kernels. ``"standard"``: an ONNX file of
+    standard operations alone, for TensorRT-RTX, which has no plugins; it computes the same and
+    saves no arithmetic. ``"engine"``: the engine itself, by ``torch_tensorrt`` with the same
+    plugins, on a machine with TensorRT and a GPU.
+
+    Args:
+        model: In eval mode; on a GPU for ``"engine"``.
+        args: Its positional arguments; their sizes are those of the engine.
+        path: File to write, replaced if it is there: ``.onnx`` (``.trt.onnx``, say), or
+            ``.engine`` for the form ``"engine"``.
+        config: Settings; None for the defaults. ``inner`` has no effect here.
+        kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
+        form: ``"plugin"``, ``"standard"`` or ``"engine"``.
+        opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
+            are bfloat16.
+
+    Returns:
+        What was decided about every attention call, and why.
+
+    Raises:
+        ImportError: onnxscript, or for ``"engine"`` TensorRT, torch_tensorrt or Triton, is missing.
+        TypeError: ``model`` is not a module.
+        ValueError: As for ``export_onnx``, or ``form`` is another.
+    """
+    config, target = config or Config(), Path(path)
+    if form not in TENSORRT_FORMS:
+        raise ValueError(f"form must be one of {', '.join(TENSORRT_FORMS)}, got {form!r}")
+    suffix = ".engine" if form == "engine" else ".onnx"
+    if target.suffix != suffix:
+        raise ValueError(f"path must end in {suffix} for form={form!r}, got {path}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    if form == "engine":
+        from uta_fx.export.tensorrt_torch import check_torch_tensorrt
+
+        check_torch_tensorrt()
+    else:
+        require("onnxscript", extra="onnx")
+    from uta_fx.export.tensorrt_program import spell_out
+
+    opset = _opset(model, opset, 22)
+    program, explanation = _sparse_program(model, args, kwargs, None, config)
+    program = spell_out(program, plugins=form != "standard")
+    if form == "engine":
+        from uta_fx.export.tensorrt_torch import write_engine
+
+        write_engine(program, args, kwargs or {}, target)
+    else:
+        from uta_fx.export.onnx_model import write_onnx
+        from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
+
+        dialect = plugin_dialect() if form == "plugin" else standard_dialect()
+        write_onnx(
+            program, explanation.sites, target, opset=opset, metadata=_metadata(config),
+            dialect=dialect,
+        )  # fmt: skip
+    return explanation
+
+
+def build_tensorrt_engine(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    rtx: bool = False,
+    architectures: Sequence[int] | None = None,
+) -> None:
+    """Build an engine from an ONNX file of ``export_tensorrt``.
+
+    TensorRT needs the GPU that the engine is for, and Triton where the file has nodes for our
+    plugins; the engine needs neither Python nor anything of ours. TensorRT-RTX needs no GPU.
+
+    Args:
+        model: The file.
+        path: Engine to write; replaced if it is there.
+        rtx: Build with TensorRT-RTX instead of TensorRT.
+        architectures: Compute capabilities to build for, with TensorRT-RTX alone: such as
+            ``(86, 89, 120)``. None for all that it builds for by itself.
+
+    Raises:
+        ImportError: onnx, TensorRT or TensorRT-RTX is missing, or TensorRT is too old for plugins.
+        RuntimeError: The file cannot be read or built; the message says which node or why.
+        ValueError: There is no such file, it is of another kind or from another version, or an
+            architecture is not known.
+    """
+    require("onnx", extra="onnx")
+    from uta_fx.export.tensorrt_engine import build_engine
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    build_engine(Path(model), target, rtx=rtx, architectures=architectures)
 
 
 def onnxruntime_session(
@@ -155,6 +259,21 @@ def build_onnxruntime_plugin(
     build_plugin(Path(model), architecture, target)
 
 
+def _opset(model: Any, opset: int | None, with_bfloat16: int) -> int:
+    if opset is None:
+        return with_bfloat16 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}")
+    return opset
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    return {
+        VERSION_KEY: __version__,
+        CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
+    }
+
+
 def _parameters(model: Any) -> Iterator[torch.Tensor]:
     return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
 
@@ -174,6 +293,11 @@ def _sparse_program(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
             " second file with density=1 for the steps that run dense"
         )
+    if isinstance(config.selection_policy(), SVG2):
+        raise ValueError(
+            "policy svg2 cannot be exported: clusters have no form in ONNX or TensorRT. Take topp,"
+            " whose rule is the same over blocks of neighbouring tokens"
+        )
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
@@ -185,7 +309,14 @@ def _sparse_program(
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"model cannot be traced by torch.export: {reason}") from error
-        program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+        try:
+            program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+        except RuntimeError as error:  # torch's, where a policy reads a tensor on the host
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"policy={config.policy!r} cannot be exported: what it chooses must follow from"
+                f" tensor operations alone, without a look at their values ({reason})"
+            ) from error
     for site in sites:
         logger.info("%s: %s (%s)", site.name, "sparse" if site.sparse else "dense", site.reason)
     refused = [site for site in sites if site.expected and not site.sparse]

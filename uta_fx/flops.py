@@ -48,30 +48,42 @@ def dense_flops(query: Shape, key: Shape, dim_v: int) -> int:
 
 
 def sparse_cost(
-    query: Shape, dim_v: int, dtype: torch.dtype, tokens: int, grid: Grid | None, config: Config
+    query: Shape,
+    key: Shape,
+    dim_v: int,
+    dtype: torch.dtype,
+    tokens: int,
+    grid: Grid | None,
+    config: Config,
 ) -> Cost:
     """What self- or joint attention costs dense, and what ``config`` makes of it.
 
     Args:
-        query: ``[B, H, L, D]``, a shape; keys are as long.
+        query: ``[B, H, Lq, D]``, a shape.
+        key: ``[B, Hkv, Lk, D]``, a shape; Lk is Lq or more.
         dim_v: Head dim of the values.
         dtype: Of the tensors.
-        tokens: Video tokens, at most L; the others are text: their rows and their keys for the
+        tokens: Video tokens, at most Lq; the others are text: their rows and their keys for the
             video's rows stay exact.
         grid: Frames, height and width of the video tokens; None keeps their order.
         config: Settings.
     """
     batch, heads, _, dim = query
     video = (batch, heads, tokens, dim)
-    parts = dict(_sparse_parts(video, dim_v, dtype, grid, config))
-    dense = dense_flops(query, query, dim_v)
+    parts = dict(_sparse_parts(video, key[1], dim_v, dtype, grid, config))
+    dense = dense_flops(query, key, dim_v)
     parts["text"] = dense - dense_flops(video, video, dim_v)
     return Cost(dense, sum(parts.values()), parts)
 
 
 @functools.cache
 def _sparse_parts(
-    shape: tuple[int, ...], dim_v: int, dtype: torch.dtype, grid: Grid | None, config: Config
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dim_v: int,
+    dtype: torch.dtype,
+    grid: Grid | None,
+    config: Config,
 ) -> tuple[tuple[str, int], ...]:
     """The video's own parts: the operation runs on the meta device and is counted.
 
@@ -80,13 +92,19 @@ def _sparse_parts(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    query, key = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-    value = query.new_empty((*shape[:3], dim_v))
+    batch, _, tokens, dim = shape
+    query = torch.empty(shape, dtype=dtype, device="meta")
+    key, value = (query.new_empty((batch, kv_heads, tokens, width)) for width in (dim, dim_v))
     parts: Counter[str] = Counter()
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
         torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
+        torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
+        torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
+        torch.ops.uta.clustered_attention: functools.partial(
+            _clustered, parts, config.density, shape[2]
+        ),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)
@@ -109,17 +127,20 @@ def _scores(
     scale: float,
     variance_weight: float,
     variance_power: float,
-    *_: Any,
+    block_q: int,
+    group: int,
+    *,
     out_shape: Any,
 ) -> int:
-    """``2 B H L Nk D`` for each product: two passes over the means, as in the Triton kernel.
+    """``2 B H G Nk D`` for each product, with G groups of query rows: two passes over the means.
 
     The variances enter the first pass where they are part of the mass, the second also where they
     are part of the score.
     """
     batch, heads, length, dim = query
     products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
-    return _add(parts, "scores", products * 2 * batch * heads * length * key_mean[2] * dim)
+    rows = batch * heads * -(-length // group)
+    return _add(parts, "scores", products * 2 * rows * key_mean[2] * dim)
 
 
 def _attention(
@@ -135,22 +156,68 @@ def _attention(
     tail_log_size: Shape,
     tail_variance: Shape,
     tail_slope: Shape,
-    *_: Any,
+    scale: float,
+    variance_weight: float,
+    block_q: int,
+    block_kv: int,
+    *,
     out_shape: Any,
 ) -> int:
     """The listed share of dense attention, and the tail's own products.
 
-    A representative costs a row ``2 (D + Dv)``, ``2 (2 D + Dv)`` with a variance; a slope ``2 D
-    Dv``. ``density`` says how many blocks are listed: what the lists hold, a run decides.
+    A representative costs a row ``2 (D + Dv)``, and with a variance a query block ``2 D``; a slope
+    costs a row ``2 D Dv``. ``density`` says how many blocks are listed: what the lists hold, a run
+    decides.
     """
     batch, heads, length, dim = query
     dim_v, rows = value[-1], batch * heads * length
-    of_one = 2 * dim + dim_v if tail_variance[2] else dim + dim_v
-    tail = 2 * rows * tail_key[-2] * of_one
+    tail = 2 * rows * tail_key[-2] * (dim + dim_v)
+    tail += 2 * batch * heads * -(-length // block_q) * tail_variance[2] * dim
     if tail_slope[2]:
         tail += 2 * rows * dim * dim_v
     listed = round(density * dense_flops(query, key, dim_v))
     return _add(parts, "tail", tail) + _add(parts, "listed", listed)
+
+
+def _rectified(
+    parts: Counter[str],
+    density: float,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    *_: Any,
+    out_shape: Any,
+) -> int:
+    """The listed share of dense attention; gain and offset are elementwise."""
+    return _add(parts, "listed", round(density * dense_flops(query, key, value[-1])))
+
+
+def _kmeans(
+    parts: Counter[str], tokens: Shape, centroids: Shape, iterations: int, *, out_shape: Any
+) -> int:
+    """``2 B H L C D`` an iteration for the distances; means are sums."""
+    batch, heads, length, dim = tokens
+    return _add(parts, "scores", iterations * 2 * batch * heads * length * centroids[2] * dim)
+
+
+def _clustered(
+    parts: Counter[str],
+    density: float,
+    tokens: int,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    block_ids: Shape,
+    block_counts: Shape,
+    key_counts: Shape,
+    *rest: Any,
+    out_shape: Any,
+) -> int:
+    """As ``_attention``, of as many rows and keys as there are tokens: padding is not counted."""
+    query, key, value = ((*shape[:2], tokens, shape[3]) for shape in (query, key, value))
+    return _attention(
+        parts, density, query, key, value, block_ids, block_counts, *rest, out_shape=out_shape
+    )
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:

@@ -10,9 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uta_fx.hilbert import curve
+from uta_fx.kernels.constants import constant
+
 Grid = tuple[int, int, int]
 
-ORDERS = ("auto", "none", "tile", "morton")
+ORDERS = ("auto", "none", "tile", "morton", "hilbert")
 
 
 class TokenOrder(NamedTuple):
@@ -34,21 +37,31 @@ def token_order(grid: Grid, order: str, block: int, device: torch.device | str) 
 
     Args:
         grid: Frames, height and width in tokens; raster order runs over width first.
-        order: ``"tile"`` (``"auto"`` is the same) or ``"morton"``.
+        order: ``"tile"``, ``"morton"`` or ``"hilbert"``.
         block: Tokens in a block, a power of two.
         device: Where the result lives.
     """
+    raster = torch.arange(math.prod(grid), device=device)
+    if order == "hilbert":
+        forward = hilbert_order(raster, list(grid))
+        return TokenOrder(forward, torch.empty_like(raster).scatter(0, forward, raster))
     # [F, 1, 1], [1, H, 1], [1, 1, W]: what depends on one coordinate is computed along one axis
     axes = [
         torch.arange(length, device=device).view([-1 if d == dim else 1 for d in range(3)])
         for dim, length in enumerate(grid)
     ]
     place = _morton_place(axes, grid) if order == "morton" else _tile_place(axes, grid, block)
-    raster = torch.arange(math.prod(grid), device=device)
     # scattered, both lie in memory: Inductor would repeat the arithmetic of place for every element
     # that is gathered by it
     forward = torch.empty_like(raster).scatter(0, place.flatten(), raster)
     return TokenOrder(forward, torch.empty_like(raster).scatter(0, forward, raster))
+
+
+@constant("int[] grid")
+def hilbert_order(grid: Grid) -> Tensor:
+    """Raster index of each token along the generalised Hilbert curve: int64 ``[F * H * W]``."""
+    _, height, width = grid
+    return torch.tensor([(f * height + y) * width + x for f, y, x in curve(grid)])
 
 
 def tile_shape(grid: Grid, block: int) -> Grid:

@@ -16,7 +16,8 @@ class BlockStatistics:
     """Means and variances over the true tokens of each block of ``block_kv`` keys.
 
     Attributes:
-        size: float32 ``[Nk]``, tokens in each block; only the last can be ragged.
+        size: float32 ``[Nk]``, tokens in each block, where only the last can be ragged; or ``[B, H,
+            Nk]``, where blocks are those of clusters and may be empty.
         key_mean: float32 ``[B, H, Nk, D]``.
         key_variance: float32 ``[B, H, Nk, D]``, of each channel, divided by the token count.
         value_mean: float32 ``[B, H, Nk, Dv]``.
@@ -38,36 +39,59 @@ class BlockStatistics:
         return self.size.log().expand(self.key_mean.shape[:-1])
 
 
-def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> BlockStatistics:
-    """Pool ``key`` ``[B, H, L, D]`` and ``value`` ``[B, H, L, Dv]`` in blocks of ``block_kv``."""
-    pooled = ops.block_statistics(key, value, block_kv)
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, Hkv, ...]`` as ``[B, heads, ...]``: ``x.repeat_interleave(heads // Hkv, 1)``.
+
+    The same tensor where Hkv is ``heads``, a copy otherwise: what is constant along a part of the
+    heads has no strides.
+    """
+    if x.shape[1] == heads:
+        return x
+    shape = (x.shape[0], x.shape[1], heads // x.shape[1], *x.shape[2:])
+    return x.unsqueeze(2).expand(shape).flatten(1, 2)
+
+
+def block_statistics(key: Tensor, value: Tensor, block_kv: int, heads: int) -> BlockStatistics:
+    """Pool keys and values in blocks.
+
+    Args:
+        key: ``[B, Hkv, L, D]``.
+        value: ``[B, Hkv, L, Dv]``.
+        block_kv: Keys in a block.
+        heads: H, those of the queries: Hkv, or a multiple of it.
+    """
+    pooled = [for_heads(x, heads) for x in ops.block_statistics(key, value, block_kv)]
     first = torch.arange(0, key.shape[2], block_kv, dtype=torch.float32, device=key.device)
     return BlockStatistics((key.shape[2] - first).clamp(max=block_kv), *pooled)
 
 
-def block_covariances(key: Tensor, value: Tensor, key_mean: Tensor, block_kv: int) -> Tensor:
+def block_covariances(
+    key: Tensor, value: Tensor, statistics: BlockStatistics, block_kv: int
+) -> Tensor:
     """Covariance of keys with values in each block by itself.
 
     Args:
         key: ``[B, H, L, D]``.
         value: ``[B, H, L, Dv]``.
-        key_mean: float32 ``[B, H, Nk, D]`` from ``block_statistics``.
+        statistics: Of these.
         block_kv: Keys in a block.
 
     Returns:
         float32 ``[B, H, Nk, D, Dv]``.
     """
     whole = key.shape[2] // block_kv
+    key_mean, size = statistics.key_mean, statistics.size.clamp(min=1)
     means = [part for part in (key_mean[:, :, :whole], key_mean[:, :, whole:]) if part.shape[2]]
-    return torch.cat(
+    sums = torch.cat(
         [
-            (keys - mean[:, :, :, None]).transpose(-1, -2) @ values.float() / keys.shape[3]
+            (keys - mean[:, :, :, None]).transpose(-1, -2) @ values.float()
             for keys, values, mean in zip(
                 split_blocks(key, block_kv), split_blocks(value, block_kv), means, strict=True
             )
         ],
         2,
     )
+    return sums / size[..., None, None]
 
 
 def query_means(query: Tensor, block_q: int) -> Tensor:

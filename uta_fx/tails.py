@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from uta_fx.policies.base import Selection
+from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
 
-KINDS = ("none", "normalizer", "single", "bins", "block", "first_order", "gaussian")
+KINDS = ("none", "normalizer", "single", "bins", "block", "first_order", "gaussian", "rectified")
 SLOPES = ("head", "query_block")
 
 
@@ -36,7 +37,9 @@ class Tail:
             block. A mean key is a lower bound of the mass it stands for (Jensen), exact where the
             logits in the group are equal. ``first_order`` adds the slope of the values over the
             logits; ``gaussian`` also lifts the mass by half the in-block logit variance, which is
-            exact where logits and values in a block are jointly Gaussian.
+            exact where logits and values in a block are jointly Gaussian. ``rectified`` (Rectified
+            SpaAttn) does not enter the softmax: pooled attention says by how much a query block's
+            exact output is scaled down, and which means of values are added to it.
         bins: Groups of ``bins``, at least 1.
         variance_weight: Share of that half variance (``gaussian`` alone), at least 0. 1 is exact
             for Gaussian blocks whose variance is known; 0.5 is the default because the variance
@@ -45,6 +48,9 @@ class Tail:
         slope: ``"head"``: one key-value covariance for each head; ``"query_block"``: one for each
             query block, its tail blocks weighted by their pooled attention (dearer: O(Nk D Dv)
             memory for each head).
+        keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
+            share goes to the exact keys, as in the published code; False leaves it out, as the
+            paper writes.
 
     Raises:
         ValueError: A field is outside its range.
@@ -54,6 +60,7 @@ class Tail:
     bins: int = 8
     variance_weight: float = 0.5
     slope: str = "head"
+    keep_rejected: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,6 +69,10 @@ class Tail:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {self.slope!r}")
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if not self.keep_rejected and self.kind != "rectified":
+            raise ValueError(
+                f"keep_rejected concerns the tail rectified alone, got False for {self.kind}"
+            )
         if not self.variance_weight >= 0:
             raise ValueError(f"variance_weight must not be negative, got {self.variance_weight}")
 
@@ -84,7 +95,14 @@ class Tail:
 
         Returns:
             Tensors in the dtype of ``key`` (``log_size`` in float32).
+
+        Raises:
+            ValueError: The tail is ``rectified``, which has none.
         """
+        if self.kind == "rectified":
+            raise ValueError(
+                "tail rectified has no representatives: it needs uta::rectified_attention"
+            )
         if self.kind == "none":
             return _absent(key, value)
         if self.kind in ("normalizer", "single", "bins"):
@@ -105,12 +123,16 @@ class Tail:
             variance=statistics.key_variance.to(key.dtype), slope=slope.to(key.dtype)
         )
 
+    def rectification(self, selection: Selection, exact: Tensor) -> Rectification:
+        """What a tail ``rectified`` makes of the output; arguments as in ``representatives``."""
+        return rectification(selection, exact, keep_rejected=self.keep_rejected)
+
     def _grouped(
         self, selection: Selection, exact: Tensor, key: Tensor, value: Tensor
     ) -> Representatives:
         """Representatives of groups of blocks: ``[B, H, Nq, R, D]``."""
         statistics = selection.statistics
-        sizes = statistics.size * ~exact  # [B, H, Nq, Nk], 0 where exact
+        sizes = statistics.size.unsqueeze(-2) * ~exact  # [B, H, Nq, Nk], 0 where exact
         if self.kind == "bins":
             groups = _bin_by_logit(_pooled_logits(selection), exact, self.bins)
             members = groups[..., None, :] == torch.arange(self.bins, device=key.device)[:, None]
@@ -162,7 +184,7 @@ def _slope_of_query_blocks(
 ) -> Tensor:
     """Covariances averaged by pooled tail attention: float32 ``[B, H, Nq, D, Dv]``."""
     statistics = selection.statistics
-    covariances = block_covariances(key, value, statistics.key_mean, block_kv)
+    covariances = block_covariances(key, value, statistics, block_kv)
     logits = _pooled_logits(selection) + statistics.log_size[:, :, None]
     weights = logits.masked_fill(exact, -torch.inf).softmax(-1).nan_to_num(0.0)  # row without tail
     return (weights @ covariances.flatten(3)).unflatten(3, covariances.shape[3:])

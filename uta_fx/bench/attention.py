@@ -404,25 +404,28 @@ def _check_attention(arguments: Sequence[Any]) -> None:
 def _check_scores(arguments: Sequence[Any]) -> None:
     """Compare sampled rows of scores with float64.
 
-    ``(s q)^2`` is rounded to the query's dtype: half a unit of sigma2, once as a factor of the
-    score and once as its part in the logit, by the largest sigma2. The rest is float32: a logit is
-    rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
+    The mean query of a group and its mean of ``(s q)^2`` are rounded to the query's dtype: half a
+    unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
+    sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
+    a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
 
     Raises:
         ArithmeticError: A score is further away.
     """
     scores = ops.block_scores(*arguments)
-    query, block_q = arguments[0], arguments[-1]
+    query, block_q = arguments[0], arguments[-2]
     chosen, rows = _sampled_rows(query.shape[2], block_q)
     part: list[Any] = [
         x[:1, :SAMPLED_HEADS].double() if isinstance(x, Tensor) else x for x in arguments
     ]
     part[0] = part[0][:, :, rows.to(query.device)]
     exact = reference.block_scores(*part)
-    rows_q, mean, variance, log_size, scale, weight, power, _ = part
-    sigma2 = (rows_q * scale).square() @ variance.mT
-    logits = (rows_q * scale).abs() @ mean.abs().mT + log_size[:, :, None] + weight / 2 * sigma2
-    unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max())
+    rows_q, mean, variance, log_size, scale, weight, power, _, group = part
+    sigma2 = reference.pooled_variance(rows_q, variance, scale, group)
+    groups = torch.cat([x.mean(3) for x in reference.split_blocks(rows_q * scale, group)], 2)
+    products = groups.abs() @ mean.abs().mT
+    logits = products + log_size[:, :, None] + weight / 2 * sigma2
+    unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
     unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
     _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
 

@@ -1,6 +1,6 @@
 """Exported files on a GPU: the plugin's node against the operator, and a whole model.
 
-``python -m uta_fx.bench.onnx`` times the node; ``--layers 30`` a Wan 1.3B of random weights too.
+``python -m uta_fx.bench.onnx`` times the node, ``--whole`` a Wan 1.3B of random weights instead.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,50 +72,126 @@ def bench_node(shape_name: str, density: float, rounds: int) -> None:
         print(f"  {name:<16}{statistics.median(samples):9.3f} ms")
 
 
-def bench_model(layers: int, density: float, rounds: int, opset: int) -> None:
-    """Print the time of one forward of Wan 1.3B at 480p and 81 frames, float16, random weights."""
+def wan_1_3b(layers: int, device: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """Wan 1.3B of random weights, float16, and its inputs at 480p and 81 frames; always the same.
+
+    Random weights of a process are those of another on the same device.
+    """
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = WanTransformer3DModel(
             num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16,
             text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=layers, rope_max_seq_len=1024,
         ).half().eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
     inputs = {
-        "hidden_states": torch.randn(1, 16, 21, 60, 104, device="cuda").half(),
-        "timestep": torch.full((1,), 500.0, device="cuda").half(),
-        "encoder_hidden_states": torch.randn(1, 512, 4096, device="cuda").half(),
+        "hidden_states": torch.randn(1, 16, 21, 60, 104, generator=generator),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, generator=generator),
     }
+    return model, {name: x.half().to(device) for name, x in inputs.items()}
+
+
+def export_whole(path: Path, layers: int, density: float, opset: int, device: str) -> None:
+    """Write Wan 1.3B to a file; a density of 1 leaves every attention dense."""
+    model, inputs = wan_1_3b(layers, device)
+    config = uta_fx.Config(density=density)
+    if density == 1:
+        config = dataclasses.replace(config, min_tokens=NOT_ASKED_FOR)
     kwargs = {**inputs, "return_dict": False}
-    sparse = uta_fx.Config(density=density)
-    dense = dataclasses.replace(sparse, min_tokens=NOT_ASKED_FOR)
+    uta_fx.export_onnx(model, (), path, config=config, kwargs=kwargs, opset=opset)
+
+
+def bench_whole(layers: int, density: float, rounds: int, opset: int) -> None:
+    """Print the time of one forward of Wan 1.3B: PyTorch and ONNX Runtime, dense and sparse.
+
+    Two processes write the files while this one compiles for PyTorch.
+
+    Raises:
+        ArithmeticError: A file's output is not that of the compiled model.
+        RuntimeError: A file could not be written; what its process said is printed before.
+    """
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
+
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        calls: dict[str, Callable[[], Any]] = {}
-        options: dict[str, Any] = {"density": density}
-        fast = torch.compile(model, backend="uta", fullgraph=True, options=options)
-        slow = torch.compile(model, fullgraph=True)
-        expected = fast(**kwargs)[0]
-        calls["torch dense"] = _waiting(slow, kwargs)
-        calls["torch sparse"] = _waiting(fast, kwargs)
-        for name, config in (("onnx dense", dense), ("onnx sparse", sparse)):
-            path = Path(folder) / f"{name.replace(' ', '_')}.onnx"
-            start = time.perf_counter()
-            uta_fx.export_onnx(model, (), path, config=config, kwargs=kwargs, opset=opset)
-            exported = time.perf_counter() - start
+        densities = {"dense": 1.0, "sparse": density}
+        paths = {name: Path(folder) / f"{name}.onnx" for name in densities}
+        writers = {
+            name: subprocess.Popen(
+                [
+                    sys.executable, "-m", "uta_fx.bench.onnx", "--export", str(path),
+                    "--layers", str(layers), "--density", str(densities[name]),
+                    "--opset", str(opset),
+                ]
+            )
+            for name, path in paths.items()
+        }  # fmt: skip
+        try:
+            calls, expected = _torch_calls(layers, density, say)
+            for name, writer in writers.items():
+                if writer.wait():
+                    raise RuntimeError(f"the {name} file was not written (see above)")
+                size = sum(file.stat().st_size for file in Path(folder).glob(f"{name}.onnx*"))
+                say(f"{name}.onnx is written, {size / 1e9:.2f} GB")
+        finally:
+            for writer in writers.values():
+                writer.kill()
+        inputs = wan_1_3b(0, "cuda")[1]
+        outputs = {}
+        for name, path in paths.items():
             session = uta_fx.onnxruntime_session(path, PROVIDERS)
-            print(f"{name}: exported in {exported:.0f} s, loaded in"
-                  f" {time.perf_counter() - start - exported:.0f} s", flush=True)  # fmt: skip
-            output = torch.empty_like(expected)
-            binding = bind_tensors(session, inputs, {"output": output})
-            calls[name] = _bound(session, binding)
-            calls[name]()
-            error = (output.float() - expected.float()).norm() / expected.float().norm()
-            print(f"  relative to torch sparse: {error.item():.2e}", flush=True)
-        times = time_interleaved(calls, rounds, "cpu")
-    print(f"Wan 1.3B 480p, {layers} layers, density {density}, opset {opset}")
+            say(f"{name}.onnx is loaded")
+            outputs[name] = torch.empty_like(expected[name])
+            binding = bind_tensors(session, inputs, {"output": outputs[name]})
+            calls[f"onnx {name}"] = _bound(session, binding)
+            torch.cuda.synchronize()
+            calls[f"onnx {name}"]()
+            say(f"{name}.onnx has run")
+        _compare(outputs, expected)
+        times = time_interleaved(calls, rounds, "cpu", warmup=1)
+        say(f"Wan 1.3B 480p, {layers} layers, density {density}, opset {opset}, {rounds} rounds")
     for name, samples in times.items():
-        print(f"  {name:<16}{statistics.median(samples):9.1f} ms")
+        spread = f"{min(samples):.1f} to {max(samples):.1f}"
+        print(f"  {name:<16}{statistics.median(samples):9.1f} ms  ({spread})", flush=True)
+
+
+def _torch_calls(
+    layers: int, density: float, say: Callable[[str], None]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Tensor]]:
+    """The compiled models, and what they compute."""
+    model, inputs = wan_1_3b(layers, "cuda")
+    kwargs = {**inputs, "return_dict": False}
+    options: dict[str, Any] = {"density": density}
+    models = {
+        "dense": torch.compile(model, fullgraph=True),
+        "sparse": torch.compile(model, backend="uta", fullgraph=True, options=options),
+    }
+    expected = {}
+    for name, compiled in models.items():
+        expected[name] = compiled(**kwargs)[0]
+        torch.cuda.synchronize()
+        say(f"torch {name} is compiled")
+    return {f"torch {name}": _waiting(x, kwargs) for name, x in models.items()}, expected
+
+
+def _compare(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Print differences in norm, and raise where a file is further off than sparsity itself."""
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+    scale = distance(expected["sparse"], expected["dense"])
+    print(f"  torch sparse from torch dense: {scale:.2e}")
+    errors = {name: distance(outputs[name], expected[name]) for name in outputs}
+    for name, error in errors.items():
+        print(f"  onnx {name} from torch {name}: {error:.2e}", flush=True)
+    if not all(error < max(scale, 1e-2) for error in errors.values()):
+        raise ArithmeticError("a file computes something else: nothing is timed")
 
 
 def _waiting(model: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[], None]:
@@ -134,14 +212,21 @@ def main() -> None:
     parser.add_argument("--shape", default="wan-1.3b-480p", help="of the node")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=0, help="of Wan 1.3B (it has 30); 0: none")
+    parser.add_argument("--whole", action="store_true", help="Wan 1.3B instead of a node")
+    parser.add_argument("--layers", type=int, default=30, help="of Wan 1.3B")
     parser.add_argument("--opset", type=int, default=23)
+    parser.add_argument("--export", type=Path, help="only write Wan 1.3B to this file")
+    parser.add_argument("--device", default="cuda", help="on which --export makes the weights")
     given = parser.parse_args()
+    if given.export:
+        export_whole(given.export, given.layers, given.density, given.opset, given.device)
+        return
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}", flush=True)
-    bench_node(given.shape, given.density, given.rounds)
-    if given.layers:
-        bench_model(given.layers, given.density, given.rounds, given.opset)
+    if given.whole:
+        bench_whole(given.layers, given.density, given.rounds, given.opset)
+    else:
+        bench_node(given.shape, given.density, given.rounds)
 
 
 if __name__ == "__main__":

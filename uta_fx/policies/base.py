@@ -1,4 +1,4 @@
-"""What a selection policy is, and the budget that most of them spend."""
+"""What a selection policy is, what it may look at, and the budget that most of them spend."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from uta_fx.clusters import Clusters
+from uta_fx.order import Grid
 from uta_fx.statistics import BlockStatistics
 
 BUDGETS = ("site", "row")
+
+Layout = tuple[list[int], str, int, int]
+"""Grid, order, query rows in a block, keys in a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +24,54 @@ class Selection:
     """Everything a policy may look at when it chooses the exact blocks of one site.
 
     Attributes:
-        query: ``[B, H, Lq, D]``, in the order of the blocks.
+        query: ``[B, H, L, D]``, video tokens in the order of the blocks.
+        key: ``[B, H, L, D]``, in the same order.
+        value: ``[B, H, L, Dv]``, in the same order.
         statistics: Of the key and value blocks.
         scale: Multiplies the logits.
         density: Share of key blocks to keep exact, in (0, 1].
         budget: ``"site"`` or ``"row"``: what ``density`` is a share of.
         block_q: Query rows in a block.
+        block_kv: Keys in a block.
+        grid: Frames, height and width of the tokens; None where nobody knows.
+        order: How the tokens of the grid are ordered, a name in ``uta_fx.order.ORDERS`` that is
+            not ``"auto"``.
+        text_key: ``[B, H, Lt, D]``, keys that every query sees exactly beside the blocks; Lt may
+            be 0.
+        text_bias: Added to the logits of these, float32, broadcasts to ``[B, H, 1, Lt]``; None for
+            nothing.
+        clusters: Where the blocks are those of clusters: these.
     """
 
     query: Tensor
+    key: Tensor
+    value: Tensor
     statistics: BlockStatistics
     scale: float
     density: float
     budget: str
     block_q: int
+    block_kv: int
+    grid: Grid | None
+    order: str
+    text_key: Tensor
+    text_bias: Tensor | None = None
+    clusters: Clusters | None = None
+
+    def layout(self, policy: str) -> Layout:
+        """The grid, its order and the block sizes, as arguments of an operator of constants.
+
+        Args:
+            policy: Who asks, for the error.
+
+        Raises:
+            ValueError: The grid is not known.
+        """
+        if self.grid is None:
+            raise ValueError(
+                f"grid must be given for policy {policy}, got None: it selects by where tokens lie"
+            )
+        return list(self.grid), self.order, self.block_q, self.block_kv
 
 
 class Policy(Protocol):
@@ -40,6 +79,11 @@ class Policy(Protocol):
 
     An implementation allocates only static shapes and never synchronises with the host. It must be
     hashable and comparable: the options of ``torch.compile`` are compared.
+
+    It may have two attributes more: ``order``, the name of the token order that suits it, which
+    ``Config.reorder="auto"`` takes (without it ``"tile"``); and ``orders``, those in which it has a
+    meaning, where not all have. An order other than ``"none"``, or ``needs_grid = True``, leaves a
+    site without a known grid dense.
     """
 
     def select(self, selection: Selection) -> Tensor:

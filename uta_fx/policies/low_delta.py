@@ -18,8 +18,9 @@ class LowDelta:
     The low-delta idea of the UTA paper (section 3.3) made practical: a group of keys with equal
     logits, or with equal values, aggregates without error, and to second order the error of
     aggregating a block grows as the share of attention it holds (p) times the variance of its
-    logits (sigma2) times the deviation of its values (nu). p and sigma2 are those of each query
-    row, averaged over the rows of a query block.
+    logits (sigma2) times the deviation of its values (nu). p and sigma2 are those of groups of
+    ``rows`` query rows; the score is their root mean square over a query block, because the squares
+    of errors add up.
 
     Attributes:
         power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation; 0 leaves
@@ -28,19 +29,24 @@ class LowDelta:
             but 0 costs a sixth more time and gains nothing in the picture (``docs/measured.md``).
         value_power: Exponent of nu, the root of the values' variance summed over channels; 0 leaves
             the values out.
+        rows: Query rows that are scored together by their mean, a power of two that leaves at least
+            four groups in a query block. Twice as many take half the time.
 
     Raises:
-        ValueError: A field is negative.
+        ValueError: A field is outside its range.
     """
 
     power: float = 1.0
     variance_weight: float = 0.0
     value_power: float = 1.0
+    rows: int = 2
 
     def __post_init__(self) -> None:
         for name in ("power", "variance_weight", "value_power"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.rows < 1 or self.rows & (self.rows - 1):
+            raise ValueError(f"rows must be a power of two, got {self.rows}")
 
     def arguments(self, selection: Selection) -> tuple[Any, ...]:
         """The arguments of ``uta::block_scores``."""
@@ -54,6 +60,7 @@ class LowDelta:
             self.variance_weight,
             self.power,
             selection.block_q,
+            self.rows,
         )
 
     def select(self, selection: Selection) -> Tensor:

@@ -31,19 +31,42 @@ class TopP:
     least: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise ValueError(f"mass must be in (0, 1], got {self.mass}")
-        if not 0 <= self.least <= 1:
-            raise ValueError(f"least must be in [0, 1], got {self.least}")
+        check_nucleus(self.mass, self.least)
 
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
-        attention = pooled_attention(selection)
-        blocks = attention.shape[-1]
-        most = share_of(selection.density, blocks)
-        ranked, order = attention.topk(most, dim=-1)
-        # a block is kept where those above it hold less than the share
-        above = ranked.cumsum(-1) - ranked
-        rank = torch.arange(most, device=attention.device)
-        kept = (above < self.mass) | (rank < share_of(self.least, blocks))
-        return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order, kept)
+        return nucleus(pooled_attention(selection), self.mass, self.least, selection.density)
+
+
+def check_nucleus(mass: float, least: float) -> None:
+    """Raise for what is outside the range of a field of that name.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass must be in (0, 1], got {mass}")
+    if not 0 <= least <= 1:
+        raise ValueError(f"least must be in [0, 1], got {least}")
+
+
+def nucleus(attention: Tensor, mass: float, least: float, density: float) -> Tensor:
+    """The fewest blocks of each row that hold ``mass``.
+
+    Args:
+        attention: ``[B, H, Nq, Nk]``; a row sums to 1.
+        mass: In (0, 1].
+        least: Share of a row's blocks that it keeps in any case.
+        density: Share of a row's blocks that it keeps at most.
+
+    Returns:
+        Boolean ``[B, H, Nq, Nk]``.
+    """
+    blocks = attention.shape[-1]
+    most = share_of(density, blocks)
+    ranked, order = attention.topk(most, dim=-1)
+    # a block is kept where those above it hold less than the share
+    above = ranked.cumsum(-1) - ranked
+    rank = torch.arange(most, device=attention.device)
+    kept = (above < mass) | (rank < share_of(least, blocks))
+    return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order, kept)

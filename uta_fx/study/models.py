@@ -309,8 +309,9 @@ MODELS = (
             "encoder_hidden_states": x(1, TEXT, 16),
             "chunk_partition": [2, 2],
         },
-        sites=lambda c: {"cross": c.num_layers},
-        note="self-attention is FlexAttention with a block mask, which is left alone",
+        sites=_self_and_cross,
+        dense="FlexAttention has a block mask",
+        note="the mask is block-causal",
     ),
     Model(
         name="Helios",
@@ -369,7 +370,7 @@ MODELS = (
         sites=lambda c: {"joint": c.num_layers, "self": c.num_refiner_layers},
         grid=GRID,
         dense="the graph does not show that its attention mask leaves all video tokens seen",
-        note="sparse when its blocks are compiled by themselves, with a grid given",
+        note="sparse with `trust_masks`, or block by block; both with a grid given",
     ),
     Model(
         name="HunyuanVideo Framepack",
@@ -451,8 +452,9 @@ MODELS = (
             }
         ),
         sites=lambda c: {
-            "joint": c.num_layers, "cross": c.num_layers // c.cross_attn_interval + c.LFE_depth,
+            "joint": c.num_layers + c.LFE_depth, "cross": c.num_layers // c.cross_attn_interval,
         },
+        note="five layers join learned queries and features of a face",
     ),
     Model(
         name="LTX-Video",
@@ -586,8 +588,9 @@ MODELS = (
             "vision_timesteps": torch.ones(VIDEO),
             "vision_noisy_frame_indexes": [torch.arange(GRID[0])],
         },
-        sites=lambda c: {"self": c.num_hidden_layers, "cross": c.num_hidden_layers},
-        note="grouped queries; text is causal, video attends to text and video",
+        sites=lambda c: {"self": c.num_hidden_layers, "joint": c.num_hidden_layers},
+        grid=GRID,
+        note="grouped queries; text is causal by itself, video attends to text and video",
     ),
     Model(
         name="Kandinsky 5",
@@ -687,8 +690,9 @@ MODELS = (
             "num_visual_blocks": 2, "axes_dims": (4, 6, 6),
         },
         inputs=lambda x: {"hidden_states": x(1, 2, 16, 16, 9), "timestep": _time()},
-        sites=lambda c: {},
-        note="self-attention is FlexAttention with a block mask, which is left alone",
+        sites=lambda c: {"self": c.num_visual_blocks},
+        dense="FlexAttention has a block mask",
+        note="the mask is sparse attention of the model's own (NABLA)",
     ),
     Model(
         name="Sana WM",

@@ -137,7 +137,7 @@ class RealModel:
         depth = self.depth()
         cut = {name: min(layers or depth[x], depth[x]) for x, name in self.stacks.items()}
         with torch.device("meta"):
-            model: torch.nn.Module = self._class()(**{**self.settings, **cut}).eval()
+            model: torch.nn.Module = self.model_class()(**{**self.settings, **cut}).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(DTYPE)
@@ -146,7 +146,7 @@ class RealModel:
 
     def depth(self) -> dict[str, int]:
         """How many layers each stack has."""
-        defaults = inspect.signature(self._class()).parameters
+        defaults = inspect.signature(self.model_class()).parameters
         return {
             stack: self.settings.get(name, defaults[name].default)
             for stack, name in self.stacks.items()
@@ -180,7 +180,8 @@ class RealModel:
             found = extrapolate(found, self.depth())
         return found
 
-    def _class(self) -> Any:
+    def model_class(self) -> Any:
+        """In diffusers."""
         return getattr(require("diffusers", extra="diffusers"), self.class_name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class Switch:
     def _capture(self, gm: GraphModule, _: Sequence[Tensor]) -> Any:
         plan = dataclasses.replace(
             plan_of(Config(min_tokens=1)),
-            replacement=lambda grid, scale, video: _Attention(self, grid, scale, video),
+            replacement=functools.partial(_Attention, self),
+            token_index=None,  # each configuration has an order of its own
         )
         pairs = understand(gm, plan)
         rewrite(gm, pairs, plan)
@@ -74,13 +76,19 @@ class _Attention:
         grid: Grid | None,
         scale: float | None,
         video: tuple[int, int] | None,
+        alone: bool,
+        in_order: bool,
     ) -> None:
-        self._switch, self._site = switch, (grid, scale, video)
+        assert not in_order
+        self._switch, self._site = switch, (grid, scale, video, alone)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         config = self._switch._settings()
         if config is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=self._site[1])
+            shared = key.shape[1] != query.shape[1]
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, scale=self._site[1], enable_gqa=shared
+            )
         return SparseSite(config, *self._site)(query, key, value, attn_mask)

@@ -1,0 +1,125 @@
+"""What TensorRT does not take of a program, spelled out in operations that it takes.
+
+Both ways to an engine start here: the one over an ONNX file and the one over ``torch_tensorrt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from uta_fx.export.tensorrt_ops import attend_in_steps
+from uta_fx.kernels import reference
+
+MAX_K = 3840  # of TensorRT's ITopKLayer
+_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # between them a positive threshold is looked for
+_WAYS = 16  # into which a step of the search cuts what is left
+_GEOMETRIC, _ARITHMETIC = 3, 7  # steps: 254 octaves to 1/16, and that to two neighbouring numbers
+
+
+def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
+    """A program of ``torch.export`` without the operations that TensorRT refuses.
+
+    ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold,
+    ``uta::block_statistics`` plain PyTorch. Everything else stays as it is.
+
+    Args:
+        program: Of ``uta_fx.export.program.sparsify_program``.
+        plugins: ``uta::sparse_attention`` becomes the operators of ``tensorrt_ops``.
+    """
+    table: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.topk.default: _large_topk,
+        torch.ops.uta.block_statistics.default: reference.block_statistics,
+    }
+    if plugins:
+        table[torch.ops.uta.sparse_attention.default] = attend_in_steps
+    program = program.run_decompositions(table)
+    _skip_expansions(program.graph_module)
+    return program
+
+
+def _skip_expansions(gm: torch.fx.GraphModule) -> None:
+    """Take what was expanded where one of the copies is sliced off again.
+
+    Text that every query block sees is expanded for the operator, and would be copied for each.
+    """
+    aten = torch.ops.aten
+    for node in gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        source = node.args[0]
+        if source.target is not aten.expand.default:
+            continue
+        origin = source.args[0]
+        if origin.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(origin)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def large_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``x.topk(k, sorted=False)`` along the last dimension without a sort.
+
+    The k-th largest value is searched for: ten steps, each of which counts how many values exceed
+    15 thresholds, leave two neighbouring float32 numbers. (Bisection has fewer counts in all, but
+    TensorRT-RTX does not come to an end with a chain of 35.) Of values equal to it the first ones
+    are taken, so that it is k in any case. Numbers within 1e-38 of zero count as zero.
+
+    Args:
+        x: Floating, without NaN, at most float32.
+        k: From 1 to the size of the last dimension.
+
+    Returns:
+        Values and int64 indices, each with k in the last dimension, in order of the index.
+    """
+    total = x.shape[-1]
+    wide = x.float()
+    # among numbers of one sign: from above if the k-th largest is positive, else from below
+    positive = (wide > _SMALLEST).sum(-1, keepdim=True) >= k
+    magnitude = torch.where(positive, wide, -wide).clamp(min=0)
+    rank = torch.where(positive, k, total - k + 1)
+
+    def reaches(thresholds: Tensor) -> Tensor:
+        return (magnitude[..., None, :] > thresholds[..., None]).sum(-1) >= rank
+
+    zero = torch.zeros_like(wide[..., :1])
+    smallest, largest = zero + _SMALLEST, zero + _LARGEST
+    low, high = smallest, largest  # the value sought lies in (low, high]
+    part = torch.arange(1, _WAYS, device=x.device) / _WAYS
+    for step in range(_GEOMETRIC + _ARITHMETIC):
+        if step < _GEOMETRIC:
+            cuts = (low.log2() + part * (high.log2() - low.log2())).exp2()
+        else:
+            cuts = low + part * (high - low)
+        edges = torch.cat([low, cuts.clamp(low, high), high], -1)
+        reached = reaches(edges[..., 1:-1]).sum(-1, keepdim=True)
+        low, high = edges.gather(-1, reached), edges.gather(-1, reached + 1)
+    tiny, huge = ~reaches(smallest), reaches(largest)
+    low = torch.where(tiny, -1.0, torch.where(huge, largest, low))
+    high = torch.where(tiny, smallest, torch.where(huge, torch.inf, high))
+
+    beyond = ~positive & (
+        wide > _SMALLEST
+    )  # the k-th largest is not positive: all these are larger
+    equal = (magnitude > low) & (magnitude <= high) & ~beyond
+    greater = torch.where(positive, magnitude > high, magnitude <= low) | beyond
+    taken = greater.sum(-1, keepdim=True)
+    place = torch.where(
+        greater,
+        greater.cumsum(-1, dtype=torch.int32) - 1,
+        taken + torch.where(equal, equal.cumsum(-1, dtype=torch.int32) - 1, k),
+    ).clamp(max=k)  # one column too many for what is not taken
+    ids = torch.arange(total, device=x.device).expand(x.shape)
+    # TensorRT scatters no more elements than there are places
+    spilled = torch.zeros((*x.shape[:-1], total + 1), dtype=torch.int64, device=x.device)
+    indices = spilled.scatter(-1, place.long(), ids)[..., :k]
+    return x.gather(-1, indices), indices
+
+
+def _large_topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    last = dim in (-1, x.dim() - 1)
+    if k <= MAX_K or not largest or sorted or not last or not x.is_floating_point():
+        return NotImplemented
+    return large_topk(x, k)

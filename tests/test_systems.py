@@ -1,0 +1,184 @@
+"""The study of published systems: oracle errors, fitted densities, rows, table and plot."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from uta_fx import Config
+from uta_fx.bench.inputs import Shape
+from uta_fx.policies import Radial
+from uta_fx.study.oracle import OracleError, measure_oracle, token_oracle
+from uta_fx.study.oracle import markdown as oracle_markdown
+from uta_fx.study.sites import AttentionCall
+from uta_fx.study.systems import (
+    SYSTEMS,
+    Row,
+    Site,
+    attention_rows,
+    draw,
+    find_systems,
+    fit,
+    markdown,
+    timed_rows,
+    write_json,
+)
+
+GRID = (4, 8, 8)
+
+
+def call(seed=0, grid=GRID, dim=16):
+    """Fields that vary smoothly over the grid."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = [torch.arange(side) / 4 for side in grid]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3)
+    q, k, v = (
+        2 * torch.sin(position @ torch.randn(1, 2, 3, dim, generator=generator)) for _ in range(3)
+    )
+    return AttentionCall(0, 0.5, grid, q, k, v)
+
+
+def test_the_token_oracle_is_its_equations():
+    """Row by row: the softmax over the kept keys, and with one more that stands for the others."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 20, 8, generator=generator, dtype=torch.float64).unbind()
+    dropped, aggregated, recall = token_oracle(q, k, v, 0.7, 0.3)
+    for head in range(2):
+        for row in range(20):
+            logits = 0.7 * k[0, head] @ q[0, head, row]
+            order = logits.argsort(descending=True)
+            kept, others = order[:6], order[6:]
+            expected = logits[kept].softmax(0) @ v[0, head, kept]
+            torch.testing.assert_close(dropped[0, head, row], expected)
+            extended = torch.cat([logits[kept], logits[others].mean()[None] + math.log(14)])
+            values = torch.cat([v[0, head, kept], v[0, head, others].mean(0)[None]])
+            torch.testing.assert_close(aggregated[0, head, row], extended.softmax(0) @ values)
+            mass = logits.softmax(0)[kept].sum()
+            torch.testing.assert_close(recall[0, head, row], mass)
+
+
+def test_the_token_oracle_at_density_one_is_dense():
+    """Then there is no tail, and no error."""
+    site = call()
+    dropped, aggregated, recall = token_oracle(site.query, site.key, site.value, 0.25, 1.0)
+    dense = site.dense().double()
+    torch.testing.assert_close(dropped, dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(aggregated, dropped)
+    assert recall.min() > 1 - 1e-9
+
+
+def test_oracle_errors_are_averaged_over_rows_and_calls():
+    """In one piece or in several; what is drawn is drawn once."""
+    sites = [call(0), call(1)]
+    errors = measure_oracle(sites, (0.2, 0.5))
+    means = []
+    for site in sites:
+        exact, _, _ = token_oracle(site.query, site.key, site.value, 0.25, 1.0)
+        dropped, aggregated, _ = token_oracle(site.query, site.key, site.value, 0.25, 0.5)
+        means.append([(x - exact).square().mean().item() for x in (dropped, aggregated)])
+    assert errors[1].dropped == pytest.approx((means[0][0] + means[1][0]) / 2)
+    assert errors[1].aggregated == pytest.approx((means[0][1] + means[1][1]) / 2)
+    assert measure_oracle(sites, (0.5,), rows=10) == measure_oracle(sites, (0.5,), rows=10)
+    table = oracle_markdown([OracleError(0.5, 1e-2, 1e-3, 0.9)])
+    assert "| Top-K + UTA | 1.00e-03 (-90.0%) |" in table and "| 50% |" in table
+
+
+def test_a_density_is_reached_or_said_not_to_be():
+    """By a system that has another parameter; what cannot be kept gives no configuration."""
+    kept = Site((torch.randn(1, 1, 6144, 16),) * 3, (6, 32, 32)).kept
+    (radial,) = find_systems(["Radial"])
+    least = kept(Config(policy=Radial(decay=2**-8)))
+    assert fit(radial, least / 2, kept) is None
+    assert kept(fit(radial, 0.8, kept)) == pytest.approx(0.8, rel=0.2)
+    (topk,) = find_systems(["Top-K"])
+    assert fit(topk, 0.3, kept).density == 0.3
+    with pytest.raises(ValueError, match=r"system must be among Top-K, .* ours, got Top"):
+        find_systems(["Top"])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Every system on a small call."""
+    return [row for row, _ in attention_rows([call()], (0.5, 1.0))]
+
+
+def test_every_system_has_a_row_for_every_density(rows):
+    """Of numbers that fit together: all kept is dense, half kept errs and is recalled in part."""
+    assert [(row.system, row.density) for row in rows] == [
+        (system.name, density) for system in SYSTEMS for density in (0.5, 1.0)
+    ]
+    for row in rows:
+        if row.kept == 1:
+            assert row.mse < 1e-9 and row.recall == pytest.approx(1, abs=1e-5)
+        elif row.kept is not None:
+            assert row.mse > 0 and 0 < row.recall < 1
+            assert abs(row.kept - row.density) <= 0.2 * row.density
+    whole = [row for row in rows if row.density == 1]
+    assert sum(row.kept == 1 for row in whole) > len(whole) / 2
+
+
+def test_recall_and_error_are_those_of_the_blocks():
+    """Stated once more for the nearest blocks, token by token in float64."""
+    site = call()
+    config = Config(policy="window", tail="none", density=0.5, reorder="none", budget="row")
+    measured = Site((site.query, site.key, site.value), GRID)
+    _, exact = measured.exact(config)
+    attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
+    tokens = exact.repeat_interleave(64, 2).repeat_interleave(64, 3)
+    assert measured.recall(config) == pytest.approx((attention * tokens).sum(-1).mean().item())
+    inside = attention * tokens
+    output = inside / inside.sum(-1, keepdim=True) @ site.value.double()
+    torch.testing.assert_close(measured.output(config).double(), output, rtol=1e-4, atol=1e-5)
+
+
+def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):
+    """And the table, the file and the plot hold what there is."""
+    shape = Shape(name="small", batch=1, heads=2, grid=GRID, dim=16)
+    site = call(3)
+    chosen = find_systems(["Top-K + UTA", "ours"])
+    some = [row for row in rows if row.system in ("Top-K + UTA", "ours")]
+    inputs = (site.query, site.key, site.value)
+    timed = list(timed_rows(some, shape, inputs, chosen, rounds=2, compile=False))
+    for row in timed:
+        assert row.ms > 0 and row.speedup > 0
+        assert row.timed_kept == pytest.approx(row.density, abs=0.01)
+        assert (row.timed_error < 1e-9) == (row.timed_kept == 1)
+    empty = Row(system="Radial", density=0.1)
+    pictured = [dataclasses.replace(row, psnr=30.0) for row in timed]
+    table = markdown([*pictured, empty])
+    assert table.splitlines()[0].startswith("| system | density | kept | MSE |")
+    assert "speed-up" in table and table.splitlines()[-1].count(" - ") == 9
+    assert "ms" not in markdown(rows)
+    write_json(tmp_path / "rows.json", {"machine": "here"}, pictured)
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["machine"] == "here" and record["rows"][0] == dataclasses.asdict(pictured[0])
+    pytest.importorskip("matplotlib")
+    draw(tmp_path / "rows.png", [*pictured, empty], "title")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+def test_dense_is_scaled_dot_product_attention():
+    """The baseline of every error."""
+    site = call()
+    torch.testing.assert_close(
+        site.dense(), F.scaled_dot_product_attention(site.query, site.key, site.value)
+    )
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path):
+    """By an error, before any work."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from uta_fx.commands import app
+
+    for arguments, message in (
+        (("--system", "Best"), "system must be among Top-K"),
+        (("--shape", "huge"), "--shape must be one of wan-1.3b-480p"),
+    ):
+        command = ["study", "policies", "--output", str(tmp_path), *arguments]
+        result = CliRunner().invoke(app, command)
+        assert isinstance(result.exception, ValueError) and message in str(result.exception)

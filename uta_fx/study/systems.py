@@ -1,0 +1,379 @@
+"""Published sparse attentions side by side, with and without their tail: error, picture, time.
+
+To add one: an entry of ``SYSTEMS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uta_fx._optional import require
+from uta_fx.attention import pool_blocks, reorder_tokens, sparse_attention
+from uta_fx.bench.attention import time_interleaved
+from uta_fx.bench.inputs import Inputs, Shape
+from uta_fx.config import Config
+from uta_fx.order import Grid
+from uta_fx.policies import Radial, Threshold, TopP
+from uta_fx.policies.layout import block_sizes
+from uta_fx.policies.oracle import true_scores
+from uta_fx.study.sites import AttentionCall
+
+DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
+FIT_STEPS = 14
+FIT_WITHIN = 0.002
+REACHED = 0.2
+"""How far from the density that was asked for a row may be, relative; the row is empty beyond."""
+SAMPLED_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One way to be sparse.
+
+    Attributes:
+        name: What is printed.
+        config: Makes its configuration from a number that rises with what is kept.
+        knob: The least and the greatest such number; None where it is ``Config.density`` and just
+            that is kept.
+    """
+
+    name: str
+    config: Callable[[float], Config]
+    knob: tuple[float, float] | None = None
+
+
+def _kept(**fields: Any) -> Callable[[float], Config]:
+    return lambda density: Config(density=density, **fields)
+
+
+def _radial(tail: str) -> Callable[[float], Config]:
+    return lambda log: Config(policy=Radial(decay=2**log), tail=tail)
+
+
+def _top_p(tail: str) -> Callable[[float], Config]:
+    return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+
+
+_TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
+"""Dropped, as published; one representative a query block, as the UTA paper has it; and ours."""
+
+
+def _with_tails(
+    name: str, config: Callable[[str], Callable[[float], Config]], knob: tuple[float, float] | None
+) -> tuple[System, ...]:
+    return tuple(System(name + suffix, config(tail), knob) for suffix, tail in _TAILS.items())
+
+
+SYSTEMS = (
+    *_with_tails("Top-K", lambda tail: _kept(policy="topk", tail=tail, budget="row"), None),
+    *_with_tails("Top-P", _top_p, (0.001, 1.0)),
+    *_with_tails("Radial", _radial, (-8.0, 4.0)),
+    *_with_tails("SVG", lambda tail: _kept(policy="spatial_temporal", tail=tail), (0.001, 0.999)),
+    System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
+    System(
+        "Sol-Attn",
+        lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
+        (-4.0, 4.0),
+    ),
+    System("ours", _kept()),
+)
+"""Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one system does at one density.
+
+    A number is None where nobody measured it, or where the system cannot keep so much or so little.
+
+    Attributes:
+        system: Its name.
+        density: What was asked for.
+        kept: Share of pairs of blocks that were exact.
+        mse: Mean squared error of the attention output, over all calls.
+        error: The same, relative to the mean square of the dense output.
+        recall: Share of true attention in exact blocks.
+        psnr: Of the generated clips against dense, in dB.
+        ms: Time of the whole operation at the timed shape.
+        speedup: Over the dense baseline there.
+        timed_kept: As ``kept``, there.
+        timed_error: As ``error``, there, on sampled rows.
+    """
+
+    system: str
+    density: float
+    kept: float | None = None
+    mse: float | None = None
+    error: float | None = None
+    recall: float | None = None
+    psnr: float | None = None
+    ms: float | None = None
+    speedup: float | None = None
+    timed_kept: float | None = None
+    timed_error: float | None = None
+
+
+def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
+    """Systems by name; None for all.
+
+    Raises:
+        ValueError: There is none of a name.
+    """
+    of_name = {system.name: system for system in SYSTEMS}
+    unknown = [name for name in names or () if name not in of_name]
+    if unknown:
+        raise ValueError(f"system must be among {', '.join(of_name)}, got {', '.join(unknown)}")
+    return tuple(of_name[name] for name in names) if names else SYSTEMS
+
+
+def fit(system: System, density: float, kept: Callable[[Config], float]) -> Config | None:
+    """The configuration that keeps most nearly ``density``, by halving; None if that is not near.
+
+    Args:
+        system: The system.
+        density: In (0, 1].
+        kept: What a configuration keeps.
+    """
+    if system.knob is None:
+        return system.config(density)
+    low, high = system.knob
+    best, distance = system.config(high), float("inf")
+    for _ in range(FIT_STEPS):
+        middle = (low + high) / 2
+        config = system.config(middle)
+        share = kept(config)
+        if abs(share - density) < distance:
+            best, distance = config, abs(share - density)
+        if distance <= FIT_WITHIN:
+            break
+        low, high = (middle, high) if share < density else (low, middle)
+    return best if distance <= REACHED * density else None
+
+
+class Site:
+    """One attention call, and what configurations keep of it.
+
+    Args:
+        inputs: Query, key and value, ``[B, H, L, D]``, in raster order.
+        grid: Frames, height and width of the tokens.
+    """
+
+    def __init__(self, inputs: Inputs, grid: Grid) -> None:
+        self.inputs, self.grid = inputs, grid
+        self._true: dict[Any, Tensor] = {}
+
+    def exact(self, config: Config) -> tuple[Any, Tensor]:
+        """What the policy saw, and the blocks that it chose: boolean ``[B, H, Nq, Nk]``."""
+        ordered, _ = reorder_tokens(*self.inputs, config, self.grid)
+        selection = pool_blocks(*ordered, config, None, self.grid)
+        return selection, config.selection_policy().select(selection)
+
+    def kept(self, config: Config) -> float:
+        """Share of pairs of blocks that are exact."""
+        return self.exact(config)[1].double().mean().item()
+
+    def recall(self, config: Config) -> float:
+        """Share of true attention in exact blocks, averaged over rows."""
+        selection, exact = self.exact(config)
+        key = (selection.order, selection.block_q, selection.block_kv)
+        if key not in self._true:
+            self._true[key] = true_scores(selection, 0.0)
+        rows = block_sizes(selection.query.shape[2], selection.block_q).to(exact.device)
+        share = (self._true[key] * exact).sum(-1).double()  # [B, H, Nq]
+        return (share @ rows / rows.sum()).mean().item()
+
+    def output(self, config: Config) -> Tensor:
+        """What the operation makes of it."""
+        return sparse_attention(*self.inputs, config=config, grid=self.grid)
+
+
+@torch.no_grad()
+def attention_rows(
+    calls: Sequence[AttentionCall],
+    densities: Sequence[float] = DENSITIES,
+    systems: Sequence[System] = SYSTEMS,
+) -> Iterator[tuple[Row, Config | None]]:
+    """Errors and recall of every system at every density on attention calls of one shape.
+
+    Yields:
+        A row, and the configuration that it is of; None where no configuration keeps so much.
+    """
+    sites = [Site((call.query, call.key, call.value), call.grid) for call in calls]
+    dense = [call.dense().double() for call in calls]
+    square = statistics.fmean(x.square().mean().item() for x in dense)
+
+    def kept(config: Config) -> float:
+        return statistics.fmean(site.kept(config) for site in sites)
+
+    for system in systems:
+        for density in densities:
+            config = fit(system, density, kept)
+            if config is None:
+                yield Row(system=system.name, density=density), None
+                continue
+            mse = statistics.fmean(
+                (site.output(config).double() - exact).square().mean().item()
+                for site, exact in zip(sites, dense, strict=True)
+            )
+            recall = statistics.fmean(site.recall(config) for site in sites)
+            row = Row(
+                system=system.name, density=density, kept=kept(config), mse=mse,
+                error=mse / square, recall=recall,
+            )  # fmt: skip
+            yield row, config
+
+
+@torch.no_grad()
+def timed_rows(
+    rows: Sequence[Row],
+    shape: Shape,
+    inputs: Inputs,
+    systems: Sequence[System] = SYSTEMS,
+    *,
+    rounds: int = 7,
+    compile: bool = True,
+) -> Iterator[Row]:
+    """The same rows with the time of the operation at a shape, and its error there.
+
+    Args:
+        rows: Of ``attention_rows``.
+        shape: Of the inputs.
+        inputs: Query, key and value.
+        systems: Those of the rows; each is fitted to its density anew.
+        rounds: Timed rounds; medians are reported. Dense attention takes turns with each.
+        compile: Compile the operation, as in a model; False runs it eagerly.
+    """
+    site, device = Site(inputs, shape.grid), str(inputs[0].device)
+    of_name = {system.name: system for system in systems}
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(shape.length, generator=generator)[:SAMPLED_ROWS].to(device)
+    dense = dense_rows(inputs, chosen)
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(*inputs)
+
+    for row in rows:
+        config = fit(of_name[row.system], row.density, site.kept)
+        if config is None:
+            yield row
+            continue
+        torch.compiler.reset()  # or the systems before count towards the recompile limit
+        sparse = functools.partial(_operation(config, shape.grid, compile), *inputs)
+        output = sparse().index_select(2, chosen).double()
+        times = time_interleaved({"dense": attend, "sparse": sparse}, rounds, device)
+        ms, baseline = (statistics.median(times[name]) for name in ("sparse", "dense"))
+        yield dataclasses.replace(
+            row,
+            ms=ms,
+            speedup=baseline / ms,
+            timed_kept=site.kept(config),
+            timed_error=((output - dense).square().sum() / dense.square().sum()).item(),
+        )
+
+
+def dense_rows(inputs: Inputs, rows: Tensor) -> Tensor:
+    """Dense attention of some rows in float64, a head at a time: ``[B, H, rows, Dv]``."""
+    query, key, value = inputs
+    scale = query.shape[-1] ** -0.5
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    (scale * q[rows].double() @ k.double().T).softmax(-1) @ v.double()
+                    for q, k, v in zip(*of_sample, strict=True)
+                ]
+            )
+            for of_sample in zip(query, key, value, strict=True)
+        ]
+    )
+
+
+def _operation(config: Config, grid: Grid, compile: bool) -> Callable[..., Tensor]:
+    def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sparse_attention(query, key, value, config=config, grid=grid)
+
+    return torch.compile(operation, dynamic=False) if compile else operation
+
+
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "kept": ("kept", ".1%"), "mse": ("MSE", ".2e"), "error": ("relative", ".2e"),
+    "recall": ("recall", ".1%"), "psnr": ("PSNR", ".1f"), "ms": ("ms", ".2f"),
+    "speedup": ("speed-up", ".2f"), "timed_kept": ("kept there", ".1%"),
+    "timed_error": ("relative there", ".2e"),
+}  # fmt: skip
+"""Columns of the table: field, heading and format."""
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line for each row; columns without a number are left out."""
+    shown = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
+    lines = [
+        f"| system | density | {' | '.join(COLUMNS[name][0] for name in shown)} |",
+        "|---" * (len(shown) + 2) + "|",
+    ]
+    for row in rows:
+        cells = [row.system, f"{row.density:g}"]
+        for name in shown:
+            value = getattr(row, name)
+            cells.append("-" if value is None else f"{value:{COLUMNS[name][1]}}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write every row, after what was measured on what."""
+    record = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def draw(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draw error against density, and what there is of picture against density, error against time.
+
+    Args:
+        path: File to write; its ending says of what kind.
+        rows: Of one study.
+        title: What stands above.
+    """
+    pyplot = require("matplotlib.pyplot", extra="demo")
+    panels = [("kept", "error", "share of blocks kept", "relative squared error of attention")]
+    if any(row.psnr is not None for row in rows):
+        panels.append(("kept", "psnr", "share of blocks kept", "PSNR against dense, dB"))
+    if any(row.ms is not None for row in rows):
+        panels.append(("ms", "timed_error", "time of the operation, ms", "relative squared error"))
+    figure, several = pyplot.subplots(
+        1, len(panels), figsize=(6 * len(panels), 5), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=9)
+    names = list(dict.fromkeys(row.system for row in rows))
+    families = list(dict.fromkeys(name.partition(" + ")[0] for name in names))
+    styles = {"": "--x", "UTA": "-o", "gaussian": "-s"}
+    for axes, (x, y, x_label, y_label) in zip(several[0], panels, strict=True):
+        for name in names:
+            points = sorted(
+                (getattr(row, x), getattr(row, y))
+                for row in rows
+                if row.system == name and None not in (getattr(row, x), getattr(row, y))
+            )
+            family, _, tail = name.partition(" + ")
+            width = 2.5 if name == "ours" else 1.2
+            axes.plot(
+                [point[0] for point in points], [point[1] for point in points], styles[tail],
+                color=f"C{families.index(family)}", lw=width, ms=4, label=name,
+            )  # fmt: skip
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if y != "psnr":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    several[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
