@@ -173,6 +173,7 @@ class SparseSite:
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
         alone: Whether the video alone has queries, and the others are keys and values.
+        in_order: Whether video tokens come in block order already.
     """
 
     config: Config
@@ -180,6 +181,7 @@ class SparseSite:
     scale: float | None
     video: tuple[int, int] | None = None
     alone: bool = False
+    in_order: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
@@ -187,7 +189,10 @@ class SparseSite:
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
         config, grid, scale, video = self.config, self.grid, self.scale, self.video
-        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)[0]
+        return _attend(
+            query, key, value, attn_mask, config, grid, scale, video, self.alone,
+            in_order=self.in_order,
+        )[0]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +232,41 @@ class ContinuedSite:
         site, mask = self.site, others[0] if len(others) == 3 else None
         output, centroids = _attend(
             query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
-            Centroids(*others[-2:]),
+            Centroids(*others[-2:]), site.in_order,
         )  # fmt: skip
         assert centroids is not None
         return output, *centroids
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIndex:
+    """The index by which a tensor's video tokens are brought into block order, or back.
+
+    Attributes:
+        grid: Frames, height and width of the video tokens.
+        order: As in ``Config.reorder``, but neither ``"auto"`` nor ``"none"``.
+        block: Tokens in a block.
+        dim: Of the tensor, along which tokens lie.
+        start: The first video token; those around the video stay where they are.
+        back: From block order into the order of the grid.
+    """
+
+    grid: Grid
+    order: str
+    block: int
+    dim: int
+    start: int
+    back: bool
+    __name__ = "token_index"  # torch.fx names and prints the target of a node by it
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """For a tensor: int64, as long as its dimension ``dim``."""
+        index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
+        tokens, length = math.prod(self.grid), x.shape[self.dim]
+        if length == tokens:
+            return index
+        around = torch.arange(length, device=x.device)
+        return torch.cat([around[: self.start], index + self.start, around[self.start + tokens :]])
 
 
 def reorder_tokens(
@@ -371,6 +407,7 @@ def _attend(
     video: tuple[int, int] | None,
     alone: bool = False,
     centroids: Centroids | None = None,
+    in_order: bool = False,
 ) -> tuple[Tensor, Centroids | None]:
     """The output and, of a policy that clusters, where the next step may start.
 
@@ -380,10 +417,13 @@ def _attend(
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
             none = (key[:, :, :0], value[:, :, :0])
-            return _attend_rectified(query, (key, value), none, None, config, grid, scale), None
+            output = _attend_rectified(
+                query, (key, value), none, None, config, grid, scale, in_order
+            )
+            return output, None
     if video is None:
         output, _, centroids = _attend_to_video(
-            query, key, value, config, grid, scale, centroids=centroids
+            query, key, value, config, grid, scale, in_order, centroids=centroids
         )
         return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
@@ -392,7 +432,7 @@ def _attend(
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
     if alone:
         return _attend_to_both(
-            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids
+            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order
         )
     before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
@@ -411,7 +451,7 @@ def _attend(
             bias = torch.where(row, 0.0, -torch.inf)
 
     output, centroids = _attend_to_both(
-        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids
+        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order
     )
     if doubt is not None:
         output = output + doubt.to(output.dtype)
@@ -449,12 +489,13 @@ def _attend_to_both(
     grid: Grid | None,
     scale: float | None,
     centroids: Centroids | None,
+    in_order: bool,
 ) -> tuple[Tensor, Centroids | None]:
     """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
     if config.tail_form().kind == "rectified":
-        return _attend_rectified(query, video, text, bias, config, grid, scale), None
+        return _attend_rectified(query, video, text, bias, config, grid, scale, in_order), None
     output, lse, centroids = _attend_to_video(
-        query, *video, config, grid, scale, text[0], bias, centroids
+        query, *video, config, grid, scale, in_order, text[0], bias, centroids
     )
     other, other_lse = _attend_to_text(query, *text, bias, config, scale)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
@@ -469,6 +510,7 @@ def _attend_to_video(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    in_order: bool,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     centroids: Centroids | None = None,
@@ -477,7 +519,9 @@ def _attend_to_video(
 
     Centroids are those that a policy that clusters found, starting from ``centroids``.
     """
-    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
+    (query, key, value), inverse = reorder_tokens(
+        query, key, value, config, None if in_order else grid
+    )
     selection = pool_tokens(query, key, value, config, scale, grid, text_key, text_bias, centroids)
     clusters = selection.clusters
     if clusters is None:
@@ -501,10 +545,11 @@ def _attend_rectified(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    in_order: bool,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
     text_key, text_value = text
-    (query, key, value), inverse = reorder_tokens(query, *video, config, grid)
+    (query, key, value), inverse = reorder_tokens(query, *video, config, None if in_order else grid)
     selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
     exact = config.selection_policy().select(selection)
     if text_bias is None:
