@@ -199,6 +199,7 @@ class Site:
 
     def __init__(self, inputs: Inputs, grid: Grid) -> None:
         self.inputs, self.grid = inputs, grid
+        self._kept: dict[Config, float] = {}
 
     def exact(self, config: Config) -> tuple[Tensor, Tensor, Tensor]:
         """The blocks that the policy chose, and the block of each token in raster order.
@@ -230,7 +231,13 @@ class Site:
         return policy.select(selection), rows, columns
 
     def kept(self, config: Config) -> float:
-        """Share of pairs of tokens in exact blocks."""
+        """Share of pairs of tokens in exact blocks; what the tail is does not matter."""
+        key = dataclasses.replace(config, tail="none")
+        if key not in self._kept:
+            self._kept[key] = self._count(key)
+        return self._kept[key]
+
+    def _count(self, config: Config) -> float:
         exact, rows, columns = self.exact(config)
         counts = [
             torch.zeros(
