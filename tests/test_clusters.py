@@ -615,7 +615,7 @@ def test_export_refuses_it_by_name():
 def test_operations_are_counted():
     """K-means by its distances, centroids against centroids, and the listed share of L x L."""
     shape, dim = (1, 2, 160, 32), 32
-    cost = sparse_cost(shape, dim, torch.float32, 160, None, Config(policy=FEW, density=0.5))
+    cost = sparse_cost(shape, shape, dim, torch.float32, 160, None, Config(policy=FEW, density=0.5))
     distances = 4 * 2 * 2 * 160 * (5 + 9) * 32
     assert cost.parts["scores"] == distances + 2 * 2 * 5 * 9 * 32
     assert cost.parts["listed"] == 0.5 * cost.dense
