@@ -265,6 +265,13 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def stable_sort(
+        x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+    ) -> Any:
+        """TopK of all: of equal values the one with the lower index comes first."""
+        size = opset18.Constant(value_ints=[x.shape[dim]])
+        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """An operator that returns a constant, as that constant."""
 
@@ -274,13 +281,6 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             )
 
         return constant
-
-    def stable_sort(
-        x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
-    ) -> Any:
-        """TopK of all: of equal values the one with the lower index comes first."""
-        size = opset18.Constant(value_ints=[x.shape[dim]])
-        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
     return {
         **{operator: written(function) for operator, function in CONSTANTS.items()},

@@ -92,14 +92,18 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     bias_rows = Reshape (map, rows_shape)
     blocks_q_scalar = Squeeze (blocks_q)
     row = Range (zero_scalar, blocks_q_scalar, one_scalar)
+    first_row = Mul (row, block_q_size)
+    rows_left = Sub (length_q, first_row)
+    rows_inside = Min (rows_left, block_q_size)
+    rows_float = Cast <to = 1> (rows_inside)
     logits_shape = Concat <axis = 0> (groups, block_q_size, blocks_kv, block_kv_size)
     flat_shape = Concat <axis = 0> (groups, block_q_size, padded_kv)
     middle_axes = Constant <value_ints = [1, 3]> ()
     OUTSIDE
 
-    last, block_outputs, block_lses = Scan <num_scan_inputs = 3, scan_input_axes = [1, 1, 0],
+    last, block_outputs, block_lses = Scan <num_scan_inputs = 4, scan_input_axes = [1, 1, 0, 0],
         scan_output_axes = [1, 1], body = attend_block (
-        float state, q_rows, bias_row, int64 index) =>
+        float state, q_rows, bias_row, int64 index, float true_rows) =>
         (float next, float[groups, rows, channels] out_rows, float[groups, rows] lse_rows)
     {
         next = Identity (state)
@@ -124,7 +128,7 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
         log_total = Log (total)
         lse_column = Add (base, log_total)
         lse_rows = Squeeze (lse_column, last_axis)
-    }> (zero_float, query_blocks, bias_rows, row)
+    }> (zero_float, query_blocks, bias_rows, row, rows_float)
 
     padded_output_shape = Concat <axis = 0> (lead, padded_q, dim_v)
     padded_output = Reshape (block_outputs, padded_output_shape)
@@ -181,8 +185,9 @@ _VARIANCE_INSIDE = """
         weight = Constant <value_float: float = @variance_weight> ()
         half = Constant <value_float = 0.5> ()
         half_weight = Mul (half, weight)
-        q_square = Mul (q, q)
-        sigma2 = MatMul (q_square, variance_by_channel)
+        square_total = ReduceSumSquare <keepdims = 1> (q, one)
+        square_mean = Div (square_total, true_rows)
+        sigma2 = MatMul (square_mean, variance_by_channel)
         lift = Mul (sigma2, half_weight)
         tail_lifted = Add (tail_left, lift)
 """

@@ -106,7 +106,7 @@ def attend_listed_layer(
 
 def block_scores_layer(
     shapes: Sequence[Shape], dtype: torch.dtype, limit: int, *, scale: float,
-    variance_weight: float, variance_power: float, block_q: int,
+    variance_weight: float, variance_power: float, block_q: int, rows: int,
 ) -> Layer:  # fmt: skip
     """The launch of ``uta::block_scores`` likewise."""
     (batch, heads, length_q, dim), blocks = shapes[0], shapes[1][2]
@@ -114,19 +114,19 @@ def block_scores_layer(
     tile = fit_tile(
         triton_scores._TILES, dtype, dim, triton_scores.MAX_BLOCK, most, 2, 2, limit
     )  # fmt: skip
-    block_m = max(tile.block_m, block_q)
+    block_m = max(tile.block_m, block_q // rows)
     if 2 * block_m * triton.next_power_of_2(dim) * dtype.itemsize >= limit:  # q and its square
-        block_m = block_q
+        block_m = max(16, block_q // rows)
     constants = {
         "HEADS": heads, "LENGTH_Q": length_q, "BLOCKS_Q": -(-length_q // block_q),
         "BLOCKS": blocks, "SCALE": scale, "SCALE_LOG2": scale * LOG2_E.value,
         "HALF_WEIGHT_LOG2": variance_weight / 2 * LOG2_E.value, "POWER_VALUE": variance_power,
-        "BLOCK_Q": block_q, "BLOCK_M": block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_Q": block_q, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": tile.block_n,
         "D": dim, "D_PADDED": triton.next_power_of_2(dim), "WEIGHTED": variance_weight != 0,
         "POWER": triton_scores._POWERS.get(variance_power, "any"),
         "PRECISION": dot_precision(dtype),
     }  # fmt: skip
-    grid = (triton.cdiv(length_q, block_m), batch * heads)
+    grid = (triton.cdiv(length_q, block_m * rows), batch * heads)
     return Layer(triton_tensorrt.block_scores_entry, constants, grid, _options(tile))
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export import ExportedProgram
 
 from uta_fx.export.tensorrt_ops import attend_in_steps
 from uta_fx.kernels import reference
+from uta_fx.kernels.constants import CONSTANTS
 
 MAX_K = 3840  # of TensorRT's ITopKLayer
 _SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # between them a positive threshold is looked for
@@ -24,7 +26,8 @@ _GEOMETRIC, _ARITHMETIC = 3, 7  # steps: 254 octaves to 1/16, and that to two ne
 def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     """A program of ``torch.export`` without the operations that TensorRT refuses.
 
-    ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold,
+    ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold, operators that
+    return a constant that constant, ``uta::rectified_attention`` ``uta::sparse_attention``, and
     ``uta::block_statistics`` plain PyTorch. Everything else stays as it is.
 
     Args:
@@ -35,11 +38,48 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
         torch.ops.aten.topk.default: _large_topk,
         torch.ops.uta.block_statistics.default: reference.block_statistics,
     }
+    table[torch.ops.uta.rectified_attention.default] = _rectified_attention
+    table.update({operator: _written(function) for operator, function in CONSTANTS.items()})
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps
     program = program.run_decompositions(table)
     _skip_expansions(program.graph_module)
     return program
+
+
+def _written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator that returns a constant, as that constant."""
+
+    def literal(like: Tensor, *arguments: Any) -> Tensor:
+        with unset_fake_temporarily():
+            made = function(*arguments)
+        return torch.tensor(made.tolist(), dtype=made.dtype, device=like.device)
+
+    return literal
+
+
+def _rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    block_counts: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    scale: float,
+    block_q: int,
+    block_kv: int,
+) -> Tensor:
+    """``uta::rectified_attention`` by ``uta::sparse_attention``, gain and offset after it."""
+    tail = reference.text_as_tail(query, text_key, text_value, text_bias, block_q)
+    arguments = (query, key, value, block_ids, block_counts, *tail, scale, 0.0, block_q, block_kv)
+    output, _ = torch.ops.uta.sparse_attention.default(*arguments)
+    rows = torch.arange(query.shape[2], device=query.device) // block_q
+    gains, offsets = (x.index_select(2, rows) for x in (gain, offset))
+    return (output.float() * gains[..., None] + offsets).to(query.dtype)
 
 
 def _skip_expansions(gm: torch.fx.GraphModule) -> None:

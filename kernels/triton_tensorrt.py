@@ -73,7 +73,7 @@ def attend_listed_entry(
         tl.store(lse_ptr + first + row, start_lse, mask=inside)
         tl.debug_barrier()  # other threads of the program read it next
     _listed_kernel(
-        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr,
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, ids_ptr, counts_ptr, None, None, None,
         HEADS * LENGTH_Q * D, LENGTH_Q * D, D,
         HEADS * LENGTH_KV * D, LENGTH_KV * D, D,
         HEADS * LENGTH_KV * DV, LENGTH_KV * DV, DV,
@@ -82,7 +82,7 @@ def attend_listed_entry(
         HEADS * BLOCKS_Q, BLOCKS_Q,
         HEADS, LENGTH_Q, LENGTH_KV, MAX_BLOCKS, SCALE_LOG2,
         BLOCK_Q, BLOCK_KV, BLOCK_M, BLOCK_N, D, D_PADDED, DV, DV_PADDED,
-        SIGN, EVEN, RESUME, CHUNK, PRECISION,
+        SIGN, EVEN, RESUME, False, False, CHUNK, PRECISION,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def block_scores_entry(
     HEADS: tl.constexpr, LENGTH_Q: tl.constexpr, BLOCKS_Q: tl.constexpr, BLOCKS: tl.constexpr,
     SCALE: tl.constexpr, SCALE_LOG2: tl.constexpr, HALF_WEIGHT_LOG2: tl.constexpr,
     POWER_VALUE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr,
     WEIGHTED: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,5 +105,5 @@ def block_scores_entry(
         HEADS * BLOCKS * D, BLOCKS * D, D,
         HEADS * BLOCKS, BLOCKS,
         HEADS, LENGTH_Q, BLOCKS_Q, BLOCKS, SCALE, SCALE_LOG2, HALF_WEIGHT_LOG2, POWER_VALUE,
-        BLOCK_Q, BLOCK_M, BLOCK_N, D, D_PADDED, WEIGHTED, POWER, PRECISION,
+        BLOCK_Q, ROWS, BLOCK_M, BLOCK_N, D, D_PADDED, WEIGHTED, POWER, PRECISION,
     )  # fmt: skip

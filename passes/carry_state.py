@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from uta_fx.passes.site import value_of
 
 
 def carry_state(
-    gm: GraphModule, example_inputs: Sequence[Any], kind: type
+    gm: GraphModule, example_inputs: Sequence[Any], kind: type[Any]
 ) -> tuple[GraphModule, list[Any]]:
     """Make the state of every call of a value of ``kind`` an input and an output of the graph.
 
@@ -40,10 +40,11 @@ def carry_state(
     graph, inputs, results = copy.graph, list(example_inputs), []
     placeholder = graph.find_nodes(op="placeholder")[-1]
     for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, kind):
+        site: Any = node.target
+        if node.op != "call_function" or not isinstance(site, kind):
             continue
         query, states = value_of(node.args[0]), []
-        for shape in node.target.state_shapes(query):
+        for shape in site.state_shapes(query):
             if not all(isinstance(size, int) for size in shape):
                 raise ValueError(
                     "a state of the graph must have a fixed shape: compile with dynamic=False,"
@@ -66,7 +67,7 @@ def carry_state(
                 after = graph.call_function(getitem, (node, index))
             results.append(after)
     last: Node = graph.output_node()
-    last.args = ((*last.args[0], *results),)
+    last.args = ((*cast("tuple[Any, ...]", last.args[0]), *results),)
     graph.lint()
     copy.recompile()
     return copy, inputs

@@ -54,6 +54,9 @@ class Site:
         reason: One sentence: why it is sparse, or why it stays dense.
         count: How many calls it stands for: more than one where a graph runs several times.
         cost: Of one call; None where nobody counted.
+        reordered: Where its tokens are brought into block order: ``"once"`` for the whole graph,
+            ``"in parts"`` of the graph or ``"here"``, around this call, and the operation that is
+            why; None where they are not.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Site:
     reason: str
     count: int = 1
     cost: Cost | None = None
+    reordered: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,18 @@ from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
 from uta_fx.passes.read_mask import hides
+from uta_fx.passes.reorder_tokens import (
+    MakeIndex,
+    Region,
+    SparseCall,
+    find_regions,
+    insert_gathers,
+)
 from uta_fx.passes.site import Grid, Operand, Site, value_of
 from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, same
 
-Replacement = Callable[..., torch.Tensor]
+Replacement = Callable[..., Any]
+"""Returns a tensor; or a tuple that begins with it, for ``carry_state`` to take apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,21 +37,27 @@ class Plan:
     Attributes:
         replacement: Makes what takes the place of a call, a function of q, k, v and, where there
             is one, the mask: from the site's grid, the call's scale (None for torch's default), of
-            a joint site the first video token and how many there are, and whether they alone have
-            queries.
+            a joint site the first video token and how many there are, whether they alone have
+            queries, and whether they are in block order already.
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         trust_masks: Whether a mask that the graph does not show to hide text alone is taken to.
         is_dense_layer: Of a layer's index and the number of layers.
+        token_index: Makes a function that gives, for a tensor, the index that brings the tokens of
+            a grid at a place of it into block order, or (True) back; None to leave the order of
+            tokens to each replacement alone.
     """
 
-    replacement: Callable[[Grid | None, float | None, tuple[int, int] | None, bool], Replacement]
+    replacement: Callable[
+        [Grid | None, float | None, tuple[int, int] | None, bool, bool], Replacement
+    ]
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
     trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
+    token_index: MakeIndex | None = None
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
@@ -56,7 +70,28 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     for call, kind in calls:
         layer = layers.index(call) if call in layers else None
         sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
-    return sites
+    reasons = {
+        node: reason
+        for region in _regions(gm, sites, plan)
+        for node, reason in region.reasons.items()
+    }
+    return [
+        (call, dataclasses.replace(site, reordered=reasons.get(call.node))) for call, site in sites
+    ]
+
+
+def _regions(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> list[Region]:
+    """Where the sparse sites' tokens are reordered for more than one site."""
+    if plan.token_index is None:
+        return []
+    return find_regions(
+        gm,
+        [
+            SparseCall(call, site.grid, 0 if site.text is None else int(site.text[0]))
+            for call, site in sites
+            if site.sparse and site.grid is not None
+        ],
+    )
 
 
 def _is_layer(call: Call, kind: str, plan: Plan) -> bool:
@@ -126,6 +161,12 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
 
     Exactly there, because models rotate q and k in place: dataflow does not show it.
     """
+    regions = _regions(gm, sites, plan)
+    in_order = {node for region in regions for node in region.calls}
+    moved: dict[tuple[Node, Node], Node] = {}
+    for region in regions:
+        assert plan.token_index is not None
+        moved |= insert_gathers(gm, region, plan.token_index)
     for call, site in sites:
         if not site.sparse:
             continue
@@ -136,11 +177,13 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             alone = same(call.query.shape[-2], video[1])
         with gm.graph.inserting_before(call.place):
             operands = [
-                _canonical(gm.graph, x, call.dtype) for x in (call.query, call.key, call.value)
+                _canonical(gm.graph, x, moved.get((call.place, x.node), x.node), call.dtype)
+                for x in (call.query, call.key, call.value)
             ]
             masks = () if call.attn_mask is None else (_mask(gm.graph, call),)
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale, video, alone), (*operands, *masks)
+                plan.replacement(site.grid, call.scale, video, alone, call.node in in_order),
+                (*operands, *masks),
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
@@ -154,9 +197,8 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     gm.recompile()
 
 
-def _canonical(graph: Graph, operand: Operand, dtype: torch.dtype) -> Node:
-    """The operand as ``[B, H, L, D]``."""
-    node = operand.node
+def _canonical(graph: Graph, operand: Operand, node: Node, dtype: torch.dtype) -> Node:
+    """A node that is laid out as an operand, as ``[B, H, L, D]``."""
     if operand.dtype != dtype:
         node = _emit(graph, "to", node, dtype)
     dims = [dim for dim in operand.order if dim is not None]

@@ -560,7 +560,7 @@ def _index(trace: Trace, node: Node) -> Axes | None:
 
 def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
     """``x[index]`` for integers, slices, None, Ellipsis and at most one tensor."""
-    entries = _entries(index, len(axes))
+    entries = index_entries(index, len(axes))
     result: list[Axis] = []
     rest = list(axes)
     for entry in entries:
@@ -580,7 +580,7 @@ def _indexed(trace: Trace, node: Node, axes: Axes, index: Any) -> Axes | None:
     return tuple(result)
 
 
-def _entries(index: Any, rank: int) -> list[Any]:
+def index_entries(index: Any, rank: int) -> list[Any]:
     """An index of a tensor in full: one entry for each dimension, and each None."""
     entries = list(index) if isinstance(index, tuple) else [index]
     taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
@@ -751,7 +751,7 @@ def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> No
     if not isinstance(value, Node) or not isinstance(recorded(value), torch.Tensor):
         return
     axes, written = trace.of(target), trace.of(value)
-    entries = _entries(index, len(axes))
+    entries = index_entries(index, len(axes))
     known = all(isinstance(entry, (slice, int)) for entry in entries)
     lost: set[int] = set()
     place = len(written) - sum(isinstance(entry, slice) for entry in entries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import getitem
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,8 +57,8 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
                 call = gm.graph.call_function(invoke_subgraph, (subgraph, name, *node.args))
             else:
                 call = gm.graph.call_module(name, node.args)
-            result = call
-            if len(module.graph.output_node().args[0]) == 1:
+            result, outputs = call, cast("tuple[Any, ...]", module.graph.output_node().args[0])
+            if len(outputs) == 1:
                 result = gm.graph.call_function(getitem, (call, 0))
         result.meta = dict(node.meta)  # same shape, dtype and source line
         node.replace_all_uses_with(result)

@@ -218,6 +218,17 @@ def test_site_budget_is_spent_to_the_block():
     assert spend_budget(scores, 0.001, "site").sum(-1).eq(1).all()
 
 
+def test_head_budget_is_the_same_in_every_head():
+    """Exactly ceil(density * Nq * Nk) blocks a head and sample, where its scores are highest."""
+    scores = torch.rand(2, 3, 10, 20, generator=torch.Generator().manual_seed(0))
+    scores[:, 0] *= 0.01  # a head that a site budget would forget
+    mask = spend_budget(scores, 0.1, "head")
+    assert mask.sum((2, 3)).eq(20).all() and mask.sum(-1).min() >= 1
+    others = mask.scatter(-1, scores.argmax(-1, keepdim=True), False)
+    for head, kept, best in zip(*(x.flatten(0, 1) for x in (scores, others, mask)), strict=True):
+        assert head[kept].min() >= head[~best].max()
+
+
 def test_row_budget_is_the_same_in_every_row():
     """ceil(density * Nk) in each."""
     scores = torch.rand(2, 3, 10, 20, generator=torch.Generator().manual_seed(0))

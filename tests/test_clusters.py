@@ -598,11 +598,17 @@ def test_parameters_out_of_range(make, message):
 
 def test_more_clusters_than_tokens_names_the_field_and_the_remedy():
     q, k, v = tokens_of()
-    with pytest.raises(ValueError, match=r"query_clusters .* 150, got 300: pass policy=.*SVG2"):
-        sparse_attention(q, k, v, config=Config(policy="svg2"))
-    few_queries = Config(policy=SVG2(query_clusters=2))
-    with pytest.raises(ValueError, match=r"key_clusters .* 150, got 1000: pass policy=.*SVG2"):
-        sparse_attention(q, k, v, config=few_queries)
+    for name in ("query_clusters", "key_clusters"):
+        config = Config(policy=SVG2(**{name: 151}))
+        with pytest.raises(ValueError, match=f"{name} .* 150, got 151: pass fewer, or None"):
+            sparse_attention(q, k, v, config=config)
+
+
+def test_clusters_are_as_many_for_each_token_as_published():
+    """At 720p those of the paper; never none."""
+    assert SVG2().clusters_of(75600) == (300, 1000)
+    assert SVG2().clusters_of(4096) == (16, 54)
+    assert SVG2(key_clusters=7).clusters_of(10) == (1, 7)
 
 
 def test_export_refuses_it_by_name():

@@ -14,7 +14,7 @@ from uta_fx.tails import Tail
         ({"density": float("nan")}, ValueError, "density must be"),
         ({"density": "0.1"}, TypeError, "density must be a number"),
         ({"dense_until": 1.1}, ValueError, r"dense_until must be in \[0, 1\]"),
-        ({"budget": "head"}, ValueError, "budget must be one of site, row, got 'head'"),
+        ({"budget": "block"}, ValueError, "budget must be one of site, head, row, got 'block'"),
         ({"policy": "best"}, ValueError, "policy must be one of low_delta, topk"),
         ({"policy": 3}, TypeError, "policy must be a name or have a method select"),
         ({"tail": "long"}, ValueError, "tail must be one of none, normalizer, single"),

@@ -13,7 +13,10 @@ SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
 @torch.no_grad()
 def test_a_wan_program_keeps_its_result_and_holds_the_operator():
-    """Self-attention becomes the operator, cross-attention stays, density 1 changes nothing."""
+    """Self-attention becomes the operator, cross-attention stays, density 1 changes nothing.
+
+    Gathered are the patches and two rotary tables, and the tokens on their way out.
+    """
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(
@@ -29,6 +32,8 @@ def test_a_wan_program_keeps_its_result_and_holds_the_operator():
     targets = [node.target for node in sparse.graph.nodes]
     assert targets.count(torch.ops.uta.sparse_attention.default) == 2
     assert targets.count(torch.ops.aten.scaled_dot_product_attention.default) == 2
+    assert targets.count(torch.ops.aten.index_select.default) == 4
+    assert {site.reordered for site in sites if site.sparse} == {"once"}
     output = sparse.module()(*args, return_dict=False)[0]
     torch.testing.assert_close(output, model(*args, return_dict=False)[0], rtol=1e-4, atol=1e-5)
 

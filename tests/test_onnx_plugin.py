@@ -182,3 +182,15 @@ def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
     expected, expected_lse = operator(*(x.cuda() if torch.is_tensor(x) else x for x in args))
     assert torch.equal(output, expected)
     assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+def test_a_plugin_for_another_gpu_says_which(tmp_path):
+    """Given by hand; one that is built here fits."""
+    path, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
+    _, inputs = write_node(path, Case())
+    build(path, library, 120 if torch.cuda.get_device_capability() != (12, 0) else 90)
+    session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"], plugin=library)
+    with pytest.raises(Exception, match=r"loading its kernel for sm_(120|90)"):
+        session.run(None, {name: x.numpy() for name, x in inputs.items()})

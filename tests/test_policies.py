@@ -10,7 +10,6 @@ from uta_fx import Config, sparse_attention
 from uta_fx.attention import pool_blocks
 from uta_fx.policies import (
     BY_NAME,
-    SVG2,
     OracleLowDelta,
     OracleTopK,
     OracleTopP,
@@ -18,6 +17,7 @@ from uta_fx.policies import (
     Threshold,
     TopP,
 )
+from uta_fx.tails import KINDS
 
 BLOCK = 16
 
@@ -174,13 +174,27 @@ def test_parameters_out_of_range(make, message):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
+def test_every_policy_goes_with_every_tail(name):
+    """Ragged blocks included. The window of tiles covers so small a grid: then it is dense."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 105, 16, generator=generator).unbind()
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    outputs = {}
+    for tail in KINDS:
+        config = Config(density=0.4, policy=name, tail=tail, block_q=BLOCK, block_kv=BLOCK)
+        outputs[tail] = sparse_attention(q, k, v, config=config, grid=(3, 5, 7))
+        assert outputs[tail].isfinite().all()
+    exact = [torch.allclose(output, dense, rtol=1e-4, atol=1e-5) for output in outputs.values()]
+    assert all(exact) or not any(exact)
+    assert all(exact) == (name == "sliding_tile")
+
+
+@pytest.mark.parametrize("name", BY_NAME)
 def test_every_policy_by_its_name_in_the_operation(name):
     """Traced by torch.compile without a break, it gives what it gives by itself."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 96, 16, generator=generator).unbind()
-    few = {"svg2": SVG2(query_clusters=4, key_clusters=12)}  # by name, more than there are tokens
-    policy = few.get(name, name)
-    config = Config(density=0.4, policy=policy, block_q=BLOCK, block_kv=BLOCK)
+    config = Config(density=0.4, policy=name, block_q=BLOCK, block_kv=BLOCK)
 
     def call(q, k, v):
         return sparse_attention(q, k, v, config=config, grid=(2, 6, 8))

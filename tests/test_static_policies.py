@@ -286,3 +286,23 @@ def test_windows_must_be_as_many_as_heads():
         ValueError, match=r"windows must hold one .* one for each of 2 heads, got 3"
     ):
         policy.select(selection)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["radial", "spatial_temporal", "rectified"])
+def test_a_static_policy_is_recorded_into_a_cuda_graph(policy):
+    """What it keeps on the device is no part of the graph's memory; later calls see it whole."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 960, 64, generator=generator).cuda().unbind()
+    tail = "rectified" if policy == "rectified" else "block"
+    config = Config(policy=policy, tail=tail, density=0.3)
+
+    def attend(q, k, v):
+        return sparse_attention(q, k, v, config=config, grid=(6, 10, 16))
+
+    with torch.no_grad():
+        expected = attend(q, k, v)
+        compiled = torch.compile(attend, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):
+            torch.testing.assert_close(compiled(q, k, v).clone(), expected, rtol=1e-3, atol=1e-4)
+            torch.compiler.cudagraph_mark_step_begin()

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uta_fx import Config
+from uta_fx import Config, sparse_attention
 from uta_fx.bench.inputs import Shape
-from uta_fx.policies import Radial
+from uta_fx.policies import SVG2, Radial
 from uta_fx.study.oracle import OracleError, measure_oracle, token_oracle
 from uta_fx.study.oracle import markdown as oracle_markdown
 from uta_fx.study.sites import AttentionCall
@@ -91,10 +91,10 @@ def test_a_density_is_reached_or_said_not_to_be():
     kept = Site((torch.randn(1, 1, 6144, 16),) * 3, (6, 32, 32)).kept
     (radial,) = find_systems(["Radial"])
     least = kept(Config(policy=Radial(decay=2**-8)))
-    assert fit(radial, least / 2, kept) is None
-    assert kept(fit(radial, 0.8, kept)) == pytest.approx(0.8, rel=0.2)
+    assert fit(radial, least / 2, 6144, kept) is None
+    assert kept(fit(radial, 0.8, 6144, kept)) == pytest.approx(0.8, rel=0.2)
     (topk,) = find_systems(["Top-K"])
-    assert fit(topk, 0.3, kept).density == 0.3
+    assert fit(topk, 0.3, 6144, kept).density == 0.3
     with pytest.raises(ValueError, match=r"system must be among Top-K, .* ours, got Top"):
         find_systems(["Top"])
 
@@ -125,13 +125,35 @@ def test_recall_and_error_are_those_of_the_blocks():
     site = call()
     config = Config(policy="window", tail="none", density=0.5, reorder="none", budget="row")
     measured = Site((site.query, site.key, site.value), GRID)
-    _, exact = measured.exact(config)
+    exact, _, _ = measured.exact(config)
     attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
     tokens = exact.repeat_interleave(64, 2).repeat_interleave(64, 3)
     assert measured.recall(config) == pytest.approx((attention * tokens).sum(-1).mean().item())
     inside = attention * tokens
     output = inside / inside.sum(-1, keepdim=True) @ site.value.double()
     torch.testing.assert_close(measured.output(config).double(), output, rtol=1e-4, atol=1e-5)
+
+
+def test_clusters_are_counted_by_their_tokens():
+    """Share and recall of kept pairs of tokens, stated by what each token sees."""
+    site = call()
+    policy = SVG2(query_clusters=3, key_clusters=7, mass=0.5, least=0.0)
+    config = Config(policy=policy, tail="none")
+    measured = Site((site.query, site.key, site.value), GRID)
+    attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
+    # what a query sees of a value that is one-hot by key is its attention
+    one_hot = torch.eye(site.key.shape[2]).expand(*site.key.shape[:2], -1, -1)
+    seen = torch.cat(
+        [
+            sparse_attention(site.query, site.key, part, config=config) > 0
+            for part in one_hot.split(16, 3)
+        ],
+        3,
+    )
+    assert 0 < measured.kept(config) < 1
+    assert measured.kept(config) == pytest.approx(seen.double().mean().item())
+    recall = (attention * seen).sum(-1).mean().item()
+    assert measured.recall(config) == pytest.approx(recall, rel=1e-5)
 
 
 def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):
@@ -182,3 +204,20 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path):
         command = ["study", "policies", "--output", str(tmp_path), *arguments]
         result = CliRunner().invoke(app, command)
         assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["SVG2", "ours"])
+def test_recall_is_that_of_the_tokens_whatever_the_blocks(name):
+    """Of clusters and of tiles: what a token sees exactly, token by token."""
+    site = call()
+    (system,) = find_systems([name])
+    config = system.config(0.5, 256)
+    measured = Site((site.query, site.key, site.value), GRID)
+    exact, rows, columns = measured.exact(config)
+    attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
+    seen = torch.zeros(2, 256, 256, dtype=torch.bool)
+    for head in range(2):
+        for i in range(256):
+            seen[head, i] = exact[0, head, rows[0, head, i]][columns[0, head]]
+    assert measured.kept(config) == pytest.approx(seen.double().mean().item())
+    assert measured.recall(config) == pytest.approx((attention[0] * seen).sum(-1).mean().item())

@@ -21,6 +21,7 @@ from test_onnx_plugin import Attention
 import uta_fx
 from uta_fx import Config, build_tensorrt_engine, export_tensorrt
 from uta_fx.kernels import reference
+from uta_fx.kernels.constants import CONSTANTS
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -272,7 +273,13 @@ def scores_case(dtype):
         torch.rand(2, 3, 5, 32, generator=generator).to(dtype),
         torch.rand(2, 3, 5, generator=generator),
     ]
-    attributes = {"scale": 0.2, "variance_weight": 0.5, "variance_power": 1.0, "block_q": 32}
+    attributes = {
+        "scale": 0.2,
+        "variance_weight": 0.5,
+        "variance_power": 1.0,
+        "block_q": 32,
+        "rows": 2,
+    }
     exact = reference.block_scores(*(x.double() for x in inputs), *attributes.values())
     return inputs, attributes, exact
 
@@ -309,7 +316,7 @@ LAYERS = {
     ),
     "block_scores": (
         [(1, 2, 200, 128), (1, 2, 4, 128), (1, 2, 4, 128), (1, 2, 4)],
-        {"scale": 0.1, "variance_weight": 0.0, "variance_power": 1.0, "block_q": 64},
+        {"scale": 0.1, "variance_weight": 0.0, "variance_power": 1.0, "block_q": 64, "rows": 4},
     ),
 }  # fmt: skip
 
@@ -401,14 +408,15 @@ def test_a_program_in_steps_computes_what_the_backend_computes(launched_by, limi
     """What both ways to an engine start from, with the kernels that the engine would launch."""
     model, inputs = small_wan()
     kwargs = {**inputs, "return_dict": False}
-    config = Config(density=0.3, **SMALL)
+    config = Config(density=0.3, reorder="morton", **SMALL)
     program, _ = uta_fx.exporters._sparse_program(model, (), kwargs, None, config)
     program = tensorrt_program.spell_out(program, plugins=True)
     names = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert torch.ops.uta.sparse_attention.default not in names
     assert torch.ops.aten.topk.default not in names
+    assert names.isdisjoint(CONSTANTS)
     output = program.module()(**kwargs)[0]
-    expected = compiled(model, inputs, density=0.3)
+    expected = compiled(model, inputs, density=0.3, reorder="morton")
     assert (output - expected).norm() <= 1e-5 * expected.norm()
 
 

@@ -85,8 +85,8 @@ def clustered_attention(
         query: As in ``sparse_attention``.
         key: See there.
         value: See there.
-        centroids: What the step before returned, with the same batch, heads and head dim; the
-            number of tokens may be another. None to start anew.
+        centroids: What the step before returned, with the same batch, heads, head dim and numbers
+            of clusters. None to start anew.
         config: With the policy ``svg2``.
         grid: As in ``sparse_attention``.
         scale: See there.
@@ -108,10 +108,8 @@ def clustered_attention(
     grid, video = _checked(query, key, value, attn_mask, config, grid, text)
     if centroids is not None:
         lead, dim = query.shape[:2], query.shape[3]
-        for name, got, clusters in (
-            ("query", centroids.query, policy.query_clusters),
-            ("key", centroids.key, policy.key_clusters),
-        ):
+        counts = policy.clusters_of(query.shape[2] - sum(text))
+        for name, got, clusters in zip(("query", "key"), centroids, counts, strict=True):
             if got.shape != (*lead, clusters, dim):
                 raise ValueError(
                     f"centroids.{name} must have shape {(*lead, clusters, dim)},"
@@ -175,6 +173,7 @@ class SparseSite:
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
         video: The first video token and how many there are, where others lie around them.
         alone: Whether the video alone has queries, and the others are keys and values.
+        in_order: Whether video tokens come in block order already.
     """
 
     config: Config
@@ -182,6 +181,7 @@ class SparseSite:
     scale: float | None
     video: tuple[int, int] | None = None
     alone: bool = False
+    in_order: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
@@ -189,7 +189,10 @@ class SparseSite:
     ) -> Tensor:
         """Attend; shapes and meaning as in ``sparse_attention``."""
         config, grid, scale, video = self.config, self.grid, self.scale, self.video
-        return _attend(query, key, value, attn_mask, config, grid, scale, video, self.alone)[0]
+        return _attend(
+            query, key, value, attn_mask, config, grid, scale, video, self.alone,
+            in_order=self.in_order,
+        )[0]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,11 +210,9 @@ class ContinuedSite:
         """Shapes of the centroids of ``query`` ``[B, H, L, D]`` and of its keys."""
         policy = self.site.config.selection_policy()
         assert isinstance(policy, SVG2)
-        batch, heads, _, dim = query.shape
-        return (
-            (batch, heads, policy.query_clusters, dim),
-            (batch, heads, policy.key_clusters, dim),
-        )
+        batch, heads, length, dim = query.shape
+        counts = policy.clusters_of(self.site.video[1] if self.site.video else length)
+        return (batch, heads, counts[0], dim), (batch, heads, counts[1], dim)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
@@ -231,10 +232,41 @@ class ContinuedSite:
         site, mask = self.site, others[0] if len(others) == 3 else None
         output, centroids = _attend(
             query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
-            Centroids(*others[-2:]),
+            Centroids(*others[-2:]), site.in_order,
         )  # fmt: skip
         assert centroids is not None
         return output, *centroids
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIndex:
+    """The index by which a tensor's video tokens are brought into block order, or back.
+
+    Attributes:
+        grid: Frames, height and width of the video tokens.
+        order: As in ``Config.reorder``, but neither ``"auto"`` nor ``"none"``.
+        block: Tokens in a block.
+        dim: Of the tensor, along which tokens lie.
+        start: The first video token; those around the video stay where they are.
+        back: From block order into the order of the grid.
+    """
+
+    grid: Grid
+    order: str
+    block: int
+    dim: int
+    start: int
+    back: bool
+    __name__ = "token_index"  # torch.fx names and prints the target of a node by it
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """For a tensor: int64, as long as its dimension ``dim``."""
+        index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
+        tokens, length = math.prod(self.grid), x.shape[self.dim]
+        if length == tokens:
+            return index
+        around = torch.arange(length, device=x.device)
+        return torch.cat([around[: self.start], index + self.start, around[self.start + tokens :]])
 
 
 def reorder_tokens(
@@ -309,6 +341,40 @@ def pool_blocks(
     )
 
 
+def pool_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: Config,
+    scale: float | None,
+    grid: Grid | None = None,
+    text_key: Tensor | None = None,
+    text_bias: Tensor | None = None,
+    centroids: Centroids | None = None,
+) -> Selection:
+    """As ``pool_blocks``; a policy that clusters gets the blocks of its clusters.
+
+    Args:
+        query: See there.
+        key: See there.
+        value: See there.
+        config: See there.
+        scale: See there.
+        grid: See there.
+        text_key: See there.
+        text_bias: See there.
+        centroids: Where clusters start; None for anew.
+    """
+    policy, clusters = config.selection_policy(), None
+    if isinstance(policy, SVG2):
+        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
+        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
+        query = clusters.query.gather(query)
+        key, value = clusters.key.gather(key), clusters.key.gather(value)
+        grid = None  # tokens lie elsewhere
+    return pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
+
+
 def operator_arguments(
     selection: Selection, key: Tensor, value: Tensor, config: Config
 ) -> tuple[Any, ...]:
@@ -341,6 +407,7 @@ def _attend(
     video: tuple[int, int] | None,
     alone: bool = False,
     centroids: Centroids | None = None,
+    in_order: bool = False,
 ) -> tuple[Tensor, Centroids | None]:
     """The output and, of a policy that clusters, where the next step may start.
 
@@ -350,10 +417,13 @@ def _attend(
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
             none = (key[:, :, :0], value[:, :, :0])
-            return _attend_rectified(query, (key, value), none, None, config, grid, scale), None
+            output = _attend_rectified(
+                query, (key, value), none, None, config, grid, scale, in_order
+            )
+            return output, None
     if video is None:
         output, _, centroids = _attend_to_video(
-            query, key, value, config, grid, scale, centroids=centroids
+            query, key, value, config, grid, scale, in_order, centroids=centroids
         )
         return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
@@ -362,7 +432,7 @@ def _attend(
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
     if alone:
         return _attend_to_both(
-            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids
+            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order
         )
     before_q, q, after_q = query.split(sizes, 2)
     # one row of video too: a graph need not know that there is any text
@@ -381,7 +451,7 @@ def _attend(
             bias = torch.where(row, 0.0, -torch.inf)
 
     output, centroids = _attend_to_both(
-        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids
+        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order
     )
     if doubt is not None:
         output = output + doubt.to(output.dtype)
@@ -419,12 +489,13 @@ def _attend_to_both(
     grid: Grid | None,
     scale: float | None,
     centroids: Centroids | None,
+    in_order: bool,
 ) -> tuple[Tensor, Centroids | None]:
     """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
     if config.tail_form().kind == "rectified":
-        return _attend_rectified(query, video, text, bias, config, grid, scale), None
+        return _attend_rectified(query, video, text, bias, config, grid, scale, in_order), None
     output, lse, centroids = _attend_to_video(
-        query, *video, config, grid, scale, text[0], bias, centroids
+        query, *video, config, grid, scale, in_order, text[0], bias, centroids
     )
     other, other_lse = _attend_to_text(query, *text, bias, config, scale)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
@@ -439,6 +510,7 @@ def _attend_to_video(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    in_order: bool,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     centroids: Centroids | None = None,
@@ -447,19 +519,16 @@ def _attend_to_video(
 
     Centroids are those that a policy that clusters found, starting from ``centroids``.
     """
-    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    policy, clusters = config.selection_policy(), None
-    if isinstance(policy, SVG2):
-        key, value = (for_heads(x, query.shape[1]) for x in (key, value))
-        clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
-        query = clusters.query.gather(query)
-        key, value = clusters.key.gather(key), clusters.key.gather(value)
-        centroids, grid = clusters.centroids, None
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
-    arguments = operator_arguments(selection, key, value, config)
+    (query, key, value), inverse = reorder_tokens(
+        query, key, value, config, None if in_order else grid
+    )
+    selection = pool_tokens(query, key, value, config, scale, grid, text_key, text_bias, centroids)
+    clusters = selection.clusters
     if clusters is None:
-        output, lse = ops.sparse_attention(*arguments)
+        output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
     else:
+        centroids = clusters.centroids
+        arguments = operator_arguments(selection, selection.key, selection.value, config)
         output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
         output = clusters.query.scatter(output)
         lse = clusters.query.scatter(lse[..., None])[..., 0]
@@ -476,10 +545,11 @@ def _attend_rectified(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    in_order: bool,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
     text_key, text_value = text
-    (query, key, value), inverse = reorder_tokens(query, *video, config, grid)
+    (query, key, value), inverse = reorder_tokens(query, *video, config, None if in_order else grid)
     selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
     exact = config.selection_policy().select(selection)
     if text_bias is None:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import ContinuedSite, SparseSite
+from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
 from uta_fx.config import Config
 from uta_fx.dump import readable
 from uta_fx.passes.carry_state import carry_state, with_state
+from uta_fx.passes.order_rules import Place
+from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
@@ -55,6 +57,9 @@ def uta(
         )
     sparsify(gm, example_inputs, config)
     share = config.inner == "inductor"
+    trace_calls(gm, TokenIndex, share=False)
+    # apart, so that Inductor gathers a table once and not in each kernel that reads it
+    trace_calls(gm, GatherTokens, share=share)
     if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
         trace_calls(gm, ContinuedSite, share=share)
@@ -109,10 +114,17 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
 def plan_of(config: Config) -> Plan:
     """What the passes need to know of a configuration."""
 
+    def index(grid: Grid, place: Place, back: bool) -> TokenIndex:
+        return TokenIndex(grid, config.order, config.block_kv, *place, back)
+
     def replacement(
-        grid: Grid | None, scale: float | None, video: tuple[int, int] | None, alone: bool
+        grid: Grid | None,
+        scale: float | None,
+        video: tuple[int, int] | None,
+        alone: bool,
+        in_order: bool,
     ) -> SparseSite | ContinuedSite:
-        site = SparseSite(config, grid, scale, video, alone)
+        site = SparseSite(config, grid, scale, video, alone, in_order)
         return ContinuedSite(site) if _keeps(config) else site
 
     return Plan(
@@ -122,6 +134,7 @@ def plan_of(config: Config) -> Plan:
         grid=config.grid,
         trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
+        token_index=None if config.order == "none" else index,
     )
 
 

@@ -67,7 +67,10 @@ TailName = Annotated[
     ),
 ]
 Budget = Annotated[
-    str, typer.Option(help="site: one budget for a whole attention call; row: equal rows.")
+    str,
+    typer.Option(
+        help="site: one budget for a whole attention call; head: one a head; row: equal rows."
+    ),
 ]
 Reorder = Annotated[str, typer.Option(help="Token order: tile, morton, hilbert, none, or auto.")]
 DenseUntil = Annotated[

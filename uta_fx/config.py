@@ -25,7 +25,8 @@ class Config:
         tail: Name of a tail (``none``, ``normalizer``, ``single``, ``bins``, ``block``,
             ``first_order``, ``gaussian``, ``rectified``) or a ``uta_fx.tails.Tail``.
         budget: ``"site"``: ``density`` is a share of all blocks of one attention call and sample,
-            spent where the policy's score is highest; ``"row"``: of each query block's blocks.
+            spent where the policy's score is highest; ``"head"``: of those of each head; ``"row"``:
+            of each query block's blocks.
         bins: Groups of the tail ``bins``.
         block_q: Query tokens in a block: 16, 32, 64 or 128.
         block_kv: Key tokens in a block: 16, 32, 64 or 128.

@@ -130,12 +130,14 @@ class Explanation:
     def __str__(self) -> str:
         header: tuple[str, ...] = (
             "site", "calls", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs a call",
-            "of model", "decision", "TFLOPs then", "reason",
+            "of model", "decision", "TFLOPs then", "tokens reordered", "reason",
         )  # fmt: skip
         rows = [self._row(site) for site in self.sites]
         empty = {"calls"} if all(site.count == 1 for site in self.sites) else set()
         if all(site.cost is None for site in self.sites):
             empty |= {"TFLOPs a call", "of model", "TFLOPs then"}
+        if all(site.reordered is None for site in self.sites):
+            empty |= {"tokens reordered"}
         kept = [index for index, name in enumerate(header) if name not in empty]
         header, rows = (
             tuple(header[index] for index in kept),
@@ -169,6 +171,7 @@ class Explanation:
             "-" if share is None else f"{share:.1%}",
             "sparse" if site.sparse else "dense",
             _tera(cost.decided) if cost and site.sparse else "-",
+            site.reordered or "-",
             site.reason,
         )
 

@@ -13,7 +13,7 @@ from uta_fx.clusters import Clusters
 from uta_fx.order import Grid
 from uta_fx.statistics import BlockStatistics
 
-BUDGETS = ("site", "row")
+BUDGETS = ("site", "head", "row")
 
 Layout = tuple[list[int], str, int, int]
 """Grid, order, query rows in a block, keys in a block."""
@@ -30,7 +30,7 @@ class Selection:
         statistics: Of the key and value blocks.
         scale: Multiplies the logits.
         density: Share of key blocks to keep exact, in (0, 1].
-        budget: ``"site"`` or ``"row"``: what ``density`` is a share of.
+        budget: A name in ``BUDGETS``: what ``density`` is a share of.
         block_q: Query rows in a block.
         block_kv: Keys in a block.
         grid: Frames, height and width of the tokens; None where nobody knows.
@@ -96,13 +96,13 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
 
     ``budget="row"`` keeps ``ceil(density * Nk)`` blocks in every row. ``budget="site"`` keeps
     ``ceil(density * H * Nq * Nk)`` blocks of each sample, wherever its scores are highest, after
-    the best block of every row. Samples of a batch never compete, so that a result does not depend
-    on its neighbours.
+    the best block of every row; ``budget="head"`` ``ceil(density * Nq * Nk)`` of each head of each
+    sample. Samples of a batch never compete, so that a result does not depend on its neighbours.
 
     Args:
-        scores: ``[B, H, Nq, Nk]``, higher is kept; within a site rows must be comparable.
+        scores: ``[B, H, Nq, Nk]``, higher is kept; within a budget rows must be comparable.
         density: In (0, 1].
-        budget: ``"site"`` or ``"row"``.
+        budget: ``"site"``, ``"head"`` or ``"row"``.
 
     Returns:
         Boolean ``[B, H, Nq, Nk]``.
@@ -112,8 +112,10 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
         return _highest(scores, share_of(density, blocks))
     best = torch.zeros_like(scores, dtype=torch.bool)
     best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
-    flat = scores.masked_fill(best, torch.inf).reshape(batch, heads * rows * blocks)
-    kept = max(heads * rows, share_of(density, heads * rows * blocks))
+    lead = (batch, heads) if budget == "head" else (batch,)
+    all_rows = rows if budget == "head" else heads * rows
+    flat = scores.masked_fill(best, torch.inf).reshape(*lead, all_rows * blocks)
+    kept = max(all_rows, share_of(density, all_rows * blocks))
     return _highest(flat, kept).view(scores.shape)
 
 

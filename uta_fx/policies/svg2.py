@@ -12,6 +12,8 @@ from uta_fx.clusters import Centroids, Clusters, first_centroids, sort_into_bloc
 from uta_fx.kernels import ops
 from uta_fx.policies.base import Selection
 
+PUBLISHED_TOKENS = 21 * 45 * 80  # of Wan at 720p
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SVG2:
@@ -29,19 +31,21 @@ class SVG2:
     block of a cluster that is not kept is a block like any other. ``Config.density`` and
     ``Config.budget`` have no effect: ``mass`` decides.
 
-    Published: the tail dropped; 300 clusters of queries for Wan at 720p, 200 at 480p, 400 for
-    HunyuanVideo at 720p; k-means started from tokens drawn by chance, with up to 50 iterations,
-    and 2 at later steps, which start from the centroids of the step before. Here it starts from
-    tokens spread evenly, and an iteration count is a count, so that nothing waits for the host.
-    Later steps go on where the step before ended if ``keep`` is set, which concerns compiled graphs
-    alone, or if ``uta_fx.attention.clustered_attention`` is told where that was.
+    Published: the tail dropped; 1000 clusters of keys always, and of queries 300 for Wan at 720p,
+    200 at 480p, 400 for HunyuanVideo at 720p; k-means started from tokens drawn by chance, with up
+    to 50 iterations, and 2 at later steps, which start from the centroids of the step before. Here
+    it starts from tokens spread evenly, and an iteration count is a count, so that nothing waits
+    for the host. Later steps go on where the step before ended if ``keep`` is set, which concerns
+    compiled graphs alone, or if ``uta_fx.attention.clustered_attention`` is told where that was.
 
     Attributes:
-        query_clusters: Clusters of queries, from 1 to the number of video tokens.
-        key_clusters: Clusters of keys, likewise.
+        query_clusters: Clusters of queries, from 1 to the number of video tokens; None for as many
+            for each token as published for Wan at 720p, one for 252.
+        key_clusters: Clusters of keys, likewise; None for one for 76.
         mass: Share of a query cluster's attention to keep, in (0, 1].
         least: Share of the clusters to keep in any case, in [0, 1]; never none.
-        iterations: Of k-means from a new start, at least 1.
+        iterations: Of k-means from a new start, at least 1. More than 10 gain next to nothing on
+            the trained model (``docs/measured.md``).
         continued: Of k-means from the centroids of the step before, at least 1.
         seed: Another seed starts from other tokens; at least 0.
         keep: Whether a compiled graph starts each call from where it ended the last, with
@@ -55,11 +59,11 @@ class SVG2:
         ValueError: A field is outside its range; more clusters than tokens when it is used.
     """
 
-    query_clusters: int = 300
-    key_clusters: int = 1000
+    query_clusters: int | None = None
+    key_clusters: int | None = None
     mass: float = 0.9
     least: float = 0.1
-    iterations: int = 50
+    iterations: int = 10
     continued: int = 2
     seed: int = 0
     keep: bool = False
@@ -72,10 +76,30 @@ class SVG2:
         if not 0 <= self.least <= 1:
             raise ValueError(f"least must be in [0, 1], got {self.least}")
         for name in ("query_clusters", "key_clusters", "iterations", "continued"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def clusters_of(self, tokens: int) -> tuple[int, int]:
+        """How many clusters of queries and of keys there are for so many video tokens.
+
+        Raises:
+            ValueError: There are more than tokens.
+        """
+        counts = []
+        for name, published in (("query_clusters", 300), ("key_clusters", 1000)):
+            count = getattr(self, name)
+            if count is None:
+                count = max(1, round(published * tokens / PUBLISHED_TOKENS))
+            elif count > tokens:
+                raise ValueError(
+                    f"{name} of policy svg2 must be at most the number of video tokens, {tokens},"
+                    f" got {count}: pass fewer, or None for as many as suit them"
+                )
+            counts.append(count)
+        return counts[0], counts[1]
 
     def cluster(
         self,
@@ -98,18 +122,10 @@ class SVG2:
         Raises:
             ValueError: There are more clusters than tokens.
         """
-        length = query.shape[2]
-        for name in ("query_clusters", "key_clusters"):
-            if getattr(self, name) > length:
-                raise ValueError(
-                    f"{name} of policy svg2 must be at most the number of video tokens, {length},"
-                    f" got {getattr(self, name)}: pass policy=uta_fx.policies.SVG2({name}=...)"
-                    f" with fewer, such as a {'250th' if name == 'query_clusters' else '75th'} of"
-                    " the tokens"
-                )
+        query_clusters, key_clusters = self.clusters_of(query.shape[2])
         start = Centroids(
-            first_centroids(query, self.query_clusters, self.seed),
-            first_centroids(key, self.key_clusters, self.seed),
+            first_centroids(query, query_clusters, self.seed),
+            first_centroids(key, key_clusters, self.seed),
         )
         if centroids is not None:
             start = Centroids(

@@ -829,11 +829,13 @@ Small random configurations of every video transformer, and some image relatives
 calls by kind, how many become sparse, and why the others stay dense (cross-attention always does).
 *self*: tokens of one origin among themselves; *joint*: video and text, history or conditioning in
 one sequence; *cross*: queries and keys are different tokens. Where tokens come packed and nothing
-in the graph says how they lie, a grid is given (`Config.grid`). Made by
-`python -m uta_fx.study.models`.
+in the graph says how they lie, a grid is given (`Config.grid`). Tokens are reordered *once* for the
+whole graph, after the patch embedding and back before the unpatchify, where every operation in
+between provably does not depend on their order; else *in parts* of the graph, or *here*, around
+each sparse call. Made by `python -m uta_fx.study.models`.
 
-| model | graphs | attention calls | sparse | grid | left dense |
-|---|---|---|---|---|---|
+| model | graphs | attention calls | sparse | grid | tokens reordered | left dense |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -856,12 +858,13 @@ def _row(model: Model, found: Explanation) -> str:
         for site in found.sites
         if not site.sparse and site.kind != "cross"
     )
+    reordered = dict.fromkeys(site.reordered for site in sparse if site.reordered)
     dense = [f"{count} {kind}: {reason}" for (kind, reason), count in reasons.items()]
     calls = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     left = "; ".join(dense + ([model.note] if model.note else []))
     return (
         f"| {model.name} | {found.graphs} | {calls or 'none'} | {len(sparse)} | {grid} |"
-        f" {left or '-'} |"
+        f" {'; '.join(reordered) or '-'} | {left or '-'} |"
     )
 
 

@@ -50,6 +50,7 @@ class Switch:
         plan = dataclasses.replace(
             plan_of(Config(min_tokens=1)),
             replacement=functools.partial(_Attention, self),
+            token_index=None,  # each configuration has an order of its own
         )
         pairs = understand(gm, plan)
         rewrite(gm, pairs, plan)
@@ -76,7 +77,9 @@ class _Attention:
         scale: float | None,
         video: tuple[int, int] | None,
         alone: bool,
+        in_order: bool,
     ) -> None:
+        assert not in_order
         self._switch, self._site = switch, (grid, scale, video, alone)
 
     def __call__(

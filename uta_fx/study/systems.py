@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uta_fx._optional import require
 from uta_fx.attention import pool_blocks, reorder_tokens, sparse_attention
@@ -23,9 +24,7 @@ from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import Inputs, Shape
 from uta_fx.config import Config
 from uta_fx.order import Grid
-from uta_fx.policies import Radial, Threshold, TopP
-from uta_fx.policies.layout import block_sizes
-from uta_fx.policies.oracle import true_scores
+from uta_fx.policies import SVG2, Radial, Threshold, TopP
 from uta_fx.study.sites import AttentionCall
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -34,6 +33,14 @@ FIT_WITHIN = 0.002
 REACHED = 0.2
 """How far from the density that was asked for a row may be, relative; the row is empty beyond."""
 SAMPLED_ROWS = 128
+CHUNK = 1 << 26  # weights of attention at a time
+DENSE = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Dense attention that times are compared with: the first of these that there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +49,42 @@ class System:
 
     Attributes:
         name: What is printed.
-        config: Makes its configuration from a number that rises with what is kept.
+        config: Makes its configuration from a number that rises with what is kept, and from how
+            many tokens there are.
         knob: The least and the greatest such number; None where it is ``Config.density`` and just
             that is kept.
     """
 
     name: str
-    config: Callable[[float], Config]
+    config: Callable[[float, int], Config]
     knob: tuple[float, float] | None = None
 
 
-def _kept(**fields: Any) -> Callable[[float], Config]:
-    return lambda density: Config(density=density, **fields)
+def _kept(**fields: Any) -> Callable[[float, int], Config]:
+    return lambda density, _: Config(density=density, **fields)
 
 
-def _radial(tail: str) -> Callable[[float], Config]:
-    return lambda log: Config(policy=Radial(decay=2**log), tail=tail)
+def _radial(tail: str) -> Callable[[float, int], Config]:
+    return lambda log, _: Config(policy=Radial(decay=2**log), tail=tail)
 
 
-def _top_p(tail: str) -> Callable[[float], Config]:
-    return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+def _top_p(tail: str) -> Callable[[float, int], Config]:
+    return lambda mass, _: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+
+
+def _svg2(tail: str) -> Callable[[float, int], Config]:
+    """As many clusters for each token as published for Wan at 720p, and no floor."""
+
+    def config(mass: float, tokens: int) -> Config:
+        policy = SVG2(
+            query_clusters=max(1, tokens // 252),
+            key_clusters=max(1, tokens // 76),
+            mass=mass,
+            least=0.0,
+        )
+        return Config(policy=policy, tail=tail)
+
+    return config
 
 
 _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
@@ -69,7 +92,9 @@ _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
 
 
 def _with_tails(
-    name: str, config: Callable[[str], Callable[[float], Config]], knob: tuple[float, float] | None
+    name: str,
+    config: Callable[[str], Callable[[float, int], Config]],
+    knob: tuple[float, float] | None,
 ) -> tuple[System, ...]:
     return tuple(System(name + suffix, config(tail), knob) for suffix, tail in _TAILS.items())
 
@@ -77,12 +102,13 @@ def _with_tails(
 SYSTEMS = (
     *_with_tails("Top-K", lambda tail: _kept(policy="topk", tail=tail, budget="row"), None),
     *_with_tails("Top-P", _top_p, (0.001, 1.0)),
+    *_with_tails("SVG2", _svg2, (0.001, 1.0)),
     *_with_tails("Radial", _radial, (-8.0, 4.0)),
     *_with_tails("SVG", lambda tail: _kept(policy="spatial_temporal", tail=tail), (0.001, 0.999)),
     System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
     System(
         "Sol-Attn",
-        lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
+        lambda x, _: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
         (-4.0, 4.0),
     ),
     System("ours", _kept()),
@@ -99,7 +125,7 @@ class Row:
     Attributes:
         system: Its name.
         density: What was asked for.
-        kept: Share of pairs of blocks that were exact.
+        kept: Share of pairs of tokens in exact blocks.
         mse: Mean squared error of the attention output, over all calls.
         error: The same, relative to the mean square of the dense output.
         recall: Share of true attention in exact blocks.
@@ -136,21 +162,24 @@ def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
     return tuple(of_name[name] for name in names) if names else SYSTEMS
 
 
-def fit(system: System, density: float, kept: Callable[[Config], float]) -> Config | None:
+def fit(
+    system: System, density: float, tokens: int, kept: Callable[[Config], float]
+) -> Config | None:
     """The configuration that keeps most nearly ``density``, by halving; None if that is not near.
 
     Args:
         system: The system.
         density: In (0, 1].
+        tokens: How many there are.
         kept: What a configuration keeps.
     """
     if system.knob is None:
-        return system.config(density)
+        return system.config(density, tokens)
     low, high = system.knob
-    best, distance = system.config(high), float("inf")
+    best, distance = system.config(high, tokens), float("inf")
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
-        config = system.config(middle)
+        config = system.config(middle, tokens)
         share = kept(config)
         if abs(share - density) < distance:
             best, distance = config, abs(share - density)
@@ -170,27 +199,61 @@ class Site:
 
     def __init__(self, inputs: Inputs, grid: Grid) -> None:
         self.inputs, self.grid = inputs, grid
-        self._true: dict[Any, Tensor] = {}
 
-    def exact(self, config: Config) -> tuple[Any, Tensor]:
-        """What the policy saw, and the blocks that it chose: boolean ``[B, H, Nq, Nk]``."""
-        ordered, _ = reorder_tokens(*self.inputs, config, self.grid)
-        selection = pool_blocks(*ordered, config, None, self.grid)
-        return selection, config.selection_policy().select(selection)
+    def exact(self, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+        """The blocks that the policy chose, and the block of each token in raster order.
+
+        Returns:
+            Boolean ``[B, H, Nq, Nk]``; int64 ``[B, H, L]``, by query; int64 ``[B, H, L]``, by key.
+        """
+        (query, key, value), inverse = reorder_tokens(*self.inputs, config, self.grid)
+        lead, tokens = query.shape[:2], torch.arange(query.shape[2], device=query.device)
+        rows, columns = (
+            (tokens // block).expand(*lead, -1) for block in (config.block_q, config.block_kv)
+        )
+        policy, clusters = config.selection_policy(), None
+        if isinstance(policy, SVG2):
+            clusters = policy.cluster(query, key, config.block_q, config.block_kv)
+            rows, columns = (
+                blocks.place // block
+                for blocks, block in (
+                    (clusters.query, config.block_q),
+                    (clusters.key, config.block_kv),
+                )
+            )
+            query = clusters.query.gather(query)
+            key, value = clusters.key.gather(key), clusters.key.gather(value)
+        grid = None if clusters else self.grid
+        selection = pool_blocks(query, key, value, config, None, grid, clusters=clusters)
+        if inverse is not None:
+            rows, columns = rows.index_select(2, inverse), columns.index_select(2, inverse)
+        return policy.select(selection), rows, columns
 
     def kept(self, config: Config) -> float:
-        """Share of pairs of blocks that are exact."""
-        return self.exact(config)[1].double().mean().item()
+        """Share of pairs of tokens in exact blocks."""
+        exact, rows, columns = self.exact(config)
+        counts = [
+            torch.zeros(
+                *exact.shape[:2], blocks, dtype=torch.float64, device=exact.device
+            ).scatter_add(2, place, torch.ones_like(place, dtype=torch.float64))
+            for place, blocks in ((rows, exact.shape[2]), (columns, exact.shape[3]))
+        ]
+        pairs = counts[0][:, :, None] @ exact.double() @ counts[1][..., None]
+        return (pairs / rows.shape[2] ** 2).mean().item()
 
     def recall(self, config: Config) -> float:
         """Share of true attention in exact blocks, averaged over rows."""
-        selection, exact = self.exact(config)
-        key = (selection.order, selection.block_q, selection.block_kv)
-        if key not in self._true:
-            self._true[key] = true_scores(selection, 0.0)
-        rows = block_sizes(selection.query.shape[2], selection.block_q).to(exact.device)
-        share = (self._true[key] * exact).sum(-1).double()  # [B, H, Nq]
-        return (share @ rows / rows.sum()).mean().item()
+        exact, rows, columns = self.exact(config)
+        query, key, _ = (x.float() for x in self.inputs)
+        heads, length = query.shape[0] * query.shape[1], query.shape[2]
+        total = 0.0
+        for part in torch.arange(length, device=query.device).split(CHUNK // (heads * length) or 1):
+            logits = query.index_select(2, part) @ key.mT * query.shape[3] ** -0.5
+            of_rows = rows.index_select(2, part)[..., None].expand(-1, -1, -1, exact.shape[3])
+            of_tokens = columns[:, :, None].expand(-1, -1, len(part), -1)
+            inside = exact.gather(2, of_rows).gather(3, of_tokens)
+            total += (logits.softmax(-1) * inside).sum().item()
+        return total / (heads * length)
 
     def output(self, config: Config) -> Tensor:
         """What the operation makes of it."""
@@ -217,7 +280,7 @@ def attention_rows(
 
     for system in systems:
         for density in densities:
-            config = fit(system, density, kept)
+            config = fit(system, density, calls[0].query.shape[2], kept)
             if config is None:
                 yield Row(system=system.name, density=density), None
                 continue
@@ -260,10 +323,11 @@ def timed_rows(
     dense = dense_rows(inputs, chosen)
 
     def attend() -> Tensor:
-        return F.scaled_dot_product_attention(*inputs)
+        with sdpa_kernel(DENSE, set_priority=True):
+            return F.scaled_dot_product_attention(*inputs)
 
     for row in rows:
-        config = fit(of_name[row.system], row.density, site.kept)
+        config = fit(of_name[row.system], row.density, shape.length, site.kept)
         if config is None:
             yield row
             continue
