@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule, Node
 
-from uta_fx.attention import SparseSite
+from uta_fx.attention import ContinuedSite, SparseSite
 from uta_fx.passes.find_calls import module_path
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import name_of
@@ -67,8 +67,9 @@ def _look(node: Node, dense: Collection[Node]) -> str:
     if isinstance(value, torch.Tensor):
         label += "\n" + " x ".join(map(str, value.shape))
     colour = "orange" if node in dense else ""
-    if isinstance(node.target, SparseSite):
-        colour, site = "palegreen", node.target
+    site = node.target.site if isinstance(node.target, ContinuedSite) else node.target
+    if isinstance(site, SparseSite):
+        colour = "palegreen"
         label += f"\ndensity {site.config.density:g}"
         if site.grid:
             label += "\ngrid " + " x ".join(map(str, site.grid))
