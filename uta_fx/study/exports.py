@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -61,8 +63,12 @@ def _cells(entry: Model) -> tuple[str, str]:
         try:
             export_onnx(model, (), path, config=config, kwargs=arguments)
         except ValueError as error:
-            return "", str(error).partition(". ")[0]
-        outputs, nodes = _run(path, arguments)
+            return "", re.sub(r" object at 0x\w+", "", str(error).partition(". ")[0])
+        try:
+            outputs, nodes = _run(path, arguments)
+        except NoKernel as error:
+            reason = str(error).rpartition(" : ")[2]
+            return "", f"it is written, and ONNX Runtime cannot run it: {reason}"
     torch._dynamo.reset()
     options: dict[str, Any] = {
         "density": 0.3, "grid": entry.grid, "inner": "eager", "min_tokens": SMALL.min_tokens,
