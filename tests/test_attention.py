@@ -274,7 +274,7 @@ def test_statistics_are_over_true_tokens(length):
 @pytest.mark.parametrize("value_power", [0.0, 1.0])
 @pytest.mark.parametrize(("power", "variance_weight"), [(1.0, 0.0), (0.5, 1.0)])
 def test_low_delta_keeps_the_largest_expected_errors(power, variance_weight, value_power):
-    """Its rule, stated row by row and block by block in float64."""
+    """Its rule, stated pair by pair of rows and block by block in float64."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 100, 16, generator=generator).unbind()
     config = Config(density=0.4, budget="row", block_q=16, block_kv=16)
@@ -286,15 +286,17 @@ def test_low_delta_keeps_the_largest_expected_errors(power, variance_weight, val
             for keys, values in zip(k[0, head].split(16), v[0, head].split(16), strict=True)
         ]
         scores = torch.zeros(7, dtype=torch.float64)
-        for query in q[0, head, 16 * block : 16 * (block + 1)].double() / 4:
+        rows = q[0, head, 16 * block : 16 * (block + 1)].double() / 4
+        for query in rows.split(2):
             mass, error = [], []
             for keys, values in pairs:
-                sigma2 = (query**2 * keys.var(0, correction=0)).sum()
-                logit = query @ keys.mean(0) + math.log(len(keys)) + variance_weight * sigma2 / 2
+                sigma2 = (query**2 * keys.var(0, correction=0)).sum(1).mean()
+                logit = query.mean(0) @ keys.mean(0) + math.log(len(keys))
+                logit += variance_weight * sigma2 / 2
                 spread = values.var(0, correction=0).sum().sqrt()
                 mass.append(logit.exp())
                 error.append(sigma2**power * spread**value_power)
-            scores += torch.stack(mass) / sum(mass) * torch.stack(error)
+            scores += (torch.stack(mass) / sum(mass) * torch.stack(error)) ** 2
         kept = exact[0, head, block].nonzero().flatten().tolist()
         assert len(kept) == 3 and sorted(scores.topk(3).indices.tolist()) == kept
 

@@ -231,14 +231,20 @@ def launched_by(request):
 
 
 def check_steps(args, device="cpu"):
-    """The error that eager makes in the same dtype, and a rounding of the tail between the two."""
+    """The error that eager makes in the same dtype, and what the kernels round beside it.
+
+    The tail's part is rounded between the two steps, and the softmax is base 2: its roundings, in
+    float32, are those that ``test_triton.assert_as_accurate_as_eager`` derives.
+    """
     exact, exact_lse = reference.sparse_attention(*double(args))
     eager, _ = reference.sparse_attention(*args)
     on_device = [x.to(device) if torch.is_tensor(x) else x for x in args]
     output, lse = (x.cpu() for x in tensorrt_ops.attend_in_steps(*on_device))
-    rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item()
-    assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + 3 * rounding
     empty = exact_lse == -torch.inf
+    base2 = 2**-24 * (2 * exact_lse[~empty].abs().amax().item() + 4)
+    largest = max(x.abs().amax().item() for x in (exact, args[2], args[6]) if x.numel())
+    rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item() + 2 * base2 * largest
+    assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + rounding
     assert torch.equal(lse == -torch.inf, empty)
     assert (lse - exact_lse)[~empty].abs().amax() <= 16 * torch.finfo(args[0].dtype).eps
 

@@ -199,9 +199,13 @@ def test_a_last_dimension_that_is_not_contiguous_is_taken_too():
 
 
 def poisoned(x):
-    """The same values inside a larger buffer of NaN: beyond each end of every dimension but two."""
-    buffer = x.new_full((*x.shape[:2], *(size + 8 for size in x.shape[2:])), torch.nan)
-    view = buffer[(..., *(slice(4, 4 + size) for size in x.shape[2:]))]
+    """The same values inside a larger buffer of NaN: beyond each end of every dimension but two.
+
+    Strides that 16 divides, which is all that a kernel is compiled for, stay such and no others:
+    sums run in the same order.
+    """
+    buffer = x.new_full((*x.shape[:2], *(size + 16 for size in x.shape[2:])), torch.nan)
+    view = buffer[(..., *(slice(8, 8 + size) for size in x.shape[2:]))]
     view.copy_(x)
     return view
 
@@ -472,7 +476,7 @@ for dim in (64, 128):
         constants = {**both, "PER_BLOCK": True, "HAS_VARIANCE": variance, "HAS_SLOPE": slope}
         tile = triton_attention._TAIL_TILES[2, dim]
         print(shared(triton_attention._tail_kernel, constants, tile))
-    constants = {**head, "WEIGHTED": True, "POWER": "one"}
+    constants = {**head, "WEIGHTED": True, "POWER": "one", "ROWS": 2}
     print(shared(triton_scores._scores_kernel, constants, triton_scores._TILES[2, dim]))
     constants = {"D": dim, "D_PADDED": dim, "DV": dim, "DV_PADDED": dim, "PRECISION": "ieee",
                  "BLOCK_KV": 64}
