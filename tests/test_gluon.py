@@ -1,7 +1,6 @@
 """The kernels for Hopper: the order of blocks anywhere, the rest on such a GPU."""
 
 import dataclasses
-import math
 import os
 import subprocess
 import sys
@@ -13,7 +12,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
-from uta_fx.kernels import gluon_attention, gluon_tail, reference, triton_attention
+from uta_fx.bench.attention import variance_roundings
+from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
 from uta_fx.kernels.gluon_attention import CHUNK, PLAN
 
 
@@ -183,30 +183,6 @@ CASES = {
     "long_tail": dataclasses.replace(CASE, length_q=260, length_kv=12805, listed=0.2),
     "rings_run_round": dataclasses.replace(CASE, length_kv=40000, listed=0.2, tail="none"),
 }
-
-
-def variance_roundings(args):
-    """What rounding sigma2 adds to the error of the output and of the log-sum-exp.
-
-    A mean of squares is rounded to the query's dtype and sigma2 to bfloat16: half a unit of each, a
-    share ``u`` of sigma2. A logit moves by ``u * weight / 2 * sigma2``, a weight by the share
-    ``e`` that is its exponential's; the output by twice that of the largest value, and the slope's
-    part, whose damping moves by ``u`` too, by as much of the largest rise.
-    """
-    query, value, tail_value, variance, slope, scale, weight, block = (
-        x.double() if torch.is_tensor(x) else x
-        for x in (args[i] for i in (0, 2, 6, 8, 9, 10, 11, 12))
-    )
-    if not variance.shape[2]:
-        return 0.0, 0.0
-    u = torch.finfo(args[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
-    sigma2 = reference.pooled_variance(query, variance, scale, block).max().item()
-    e = math.expm1(u * weight / 2 * sigma2)
-    largest = max(value.abs().max().item(), tail_value.abs().max().item())
-    rise = 0.0
-    if slope.shape[2]:
-        rise = (query[:, :, None] * scale @ slope).abs().max().item()
-    return 2 * e * largest + (2 * e + u) * rise, e
 
 
 @pytest.mark.gpu

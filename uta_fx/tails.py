@@ -42,7 +42,8 @@ class Tail:
             exact output is scaled down, and which means of values are added to it.
         bins: Groups of ``bins``, at least 1.
         variance_weight: Share of that half variance (``gaussian`` alone), at least 0. 1 is exact
-            for Gaussian blocks whose variance is known; 0.5 is the default because the variance
+            for Gaussian blocks whose variance is known; the operator takes that of all rows of a
+            query block (``reference.pooled_variance``). 0.5 is the default because the variance
             is estimated channel by channel and real logits have lighter tails
             (``docs/measured.md``).
         slope: ``"head"``: one key-value covariance for each head; ``"query_block"``: one for each

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -368,7 +369,8 @@ def _check_attention(arguments: Sequence[Any]) -> None:
 
     The kernels may err as much as the reference does in the same dtype, plus one unit in the last
     place of the largest output: half for its rounding, half for that of the tail's part. Their
-    softmax rounds a logit in float32 a few times more: as much of itself of every value.
+    softmax rounds a logit in float32 a few times more: as much of itself of every value. On a GPU
+    the variance of the logits may be rounded too.
 
     Raises:
         ArithmeticError: They err more.
@@ -397,8 +399,34 @@ def _check_attention(arguments: Sequence[Any]) -> None:
         got_lse = lse[:1, head : head + 1, rows.to(query.device)]
         logit = 2**-22 * exact_lse.abs().max()
         unit = torch.finfo(query.dtype).eps * exact.abs().max()
-        _require("output", got, eager, exact, unit + logit * arguments[2].abs().max())
-        _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit)
+        more, more_lse = variance_roundings(part) if query.is_cuda else (0.0, 0.0)
+        _require("output", got, eager, exact, unit + logit * arguments[2].abs().max() + more)
+        _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit + more_lse)
+
+
+def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
+    """What rounding sigma2, as on Hopper, adds to the error of the output and of the log-sum-exp.
+
+    A mean of squares is rounded to the query's dtype and sigma2 to bfloat16: half a unit of each, a
+    share ``u`` of sigma2. A logit moves by ``u * weight / 2 * sigma2``, a weight by the share ``e``
+    that is its exponential's; the output by twice that of the largest value, and the slope's part,
+    whose damping moves by ``u`` too, by as much of the largest rise.
+
+    Args:
+        arguments: Of ``uta::sparse_attention``.
+    """
+    query, value, tail_value, variance, slope = (arguments[i].double() for i in (0, 2, 6, 8, 9))
+    scale, weight, block_q = arguments[10:13]
+    if not variance.shape[2]:
+        return 0.0, 0.0
+    u = torch.finfo(arguments[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
+    sigma2 = reference.pooled_variance(query, variance, scale, block_q).max().item()
+    e = math.expm1(u * weight / 2 * sigma2)
+    largest = max(value.abs().max().item(), tail_value.abs().max().item())
+    rise = 0.0
+    if slope.shape[2]:
+        rise = (query[:, :, None] * scale @ slope).abs().max().item()
+    return 2 * e * largest + (2 * e + u) * rise, e
 
 
 def _check_scores(arguments: Sequence[Any]) -> None:
