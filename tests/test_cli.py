@@ -107,6 +107,17 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
 
 
+def test_bench_takes_policies_that_ask_where_tokens_lie_and_refuses_other_operators():
+    rows = bench.run(
+        ["tiny"], [0.3], config=uta_fx.Config(policy="window"), device="cpu",
+        dtype=torch.float32, rounds=2, compile=False,
+    )  # fmt: skip
+    assert "operation" in {row["what"] for row in rows}
+    for config in (uta_fx.Config(policy="svg2"), uta_fx.Config(tail="rectified")):
+        with pytest.raises(ValueError, match="uta-fx study policies times them; got policy"):
+            bench.run(["tiny"], [0.3], config=config, device="cpu")
+
+
 def test_a_whole_model_is_timed_dense_and_sparse(monkeypatch, tmp_path):
     """A row for each density after the dense one; the outputs are compared."""
     small = dataclasses.replace(

@@ -24,7 +24,7 @@ from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
 from uta_fx.kernels import ops, reference
 from uta_fx.order import Grid
-from uta_fx.policies import LowDelta
+from uta_fx.policies import SVG2, LowDelta
 
 SAMPLED_HEADS = 2
 SAMPLED_BLOCKS = 3  # query blocks of each sampled head: the first, one in the middle, the last
@@ -82,10 +82,11 @@ def run(
         ``what`` is ``dense cudnn``, ``dense flash`` or ``dense math``; ``flex``: FlexAttention over
         the same lists, without a tail; ``kernels``: attention with lists and tail given;
         ``operation``: everything; ``in order``: everything, of tokens that are in the order of the
-        blocks already; or a name in ``PARTS``.
+        blocks already (where the policy does not ask where they lie); or a name in ``PARTS``.
 
     Raises:
-        ValueError: A name is not in ``SHAPES`` or ``INPUTS``.
+        ValueError: A name is not in ``SHAPES`` or ``INPUTS``; the policy or the tail has an
+            operator of its own.
         ArithmeticError: A result disagrees with float64; nothing of that shape was timed.
     """
     unknown = [name for name in shapes if name not in SHAPES]
@@ -94,6 +95,12 @@ def run(
     if inputs not in INPUTS:
         raise ValueError(f"inputs must be one of {', '.join(INPUTS)}, got {inputs!r}")
     config = config or uta_fx.Config()
+    if isinstance(config.selection_policy(), SVG2) or config.tail_form().kind == "rectified":
+        raise ValueError(
+            "policy svg2 and tail rectified have operators of their own, which this benchmark"
+            " cannot take apart: uta-fx study policies times them;"
+            f" got policy {config.policy} and tail {config.tail}"
+        )
     machine = f"{describe(device, dtype, config)}, {inputs} inputs"
     print(machine)
     print(" ".join(f"{name:{_alignment(form)}}" for name, form in COLUMNS.items()))
@@ -143,7 +150,7 @@ class _Case:
         self.device, self.rounds, self.compile = device, rounds, compile
         self.scale = shape.dim**-0.5
         self.ordered, self.inverse = reorder_tokens(*inputs, config, shape.grid)
-        self.selection = pool_blocks(*self.ordered, config, self.scale)
+        self.selection = pool_blocks(*self.ordered, config, self.scale, shape.grid)
         self.kept: dict[float, float] = {}
         self.errors: dict[tuple[str, float | None], float] = {}
 
@@ -187,22 +194,23 @@ class _Case:
         self.kept[density] = arguments[4].double().mean().item() / blocks
 
         def before_attention(query: Tensor, key: Tensor, value: Tensor) -> Any:
-            selection = pool_blocks(query, key, value, config, None)
+            selection = pool_blocks(query, key, value, config, None, self.shape.grid)
             return operator_arguments(selection, key, value, config)[3:10]
 
         whole = self._compiled(_operation(config, self.shape.grid))
-        in_order = self._compiled(_operation(dataclasses.replace(config, reorder="none"), None))
         self._note_error("operation", density, whole(*self.inputs))
         no_tail = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
         no_list = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
         candidates: Candidates = {
             ("kernels", density): _bind(ops.sparse_attention, *arguments),
             ("operation", density): _bind(whole, *self.inputs),
-            ("in order", density): _bind(in_order, *self.ordered),
             ("before", density): _bind(self._compiled(before_attention), *self.ordered),
             ("listed", density): _bind(ops.sparse_attention, *no_tail),
             ("tail", density): _bind(ops.sparse_attention, *no_list),
         }
+        if not getattr(config.selection_policy(), "needs_grid", False):
+            in_order = _operation(dataclasses.replace(config, reorder="none"), None)
+            candidates["in order", density] = _bind(self._compiled(in_order), *self.ordered)
         if self.compile and torch.device(self.device).type == "cuda":
             flex = _flex_attention(arguments)
             output = flex()
