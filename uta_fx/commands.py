@@ -604,7 +604,7 @@ def export_engine(
     ] = False,
     architecture: Annotated[
         list[int] | None,
-        typer.Option(help="Compute capability to build for, such as 89; with --rtx, repeatable."),
+        typer.Option(help="Compute capability to build for, such as 89; RTX takes several."),
     ] = None,
 ) -> None:
     """Build a TensorRT engine from an ONNX file of ours.
