@@ -332,7 +332,11 @@ def test_a_cache_that_skips_blocks_does_not_make_the_schedule_drift(wan, monkeyp
 
 
 def test_dense_layers_counts_blocks_that_are_compiled_alone(wan):
-    """A block's graph does not know which layer it is; enable does."""
+    """A block's graph does not know which layer it is; enable does.
+
+    The whole model has its tokens in the order of the blocks in its dense layer too: the same sums
+    in another order, some 1e-7 of the largest number for each rounding of two layers and steps.
+    """
 
     def generated(**settings):
         uta_fx.enable(wan, Config(density=0.3, **settings, **SETTINGS), blocks="grid" in settings)
@@ -341,8 +345,10 @@ def test_dense_layers_counts_blocks_that_are_compiled_alone(wan):
         return latents
 
     first = generated(dense_layers="0", grid=GRID)
-    assert torch.equal(first, generated(dense_layers="0"))
-    assert not torch.equal(first, generated(dense_layers="-1", grid=GRID))
+    whole = generated(dense_layers="0")
+    torch.testing.assert_close(whole, first, rtol=0, atol=1e-5 * float(first.abs().max()))
+    other = generated(dense_layers="-1", grid=GRID)
+    assert (other - first).abs().max() > 1e-4 * first.abs().max()
     assert torch.equal(generated(dense_layers="0-1", grid=GRID), generate(wan, "wan", steps=2)[-1])
     with pytest.raises(ValueError, match="dense_layers='2' names blocks that a WanTransformer3D"):
         generated(dense_layers="2", grid=GRID)
