@@ -28,9 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from uta_fx.kernels.gluon_tail import Tail, add_slope, attend_tail, copy_tail, exp2, variances
+from uta_fx.kernels.gluon_tail import (
+    LOG2_E,
+    Tail,
+    add_slope,
+    attend_tail,
+    copy_tail,
+    exp2,
+    variances,
+)
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time
@@ -466,7 +473,7 @@ def _paired_kernel(
 def takes(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, block_q: int, block_kv: int
 ) -> bool:
-    """Whether ``attend`` serves these tensors, all of whose last dimensions but the output's are 1.
+    """Whether ``attend`` serves these tensors; last dimensions but the output's are contiguous.
 
     It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128 for keys and values,
     blocks of 64, and tensors that the copy engine can address.

@@ -524,11 +524,12 @@ def _attend_to_video(
     )
     selection = pool_tokens(query, key, value, config, scale, grid, text_key, text_bias, centroids)
     clusters = selection.clusters
+    # keys that heads share are copied for each once, in the selection
+    arguments = operator_arguments(selection, selection.key, selection.value, config)
     if clusters is None:
-        output, lse = ops.sparse_attention(*operator_arguments(selection, key, value, config))
+        output, lse = ops.sparse_attention(*arguments)
     else:
         centroids = clusters.centroids
-        arguments = operator_arguments(selection, selection.key, selection.value, config)
         output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
         output = clusters.query.scatter(output)
         lse = clusters.query.scatter(lse[..., None])[..., 0]
