@@ -53,7 +53,9 @@ def _copy(
         mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
         mbarrier.expect(bar, mean_desc.block_type.nbytes)
         if (again >= 0) & (again % 2 == 1):
-            tma.async_copy_global_to_shared(var_desc, [batch, head, start, 0], bar, ring.index(slot))
+            tma.async_copy_global_to_shared(
+                var_desc, [batch, head, start, 0], bar, ring.index(slot)
+            )
         else:
             tma.async_copy_global_to_shared(
                 mean_desc, [batch, head, start, 0], bar, ring.index(slot)
