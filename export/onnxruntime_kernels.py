@@ -129,23 +129,19 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
         kernels["LISTED"] = _compile_listed(variant, architecture)
         return kernels
     kernels["ORDER"] = _compile(
-        gluon_attention._pair_lists_kernel, variant, architecture,
-        {"CHUNK": gluon_attention.CHUNK, "PLAN": gluon_attention.PLAN}, blocks=2,
+        gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
+        blocks=2,
     )  # fmt: skip
     if paired_tail:
-        constants = {"D": variant.dim, "BLOCK": variant.block_q, "MANY": gluon_tail.MANY}
         kernels["VARIANCE"] = _compile(
-            gluon_tail._pooled_variance_kernel, variant, architecture, constants,
-            {"num_warps": 4, "num_stages": 2}, blocks=gluon_tail.MANY,
+            gluon_tail._pooled_variance_kernel, variant, architecture,
+            gluon_tail.variance_options(variant.dim, variant.block_q), blocks=gluon_tail.MANY_Q,
         )  # fmt: skip
     options = gluon_attention.paired_options(
         variant.dim, variant.sign, variant.even, paired_tail, variant.has_tail and not paired_tail
     )
-    function = gluon_attention._paired_kernel
-    constants = {name: x for name, x in options.items() if name in function.arg_names}
-    options = {name: x for name, x in options.items() if name not in constants}
     kernels["PAIRED"] = _compile(
-        function, variant, architecture, constants, options,
+        gluon_attention._paired_kernel, variant, architecture, options,
         blocks=gluon_attention.blocks_of_program(variant.dim),
     )  # fmt: skip
     return kernels
@@ -156,14 +152,14 @@ def _compile_tail(variant: Variant, architecture: int) -> Kernel:
     block = max(16, triton.next_power_of_2(variant.representatives))
     sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
     tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 2, 3, limit)
-    constants = {
+    options = {
         "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,
         "HAS_SLOPE": variant.slopes > 0, **_dims(variant),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     return _compile(
-        triton_attention._tail_kernel, variant, architecture, constants,
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        triton_attention._tail_kernel, variant, architecture, options,
         programs=variant.block_q // tile.block_m,
     )  # fmt: skip
 
@@ -172,15 +168,15 @@ def _compile_listed(variant: Variant, architecture: int) -> Kernel:
     dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
     sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
     tile = fit_tile(triton_attention._LISTED_TILES, *sizes, variant.block_kv, 1, 2, limit)
-    constants = {
+    options = {
         "BLOCK_Q": variant.block_q, "BLOCK_KV": variant.block_kv, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "EVEN": variant.even, "RESUME": variant.has_tail,
         "CHUNK": ID_CHUNK, "RECTIFY": False, "gain_ptr": None, "offset_ptr": None,
         "COUNTED": False, "key_counts_ptr": None, **_dims(variant),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     return _compile(
-        triton_attention._listed_kernel, variant, architecture, constants,
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        triton_attention._listed_kernel, variant, architecture, options,
         programs=variant.block_q // tile.block_m,
     )  # fmt: skip
 
@@ -197,12 +193,12 @@ def _compile(
     function: JITFunction[Any],
     variant: Variant,
     architecture: int,
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any],
     *,
     programs: int = 1,
     blocks: int = 1,
 ) -> Kernel:
+    constants = {name: x for name, x in options.items() if name in function.arg_names}
     renamed = _NAMES.get(function.__name__, {})
     parameters = {
         name: renamed.get(name, name) for name in function.arg_names if name not in constants
@@ -224,9 +220,9 @@ def _compile(
     }
     try:
         compiled = triton.compile(
-            source(function, signature, dict(constants), attributes),
+            source(function, signature, constants, attributes),
             target=GPUTarget("cuda", architecture, 32),
-            options=dict(options or {}),
+            options={name: x for name, x in options.items() if name not in constants},
         )
     except Exception as error:
         raise RuntimeError(

@@ -44,6 +44,7 @@ BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
+ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
@@ -607,7 +608,7 @@ def attend(
     _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
-        CHUNK=CHUNK, PLAN=PLAN, FIELD=FIELD,
+        **ORDER_OPTIONS,
     )  # fmt: skip
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
