@@ -247,7 +247,7 @@ def _compile_variant(variant: Variant, architecture: int) -> list[Kernel | None]
         )
     if variant.has_tail:
         block = max(16, triton.next_power_of_2(variant.representatives))
-        tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 2, 3, limit)
+        tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 1, 2, limit)
         constants = {
             "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
             "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,
