@@ -40,12 +40,28 @@ from uta_fx.kernels.gluon_tail import (
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
-CHUNK = 512  # key blocks that are ordered at a time
+CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
+FIELD = 10  # bits of a count in a word of three
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
 STAGES = 5  # of the ring: pairs of a key and a value block
+
+
+@triton.jit
+def _load_kinds(row_a, row_b, ids, inside, has_b, FIELD: tl.constexpr):
+    """A one in the field of its kind for each key block that is listed: a's, b's, both's."""
+    a = tl.load(row_a + ids, mask=inside, other=0).to(tl.int32)
+    b = tl.load(row_b + ids, mask=inside & has_b, other=0).to(tl.int32)
+    return (a & ~b) | (b & ~a) << FIELD | (a & b) << 2 * FIELD
+
+
+@triton.jit
+def _fields(word, FIELD: tl.constexpr):
+    """The three counts of a word."""
+    mask = (1 << FIELD) - 1
+    return word & mask, word >> FIELD & mask, word >> 2 * FIELD
 
 
 @triton.jit
@@ -56,7 +72,7 @@ def _pair_lists_kernel(
     counts_ptr,
     counts_sb, counts_sh,
     heads, blocks_q, blocks_kv, whole, max_blocks,
-    CHUNK: tl.constexpr, PLAN: tl.constexpr,
+    CHUNK: tl.constexpr, PLAN: tl.constexpr, FIELD: tl.constexpr,
 ):  # fmt: skip
     """Order the key blocks that a pair of query blocks, a and b, lists.
 
@@ -74,12 +90,12 @@ def _pair_lists_kernel(
     row_b = row_a + blocks_kv
     only_a, only_b, both = 0, 0, 0
     for start in range(0, whole, CHUNK):
-        inside = start + offs < whole
-        a = tl.load(row_a + start + offs, mask=inside, other=0).to(tl.int32)  # [CHUNK]
-        b = tl.load(row_b + start + offs, mask=inside & has_b, other=0).to(tl.int32)
-        only_a += tl.sum(a & ~b, 0)
-        only_b += tl.sum(b & ~a, 0)
-        both += tl.sum(a & b, 0)
+        ids = start + offs
+        kind = _load_kinds(row_a, row_b, ids, ids < whole, has_b, FIELD)  # [CHUNK]
+        some_a, some_b, some_both = _fields(tl.sum(kind, 0), FIELD)
+        only_a += some_a
+        only_b += some_b
+        both += some_both
     is_ragged = whole < blocks_kv
     ragged_a = tl.load(row_a + whole, mask=is_ragged, other=0).to(tl.int32)
     ragged_b = tl.load(row_b + whole, mask=is_ragged & has_b, other=0).to(tl.int32)
@@ -101,23 +117,21 @@ def _pair_lists_kernel(
     tl.store(plan + 4, ragged_a | ragged_b << 1)
     tl.store(ids_row, whole, mask=first != 0)
     seen_a, seen_b, seen_both = 0, 0, 0
+    rest = alternating + both
     for start in range(0, whole, CHUNK):
         ids = start + offs
-        inside = ids < whole
-        a = tl.load(row_a + ids, mask=inside, other=0).to(tl.int32)  # [CHUNK]
-        b = tl.load(row_b + ids, mask=inside & has_b, other=0).to(tl.int32)
-        alone_a, alone_b, shared = a & ~b, b & ~a, a & b
-        rank_a = seen_a + tl.cumsum(alone_a, 0) - 1
-        rank_b = seen_b + tl.cumsum(alone_b, 0) - 1
-        rank_both = seen_both + tl.cumsum(shared, 0) - 1
-        rest = alternating + both
+        kind = _load_kinds(row_a, row_b, ids, ids < whole, has_b, FIELD)  # [CHUNK]
+        before_a, before_b, before_both = _fields(tl.cumsum(kind, 0) - kind, FIELD)
+        rank_a, rank_b = seen_a + before_a, seen_b + before_b
         at_a = tl.where(rank_a < alternating, 2 * rank_a, rest + rank_a)
         at_b = tl.where(rank_b < alternating, 2 * rank_b + 1, rest + rank_b)
-        at = tl.where(shared != 0, 2 * alternating + rank_both, tl.where(a != 0, at_a, at_b))
-        tl.store(ids_row + first + at, ids, mask=(a | b) != 0)
-        seen_a += tl.sum(alone_a, 0)
-        seen_b += tl.sum(alone_b, 0)
-        seen_both += tl.sum(shared, 0)
+        at = tl.where(kind == 1, at_a, at_b)
+        at = tl.where(kind >> 2 * FIELD != 0, 2 * alternating + seen_both + before_both, at)
+        tl.store(ids_row + first + at, ids, mask=kind != 0)
+        some_a, some_b, some_both = _fields(tl.sum(kind, 0), FIELD)
+        seen_a += some_a
+        seen_b += some_b
+        seen_both += some_both
 
 
 @gluon.jit
@@ -560,7 +574,8 @@ def attend(
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
     _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
-        heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
+        heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
+        CHUNK=CHUNK, PLAN=PLAN, FIELD=FIELD,
     )  # fmt: skip
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read

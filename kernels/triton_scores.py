@@ -16,6 +16,11 @@ from torch import Tensor
 
 from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_tile, shared_limit
 
+try:
+    from uta_fx.kernels import gluon_scores
+except ImportError:  # Gluon is an experimental part of Triton: its names may move
+    gluon_scores = None  # type: ignore[assignment]
+
 MAX_BLOCK = 128  # the largest block_q
 
 
@@ -169,15 +174,22 @@ def block_scores(
     """
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = -(-length_q // block_q), key_mean.shape[-2]
+    query, key_mean, key_variance, log_size = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (query, key_mean, key_variance, log_size)
+    )
+    if tile is None and gluon_scores is not None and gluon_scores.takes(
+        query, key_mean, key_variance, variance_weight, variance_power, block_q, rows
+    ):  # fmt: skip
+        with torch.cuda.device_of(query):
+            return gluon_scores.block_scores(
+                query, key_mean, key_variance, log_size, scale, block_q, rows
+            )
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.float32)
     tile = tile or fit_tile(
         _TILES, query.dtype, dim, MAX_BLOCK, max(16, triton.next_power_of_2(blocks)), 2, 2,
         shared_limit(query),
     )  # fmt: skip
-    query, key_mean, key_variance, log_size = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (query, key_mean, key_variance, log_size)
-    )
     of_program = max(tile.block_m * rows, block_q)  # rows
     with torch.cuda.device_of(query):
         _scores_kernel[(triton.cdiv(length_q, of_program), batch * heads)](

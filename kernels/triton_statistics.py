@@ -16,6 +16,11 @@ from torch import Tensor
 
 from uta_fx.kernels.triton_attention import dot_precision
 
+try:
+    from uta_fx.kernels import gluon_statistics
+except ImportError:  # Gluon is an experimental part of Triton: its names may move
+    gluon_statistics = None  # type: ignore[assignment]
+
 PROGRAMS = 528  # of the second kernel, about: four for each multiprocessor of an H100
 CHANNELS = 128  # of keys and of values that one program of it takes, at most
 ROWS = {2: 64, 4: 16}  # by bytes of an element: tokens that it multiplies at a time, at most
@@ -121,6 +126,9 @@ def block_statistics(
     per_program = triton.cdiv(blocks * batch * heads, PROGRAMS)
     parts = triton.cdiv(blocks, per_program)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    if gluon_statistics is not None and gluon_statistics.takes(key, value, block_kv):
+        with torch.cuda.device_of(key):
+            return gluon_statistics.block_statistics(key, value, parts)
     padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
     channels, channels_v = min(CHANNELS, padded), min(CHANNELS, padded_v)
     slices = triton.cdiv(dim, channels) * triton.cdiv(dim_v, channels_v)

@@ -14,7 +14,7 @@ from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
 from uta_fx.bench.attention import variance_roundings
 from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
-from uta_fx.kernels.gluon_attention import CHUNK, PLAN
+from uta_fx.kernels.gluon_attention import CHUNK, FIELD, PLAN
 
 
 def on_hopper():
@@ -39,7 +39,7 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(ragged, rows, share, blocks
     plan = torch.full((1, 2, pairs, PLAN), -7, dtype=torch.int32, device=DEVICE)
     gluon_attention._pair_lists_kernel[(pairs, 2)](
         ids, plan, listed.to(DEVICE, torch.uint8), counts.to(DEVICE), *counts.stride()[:2],
-        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN,
+        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN, FIELD=FIELD,
     )  # fmt: skip
     for head in range(2):
         for pair in range(pairs):
