@@ -35,7 +35,7 @@ def sparse_attention(
     same computation that the backend writes into a graph. Forward-only.
 
     Args:
-        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
+        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 256.
         key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
             keys and values.
         value: ``[B, Hkv, L, Dv]``.
