@@ -350,6 +350,32 @@ def block_scores(
     return torch.cat(parts, 2)
 
 
+def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    """Compute ``reference.select_blocks`` for CPU tensors; arguments and result as there."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best.scatter_(-1, scores.argmax(-1, keepdim=True), True)
+    mask = best.reshape(-1, rows * scores.shape[-1])
+    others = scores.masked_fill_(best, -torch.inf).reshape(mask.shape)
+    if wanted := kept - rows:
+        for other, chosen in zip(others, mask, strict=True):
+            threshold = other.kthvalue(len(other) - wanted + 1).values
+            above, tied = other > threshold, (other == threshold) & ~chosen
+            ties = tied.nonzero()[: wanted - int(above.sum()), 0]
+            chosen.logical_or_(above).index_fill_(0, ties, True)
+    return mask.view(scores.shape)
+
+
+def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.list_blocks`` for CPU tensors; argument and results as there."""
+    blocks = exact.shape[-1]
+    counts = exact.sum(-1, dtype=torch.int32)
+    padding = torch.arange(blocks) >= counts[..., None]
+    ids = torch.zeros(exact.shape, dtype=torch.int32)
+    ids[~padding] = exact.nonzero()[:, -1].int()
+    return ids, counts
+
+
 def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``reference.kmeans`` for CPU tensors; arguments and results as there."""
     batch, heads, length, _ = tokens.shape
