@@ -95,10 +95,10 @@ def test_a_density_is_reached_or_said_not_to_be():
     kept = Site((torch.randn(1, 1, 6144, 16),) * 3, (6, 32, 32)).kept
     (radial,) = find_systems(["Radial"])
     least = kept(Config(policy=Radial(decay=2**-8)))
-    assert fit(radial, least / 2, 6144, kept) is None
-    assert kept(fit(radial, 0.8, 6144, kept)) == pytest.approx(0.8, rel=0.2)
+    assert fit(radial, least / 2, kept) is None
+    assert kept(fit(radial, 0.8, kept)) == pytest.approx(0.8, rel=0.2)
     (topk,) = find_systems(["Top-K"])
-    assert fit(topk, 0.3, 6144, kept).density == 0.3
+    assert fit(topk, 0.3, kept).density == 0.3
     with pytest.raises(ValueError, match=r"system must be among Top-K, .* ours, got Top"):
         find_systems(["Top"])
 
@@ -215,7 +215,7 @@ def test_recall_is_that_of_the_tokens_whatever_the_blocks(name):
     """Of clusters and of tiles: what a token sees exactly, token by token."""
     site = call()
     (system,) = find_systems([name])
-    config = system.config(0.5, 256)
+    config = system.config(0.5)
     measured = Site((site.query, site.key, site.value), GRID)
     exact, rows, columns = measured.exact(config)
     attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
@@ -233,7 +233,7 @@ def test_a_recorded_operation_gives_what_it_gives_by_itself(system):
     """Launched again from a CUDA graph, bit for bit: no policy waits for the host."""
     site = call(grid=(8, 16, 16), dim=64)
     inputs = tuple(x.cuda().bfloat16() for x in (site.query, site.key, site.value))
-    config = system.config(0.5, site.query.shape[2])
+    config = system.config(0.5)
     with torch.no_grad():
         operation = functools.partial(_operation(config, inputs, (8, 16, 16), False), *inputs)
         expected = operation()

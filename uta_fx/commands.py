@@ -355,6 +355,13 @@ def study_policies(
             " recorded as it is."
         ),
     ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the rows that policies.json holds already of systems and densities that are"
+            " not measured now."
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     output: Output = Path("study"),
@@ -380,12 +387,18 @@ def study_policies(
     target = _device(device)
     pipeline = load_pipeline(target)
     title = f"{_name(target)}, torch {torch.__version__}"
-    rows: dict[tuple[str, float], study.Row] = {}
+    before = output / "policies.json"
+    rows = {
+        (row.system, row.density): row
+        for row in (study.read_json(before) if add and before.exists() else [])
+        if row.system not in [one.name for one in chosen] or row.density not in densities
+    }
+    measured: dict[tuple[str, float], study.Row] = {}
     configs: dict[tuple[str, float], Config] = {}
 
     def keep(row: study.Row) -> None:
-        rows[row.system, row.density] = row
-        found = list(rows.values())
+        measured[row.system, row.density] = row
+        found = study.in_order([*rows.values(), *measured.values()])
         about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
         _publish(output, "policies.json", lambda path: study.write_json(path, about, found))
         table = f"{title}\n\n{study.markdown(found)}\n"
@@ -404,22 +417,22 @@ def study_policies(
             bar.update(task, advance=1, description=f"attention: {row.system}")
         torch.set_float32_matmul_precision("high")  # TF32 where there is any
         if shape is not None:
-            task = bar.add_task("time", total=len(rows))
+            task = bar.add_task("time", total=len(measured))
             dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
             inputs = trained_inputs(SHAPES[shape], target, dtype, seed)
             for row in study.timed_rows(
-                list(rows.values()), SHAPES[shape], inputs, chosen, compile=compiled
+                list(measured.values()), SHAPES[shape], inputs, chosen, compile=compiled
             ):
                 keep(row)
                 bar.update(task, advance=1, description=f"time: {row.system}")
         if prompts:
             task = bar.add_task("pictures", total=len(configs))
             texts = [scene.prompt for scene in held_out_scenes(prompts)]
-            configured = [(rows[key], config) for key, config in configs.items()]
+            configured = [(measured[key], config) for key, config in configs.items()]
             for row in study.pictured_rows(configured, pipeline, texts, steps, seed):
                 keep(row)
                 bar.update(task, advance=1, description=f"pictures: {row.system}")
-    found = list(rows.values())
+    found = study.in_order([*rows.values(), *measured.values()])
     _publish(output, "policies.png", lambda path: study.draw(path, found, title))
     print(f"{title}\n\n{study.markdown(found)}\n")
     if any(row.failure for row in found):

@@ -52,42 +52,31 @@ class System:
 
     Attributes:
         name: What is printed.
-        config: Makes its configuration from a number that rises with what is kept, and from how
-            many tokens there are.
+        config: Makes its configuration from a number that rises with what is kept.
         knob: The least and the greatest such number; None where it is ``Config.density`` and just
             that is kept.
     """
 
     name: str
-    config: Callable[[float, int], Config]
+    config: Callable[[float], Config]
     knob: tuple[float, float] | None = None
 
 
-def _kept(**fields: Any) -> Callable[[float, int], Config]:
-    return lambda density, _: Config(density=density, **fields)
+def _kept(**fields: Any) -> Callable[[float], Config]:
+    return lambda density: Config(density=density, **fields)
 
 
-def _radial(tail: str) -> Callable[[float, int], Config]:
-    return lambda log, _: Config(policy=Radial(decay=2**log), tail=tail)
+def _radial(tail: str) -> Callable[[float], Config]:
+    return lambda log: Config(policy=Radial(decay=2**log), tail=tail)
 
 
-def _top_p(tail: str) -> Callable[[float, int], Config]:
-    return lambda mass, _: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+def _top_p(tail: str) -> Callable[[float], Config]:
+    return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
 
 
-def _svg2(tail: str) -> Callable[[float, int], Config]:
-    """As many clusters for each token as published for Wan at 720p, and no floor."""
-
-    def config(mass: float, tokens: int) -> Config:
-        policy = SVG2(
-            query_clusters=max(1, tokens // 252),
-            key_clusters=max(1, tokens // 76),
-            mass=mass,
-            least=0.0,
-        )
-        return Config(policy=policy, tail=tail)
-
-    return config
+def _svg2(tail: str) -> Callable[[float], Config]:
+    """No floor, which would keep a tenth of the clusters whatever their mass."""
+    return lambda mass: Config(policy=SVG2(mass=mass, least=0.0), tail=tail)
 
 
 _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
@@ -96,7 +85,7 @@ _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
 
 def _with_tails(
     name: str,
-    config: Callable[[str], Callable[[float, int], Config]],
+    config: Callable[[str], Callable[[float], Config]],
     knob: tuple[float, float] | None,
 ) -> tuple[System, ...]:
     return tuple(System(name + suffix, config(tail), knob) for suffix, tail in _TAILS.items())
@@ -111,7 +100,7 @@ SYSTEMS = (
     System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
     System(
         "Sol-Attn",
-        lambda x, _: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
+        lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
         (-4.0, 4.0),
     ),
     System("ours", _kept()),
@@ -173,24 +162,21 @@ def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
     return tuple(of_name[name] for name in names or TABLE)
 
 
-def fit(
-    system: System, density: float, tokens: int, kept: Callable[[Config], float]
-) -> Config | None:
+def fit(system: System, density: float, kept: Callable[[Config], float]) -> Config | None:
     """The configuration that keeps most nearly ``density``, by halving; None if that is not near.
 
     Args:
         system: The system.
         density: In (0, 1].
-        tokens: How many there are.
         kept: What a configuration keeps.
     """
     if system.knob is None:
-        return system.config(density, tokens)
+        return system.config(density)
     low, high = system.knob
-    best, distance = system.config(high, tokens), float("inf")
+    best, distance = system.config(high), float("inf")
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
-        config = system.config(middle, tokens)
+        config = system.config(middle)
         share = kept(config)
         if abs(share - density) < distance:
             best, distance = config, abs(share - density)
@@ -298,7 +284,7 @@ def attention_rows(
         return statistics.fmean(site.kept(config) for site in sites)
 
     def measure(system: System, row: Row) -> tuple[Row, Config | None]:
-        config = fit(system, row.density, calls[0].query.shape[2], kept)
+        config = fit(system, row.density, kept)
         if config is None:
             return row, None
         mse = statistics.fmean(
@@ -362,7 +348,7 @@ def timed_rows(
             return F.scaled_dot_product_attention(*inputs)
 
     def measure(row: Row) -> Row:
-        config = fit(of_name[row.system], row.density, shape.length, site.kept)
+        config = fit(of_name[row.system], row.density, site.kept)
         if config is None:
             return row
         sparse = functools.partial(_operation(config, inputs, shape.grid, compile), *inputs)
@@ -496,6 +482,12 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
 def read_json(path: Path) -> list[Row]:
     """The rows of a file of ``write_json``."""
     return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows by system, as in ``SYSTEMS``, then by density."""
+    place = {system.name: i for i, system in enumerate(SYSTEMS)}
+    return sorted(rows, key=lambda row: (place[row.system], row.density))
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
