@@ -1,6 +1,7 @@
 """The study of published systems: oracle errors, fitted densities, rows, table and plot."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -18,11 +19,14 @@ from uta_fx.study.systems import (
     SYSTEMS,
     Row,
     Site,
+    _operation,
     attention_rows,
     draw,
     find_systems,
     fit,
     markdown,
+    read_json,
+    record,
     timed_rows,
     write_json,
 )
@@ -91,10 +95,10 @@ def test_a_density_is_reached_or_said_not_to_be():
     kept = Site((torch.randn(1, 1, 6144, 16),) * 3, (6, 32, 32)).kept
     (radial,) = find_systems(["Radial"])
     least = kept(Config(policy=Radial(decay=2**-8)))
-    assert fit(radial, least / 2, 6144, kept) is None
-    assert kept(fit(radial, 0.8, 6144, kept)) == pytest.approx(0.8, rel=0.2)
+    assert fit(radial, least / 2, kept) is None
+    assert kept(fit(radial, 0.8, kept)) == pytest.approx(0.8, rel=0.2)
     (topk,) = find_systems(["Top-K"])
-    assert fit(topk, 0.3, 6144, kept).density == 0.3
+    assert fit(topk, 0.3, kept).density == 0.3
     with pytest.raises(ValueError, match=r"system must be among Top-K, .* ours, got Top"):
         find_systems(["Top"])
 
@@ -175,8 +179,8 @@ def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):
     assert "speed-up" in table and table.splitlines()[-1].count(" - ") == 9
     assert "ms" not in markdown(rows)
     write_json(tmp_path / "rows.json", {"machine": "here"}, pictured)
-    record = json.loads((tmp_path / "rows.json").read_text())
-    assert record["machine"] == "here" and record["rows"][0] == dataclasses.asdict(pictured[0])
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["machine"] == "here" and read_json(tmp_path / "rows.json") == pictured
     pytest.importorskip("matplotlib")
     draw(tmp_path / "rows.png", [*pictured, empty], "title")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
@@ -211,7 +215,7 @@ def test_recall_is_that_of_the_tokens_whatever_the_blocks(name):
     """Of clusters and of tiles: what a token sees exactly, token by token."""
     site = call()
     (system,) = find_systems([name])
-    config = system.config(0.5, 256)
+    config = system.config(0.5)
     measured = Site((site.query, site.key, site.value), GRID)
     exact, rows, columns = measured.exact(config)
     attention = (site.query.double() @ site.key.double().mT / 4).softmax(-1)
@@ -221,3 +225,38 @@ def test_recall_is_that_of_the_tokens_whatever_the_blocks(name):
             seen[head, i] = exact[0, head, rows[0, head, i]][columns[0, head]]
     assert measured.kept(config) == pytest.approx(seen.double().mean().item())
     assert measured.recall(config) == pytest.approx((attention[0] * seen).sum(-1).mean().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("system", find_systems(None), ids=lambda system: system.name)
+def test_a_recorded_operation_gives_what_it_gives_by_itself(system):
+    """Launched again from a CUDA graph, bit for bit: no policy waits for the host."""
+    site = call(grid=(8, 16, 16), dim=64)
+    inputs = tuple(x.cuda().bfloat16() for x in (site.query, site.key, site.value))
+    config = system.config(0.5)
+    with torch.no_grad():
+        operation = functools.partial(_operation(config, inputs, (8, 16, 16), False), *inputs)
+        expected = operation()
+        replay = record(operation)
+        replay().zero_()
+        torch.testing.assert_close(replay(), expected, rtol=0, atol=0)
+
+
+def test_a_system_that_fails_leaves_the_others(monkeypatch):
+    """Its rows say why, in one line."""
+    whole = Site.output
+
+    def output(self, config):
+        if config.policy == "topk":
+            raise RuntimeError("out of blocks\nand more")
+        return whole(self, config)
+
+    monkeypatch.setattr(Site, "output", output)
+    chosen = find_systems(["Top-K", "ours"])
+    found = list(attention_rows([call()], (0.5,), chosen))
+    assert found[0] == (
+        Row(system="Top-K", density=0.5, failure="RuntimeError: out of blocks"),
+        None,
+    )
+    assert found[1][0].mse > 0 and found[1][0].failure is None
+    assert markdown([row for row, _ in found]).endswith("Top-K at 0.5: RuntimeError: out of blocks")

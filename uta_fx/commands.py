@@ -334,7 +334,9 @@ def study_policies(
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="System to measure; several times for several; default all."),
+        typer.Option(
+            help="System to measure; several times for several; default the UTA paper's and ours."
+        ),
     ] = None,
     calls: Annotated[
         int | None, typer.Option(min=1, help="How many attention calls of the model; default all.")
@@ -346,10 +348,20 @@ def study_policies(
     shape: Annotated[
         str | None, typer.Option(help="Shape to time the operation at, of uta-fx bench attention.")
     ] = None,
-    timed: Annotated[
-        list[float] | None,
-        typer.Option(help="Density to time; several times for several; default 0.1 and 0.3."),
-    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            help="Time the operation compiled by Inductor, ten seconds more for each row, and not"
+            " recorded as it is."
+        ),
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the rows that policies.json holds already of systems and densities that are"
+            " not measured now."
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     output: Output = Path("study"),
@@ -358,32 +370,35 @@ def study_policies(
 
     Error and recall on the shipped model's own queries, keys and values, PSNR of its clips against
     dense, and, with --shape, the time and error of the operation at a real size. Writes
-    policies.json, policies.md and policies.png as it goes. Minutes on a GPU; on a CPU try
-    --calls 2 --prompts 0.
+    policies.json, policies.md and policies.png as it goes; a row that fails says so, and the others
+    are measured. Minutes on a GPU; on a CPU try --calls 2 --prompts 0.
     """
-    import dataclasses
-
     from uta_fx.bench.inputs import SHAPES, trained_inputs
     from uta_fx.moving_shapes import held_out_scenes, load_pipeline
     from uta_fx.study import systems as study
-    from uta_fx.study.quality import measure
     from uta_fx.study.sites import trained_calls
 
     require("matplotlib", extra="demo")
     _check_folder(output)
     chosen = study.find_systems(system)
-    densities, timed = density or list(study.DENSITIES), timed or [0.1, 0.3]
+    densities = density or list(study.DENSITIES)
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     target = _device(device)
     pipeline = load_pipeline(target)
     title = f"{_name(target)}, torch {torch.__version__}"
-    rows: dict[tuple[str, float], study.Row] = {}
+    before = output / "policies.json"
+    rows = {
+        (row.system, row.density): row
+        for row in (study.read_json(before) if add and before.exists() else [])
+        if row.system not in [one.name for one in chosen] or row.density not in densities
+    }
+    measured: dict[tuple[str, float], study.Row] = {}
     configs: dict[tuple[str, float], Config] = {}
 
     def keep(row: study.Row) -> None:
-        rows[row.system, row.density] = row
-        found = list(rows.values())
+        measured[row.system, row.density] = row
+        found = study.in_order([*rows.values(), *measured.values()])
         about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
         _publish(output, "policies.json", lambda path: study.write_json(path, about, found))
         table = f"{title}\n\n{study.markdown(found)}\n"
@@ -400,26 +415,28 @@ def study_policies(
             if config is not None:
                 configs[row.system, row.density] = config
             bar.update(task, advance=1, description=f"attention: {row.system}")
-        if prompts:
-            torch.set_float32_matmul_precision("high")  # TF32 where there is any
-            task = bar.add_task("pictures", total=len(configs))
-            texts = [scene.prompt for scene in held_out_scenes(prompts)]
-            labelled = [(name, config) for (name, _), config in configs.items()]
-            scores = measure(pipeline, texts, labelled, steps=steps, seed=seed)
-            for key, score in zip(configs, scores, strict=True):
-                keep(dataclasses.replace(rows[key], psnr=score.psnr))
-                bar.update(task, advance=1, description=f"pictures: {score.label}")
+        torch.set_float32_matmul_precision("high")  # TF32 where there is any
         if shape is not None:
-            wanted = [row for row in rows.values() if row.density in timed]
-            task = bar.add_task("time", total=len(wanted))
+            task = bar.add_task("time", total=len(measured))
             dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
             inputs = trained_inputs(SHAPES[shape], target, dtype, seed)
-            for row in study.timed_rows(wanted, SHAPES[shape], inputs, chosen):
+            for row in study.timed_rows(
+                list(measured.values()), SHAPES[shape], inputs, chosen, compile=compiled
+            ):
                 keep(row)
                 bar.update(task, advance=1, description=f"time: {row.system}")
-    found = list(rows.values())
+        if prompts:
+            task = bar.add_task("pictures", total=len(configs))
+            texts = [scene.prompt for scene in held_out_scenes(prompts)]
+            configured = [(measured[key], config) for key, config in configs.items()]
+            for row in study.pictured_rows(configured, pipeline, texts, steps, seed):
+                keep(row)
+                bar.update(task, advance=1, description=f"pictures: {row.system}")
+    found = study.in_order([*rows.values(), *measured.values()])
     _publish(output, "policies.png", lambda path: study.draw(path, found, title))
     print(f"{title}\n\n{study.markdown(found)}\n")
+    if any(row.failure for row in found):
+        raise typer.Exit(1)
 
 
 @bench_app.command("attention")

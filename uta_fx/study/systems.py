@@ -19,19 +19,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uta_fx._optional import require
-from uta_fx.attention import pool_blocks, reorder_tokens, sparse_attention
+from uta_fx.attention import clustered_attention, pool_blocks, reorder_tokens, sparse_attention
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import Inputs, Shape
 from uta_fx.config import Config
+from uta_fx.generate import psnr
 from uta_fx.order import Grid
 from uta_fx.policies import SVG2, Radial, Threshold, TopP
 from uta_fx.study.sites import AttentionCall
+from uta_fx.study.switch import Switch
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
-FIT_STEPS = 14
-FIT_WITHIN = 0.002
+FIT_STEPS = 12
+FIT_WITHIN = 0.02
+"""How far from the density that was asked for halving stops, relative."""
 REACHED = 0.2
-"""How far from the density that was asked for a row may be, relative; the row is empty beyond."""
+"""How far from it a row may be; the row is empty beyond."""
 SAMPLED_ROWS = 128
 CHUNK = 1 << 26  # weights of attention at a time
 DENSE = [
@@ -49,42 +52,31 @@ class System:
 
     Attributes:
         name: What is printed.
-        config: Makes its configuration from a number that rises with what is kept, and from how
-            many tokens there are.
+        config: Makes its configuration from a number that rises with what is kept.
         knob: The least and the greatest such number; None where it is ``Config.density`` and just
             that is kept.
     """
 
     name: str
-    config: Callable[[float, int], Config]
+    config: Callable[[float], Config]
     knob: tuple[float, float] | None = None
 
 
-def _kept(**fields: Any) -> Callable[[float, int], Config]:
-    return lambda density, _: Config(density=density, **fields)
+def _kept(**fields: Any) -> Callable[[float], Config]:
+    return lambda density: Config(density=density, **fields)
 
 
-def _radial(tail: str) -> Callable[[float, int], Config]:
-    return lambda log, _: Config(policy=Radial(decay=2**log), tail=tail)
+def _radial(tail: str) -> Callable[[float], Config]:
+    return lambda log: Config(policy=Radial(decay=2**log), tail=tail)
 
 
-def _top_p(tail: str) -> Callable[[float, int], Config]:
-    return lambda mass, _: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+def _top_p(tail: str) -> Callable[[float], Config]:
+    return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
 
 
-def _svg2(tail: str) -> Callable[[float, int], Config]:
-    """As many clusters for each token as published for Wan at 720p, and no floor."""
-
-    def config(mass: float, tokens: int) -> Config:
-        policy = SVG2(
-            query_clusters=max(1, tokens // 252),
-            key_clusters=max(1, tokens // 76),
-            mass=mass,
-            least=0.0,
-        )
-        return Config(policy=policy, tail=tail)
-
-    return config
+def _svg2(tail: str) -> Callable[[float], Config]:
+    """No floor, which would keep a tenth of the clusters whatever their mass."""
+    return lambda mass: Config(policy=SVG2(mass=mass, least=0.0), tail=tail)
 
 
 _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
@@ -93,7 +85,7 @@ _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
 
 def _with_tails(
     name: str,
-    config: Callable[[str], Callable[[float, int], Config]],
+    config: Callable[[str], Callable[[float], Config]],
     knob: tuple[float, float] | None,
 ) -> tuple[System, ...]:
     return tuple(System(name + suffix, config(tail), knob) for suffix, tail in _TAILS.items())
@@ -108,12 +100,18 @@ SYSTEMS = (
     System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
     System(
         "Sol-Attn",
-        lambda x, _: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
+        lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
         (-4.0, 4.0),
     ),
     System("ours", _kept()),
 )
 """Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
+
+TABLE = (
+    "Top-K", "Top-K + UTA", "SVG2", "SVG2 + UTA", "Radial", "Radial + UTA", "Radial + gaussian",
+    "Rectified SpaAttn", "Sol-Attn", "ours",
+)  # fmt: skip
+"""Those that are measured unless others are named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +132,7 @@ class Row:
         speedup: Over the dense baseline there.
         timed_kept: As ``kept``, there.
         timed_error: As ``error``, there, on sampled rows.
+        failure: What went wrong with it, if anything did; the numbers before that stand.
     """
 
     system: str
@@ -147,10 +146,11 @@ class Row:
     speedup: float | None = None
     timed_kept: float | None = None
     timed_error: float | None = None
+    failure: str | None = None
 
 
 def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
-    """Systems by name; None for all.
+    """Systems by name; None for those of ``TABLE``.
 
     Raises:
         ValueError: There is none of a name.
@@ -159,31 +159,28 @@ def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
     unknown = [name for name in names or () if name not in of_name]
     if unknown:
         raise ValueError(f"system must be among {', '.join(of_name)}, got {', '.join(unknown)}")
-    return tuple(of_name[name] for name in names) if names else SYSTEMS
+    return tuple(of_name[name] for name in names or TABLE)
 
 
-def fit(
-    system: System, density: float, tokens: int, kept: Callable[[Config], float]
-) -> Config | None:
+def fit(system: System, density: float, kept: Callable[[Config], float]) -> Config | None:
     """The configuration that keeps most nearly ``density``, by halving; None if that is not near.
 
     Args:
         system: The system.
         density: In (0, 1].
-        tokens: How many there are.
         kept: What a configuration keeps.
     """
     if system.knob is None:
-        return system.config(density, tokens)
+        return system.config(density)
     low, high = system.knob
-    best, distance = system.config(high, tokens), float("inf")
+    best, distance = system.config(high), float("inf")
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
-        config = system.config(middle, tokens)
+        config = system.config(middle)
         share = kept(config)
         if abs(share - density) < distance:
             best, distance = config, abs(share - density)
-        if distance <= FIT_WITHIN:
+        if distance <= FIT_WITHIN * density:
             break
         low, high = (middle, high) if share < density else (low, middle)
     return best if distance <= REACHED * density else None
@@ -276,7 +273,8 @@ def attention_rows(
     """Errors and recall of every system at every density on attention calls of one shape.
 
     Yields:
-        A row, and the configuration that it is of; None where no configuration keeps so much.
+        A row, and the configuration that it is of; None where no configuration keeps so much, or
+        where it failed.
     """
     sites = [Site((call.query, call.key, call.value), call.grid) for call in calls]
     dense = [call.dense().double() for call in calls]
@@ -285,22 +283,33 @@ def attention_rows(
     def kept(config: Config) -> float:
         return statistics.fmean(site.kept(config) for site in sites)
 
+    def measure(system: System, row: Row) -> tuple[Row, Config | None]:
+        config = fit(system, row.density, kept)
+        if config is None:
+            return row, None
+        mse = statistics.fmean(
+            (site.output(config).double() - exact).square().mean().item()
+            for site, exact in zip(sites, dense, strict=True)
+        )
+        recall = statistics.fmean(site.recall(config) for site in sites)
+        row = dataclasses.replace(
+            row, kept=kept(config), mse=mse, error=mse / square, recall=recall
+        )
+        return row, config
+
     for system in systems:
         for density in densities:
-            config = fit(system, density, calls[0].query.shape[2], kept)
-            if config is None:
-                yield Row(system=system.name, density=density), None
-                continue
-            mse = statistics.fmean(
-                (site.output(config).double() - exact).square().mean().item()
-                for site, exact in zip(sites, dense, strict=True)
-            )
-            recall = statistics.fmean(site.recall(config) for site in sites)
-            row = Row(
-                system=system.name, density=density, kept=kept(config), mse=mse,
-                error=mse / square, recall=recall,
-            )  # fmt: skip
-            yield row, config
+            row = Row(system=system.name, density=density)
+            try:
+                yield measure(system, row)
+            except Exception as error:  # of one system; the others are measured all the same
+                yield failed(row, error), None
+
+
+def failed(row: Row, error: Exception) -> Row:
+    """The row, with what went wrong in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return dataclasses.replace(row, failure=f"{type(error).__name__}: {first}")
 
 
 @torch.no_grad()
@@ -311,9 +320,13 @@ def timed_rows(
     systems: Sequence[System] = SYSTEMS,
     *,
     rounds: int = 7,
-    compile: bool = True,
+    compile: bool = False,
 ) -> Iterator[Row]:
     """The same rows with the time of the operation at a shape, and its error there.
+
+    On a GPU the operation's launches are recorded in a CUDA graph, so that what is timed is the
+    work of the GPU alone. SVG2 starts from the centroids of a call before, as it does at all steps
+    but the first.
 
     Args:
         rows: Of ``attention_rows``.
@@ -321,7 +334,8 @@ def timed_rows(
         inputs: Query, key and value.
         systems: Those of the rows; each is fitted to its density anew.
         rounds: Timed rounds; medians are reported. Dense attention takes turns with each.
-        compile: Compile the operation, as in a model; False runs it eagerly.
+        compile: Compile the operation by Inductor and record nothing: as in a model, and about ten
+            seconds more for each row.
     """
     site, device = Site(inputs, shape.grid), str(inputs[0].device)
     of_name = {system.name: system for system in systems}
@@ -333,23 +347,68 @@ def timed_rows(
         with sdpa_kernel(DENSE, set_priority=True):
             return F.scaled_dot_product_attention(*inputs)
 
-    for row in rows:
-        config = fit(of_name[row.system], row.density, shape.length, site.kept)
+    def measure(row: Row) -> Row:
+        config = fit(of_name[row.system], row.density, site.kept)
         if config is None:
-            yield row
-            continue
-        torch.compiler.reset()  # or the systems before count towards the recompile limit
-        sparse = functools.partial(_operation(config, shape.grid, compile), *inputs)
+            return row
+        sparse = functools.partial(_operation(config, inputs, shape.grid, compile), *inputs)
         output = sparse().index_select(2, chosen).double()
+        if inputs[0].is_cuda and not compile:
+            sparse = record(sparse)
         times = time_interleaved({"dense": attend, "sparse": sparse}, rounds, device)
         ms, baseline = (statistics.median(times[name]) for name in ("sparse", "dense"))
-        yield dataclasses.replace(
+        return dataclasses.replace(
             row,
             ms=ms,
             speedup=baseline / ms,
             timed_kept=site.kept(config),
             timed_error=((output - dense).square().sum() / dense.square().sum()).item(),
         )
+
+    for row in rows:
+        try:
+            yield measure(row)
+        except Exception as error:  # as above
+            yield failed(row, error)
+
+
+def record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record what a call launches in a CUDA graph; what is returned launches it again.
+
+    The call has run before, so that nothing is left to be compiled.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def pictured_rows(
+    rows: Sequence[tuple[Row, Config]], pipeline: Any, prompts: Sequence[str], steps: int, seed: int
+) -> Iterator[Row]:
+    """The same rows with the PSNR of generated clips against dense.
+
+    Args:
+        rows: And the configurations that they are of.
+        pipeline: Loaded on its device; left as it was.
+        prompts: One clip each.
+        steps: Denoising steps.
+        seed: Of the first prompt; the next ones count up.
+    """
+    with Switch(pipeline) as switch:
+        dense = pipeline(prompts, steps=steps, seed=seed).cpu()
+        for row, config in rows:
+            switch.config = config
+            try:
+                videos = pipeline(prompts, steps=steps, seed=seed).cpu()
+                yield dataclasses.replace(row, psnr=psnr(dense, videos))
+            except Exception as error:  # as above
+                yield failed(row, error)
 
 
 def dense_rows(inputs: Inputs, rows: Tensor) -> Tensor:
@@ -369,11 +428,23 @@ def dense_rows(inputs: Inputs, rows: Tensor) -> Tensor:
     )
 
 
-def _operation(config: Config, grid: Grid, compile: bool) -> Callable[..., Tensor]:
-    def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return sparse_attention(query, key, value, config=config, grid=grid)
+def _operation(config: Config, inputs: Inputs, grid: Grid, compile: bool) -> Callable[..., Tensor]:
+    """A function of query, key and value; of SVG2 from the centroids that ``inputs`` lead to."""
+    if isinstance(config.selection_policy(), SVG2):
+        _, centroids = clustered_attention(*inputs, config=config, grid=grid)
 
-    return torch.compile(operation, dynamic=False) if compile else operation
+        def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return clustered_attention(query, key, value, centroids, config=config, grid=grid)[0]
+
+    else:
+
+        def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return sparse_attention(query, key, value, config=config, grid=grid)
+
+    if not compile:
+        return operation
+    torch.compiler.reset()  # or the systems before count towards the recompile limit
+    return torch.compile(operation, dynamic=False)
 
 
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -398,13 +469,25 @@ def markdown(rows: Sequence[Row]) -> str:
             value = getattr(row, name)
             cells.append("-" if value is None else f"{value:{COLUMNS[name][1]}}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    failures = [f"{row.system} at {row.density:g}: {row.failure}" for row in rows if row.failure]
+    return "\n".join([*lines, *([""] if failures else []), *failures])
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write every row, after what was measured on what."""
     record = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows of a file of ``write_json``."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows by system, as in ``SYSTEMS``, then by density."""
+    place = {system.name: i for i, system in enumerate(SYSTEMS)}
+    return sorted(rows, key=lambda row: (place[row.system], row.density))
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
