@@ -60,7 +60,7 @@ class Search:
     deviations: float = 5.0
     parts: int = 4096
     found: int = 4096
-    rows: int = 8
+    rows: int = 4
     columns: int = 256
     num_warps: int = 4
     row_columns: int = 2048
@@ -178,6 +178,71 @@ def _best_columns(row_ptrs, real, blocks, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
+def _count_parts(
+    row_ptrs, real, best, state, parts, blocks,
+    FIRST: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add up the blocks in each part of the bracket and, in the first pass, above it.
+
+    The ends of the bracket have parts of their own, because it is there that many equal scores lie:
+    these, and what is above, are added up before an atomic adds them.
+    """
+    low = tl.load(state + _LOW).to(tl.int32)
+    high = tl.load(state + _HIGH).to(tl.int32)
+    shift = tl.load(state + _SHIFT).to(tl.uint32)
+    above = tl.zeros([ROWS, COLUMNS], tl.int32)
+    at_low = tl.zeros([ROWS, COLUMNS], tl.int32)
+    at_high = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for first in range(0, blocks, COLUMNS):
+        key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
+        other = inside & (column[None, :] != best[:, None])
+        if FIRST:
+            above += (other & (key > high)).to(tl.int32)
+        at_low += (other & (key == low)).to(tl.int32)
+        at_high += (other & (key == high) & (low < high)).to(tl.int32)
+        between = other & (key > low) & (key < high)
+        part = 1 + ((key - low - 1).to(tl.uint32, bitcast=True) >> shift).to(tl.int32)
+        one = tl.full([ROWS, COLUMNS], 1, tl.int64)
+        tl.atomic_add(parts + part, one, mask=between, sem="relaxed")
+    if FIRST:
+        tl.atomic_add(state + _ABOVE, tl.sum(above).to(tl.int64), sem="relaxed")
+    tl.atomic_add(parts, tl.sum(at_low).to(tl.int64), sem="relaxed")
+    tl.atomic_add(parts + PARTS - 1, tl.sum(at_high).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _collect(
+    row_ptrs, row, real, best, state, keys, places, blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store keys and indices of the blocks in the bracket, in whatever order."""
+    low = tl.load(state + _LOW).to(tl.int32)
+    high = tl.load(state + _HIGH).to(tl.int32)
+    counter = state + _FOUND + tl.zeros([ROWS, COLUMNS], tl.int32)
+    for first in range(0, blocks, COLUMNS):
+        key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
+        taken = inside & (column[None, :] != best[:, None]) & (key >= low) & (key <= high)
+        one = tl.full([ROWS, COLUMNS], 1, tl.int64)
+        slot = tl.atomic_add(counter, one, mask=taken, sem="relaxed")
+        place = row.to(tl.int64)[:, None] * blocks + column[None, :]
+        tl.store(keys + slot, key, mask=taken)
+        tl.store(places + slot, place, mask=taken)
+
+
+@triton.jit
+def _count_ties(
+    row_ptrs, real, best, state, ties_ptrs, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Store how many blocks of each row are at the threshold."""
+    low = tl.load(state + _LOW).to(tl.int32)
+    ties = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for first in range(0, blocks, COLUMNS):
+        key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
+        ties += (inside & (column[None, :] != best[:, None]) & (key == low)).to(tl.int32)
+    tl.store(ties_ptrs, tl.sum(ties, 1), mask=real)
+
+
+@triton.jit
 def _pass_kernel(
     bits_ptr,  # int32 [G, rows, blocks]: scores
     best_ptr,  # int32 [G, rows]: the best column of each row, which the first pass stores
@@ -190,64 +255,31 @@ def _pass_kernel(
     FIRST: tl.constexpr, PARTS: tl.constexpr, FOUND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Count, collect or count by rows, in ROWS rows of one group but for the best of each.
-
-    The ends of the bracket have parts of their own, because it is there that many equal scores lie:
-    these, and what is above, are added up before an atomic adds them.
-    """
+    """Look at ROWS rows of one group, but for the best block of each, as its search wants it."""
     group = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied
     state = state_ptr + group * STATE
-    mode = tl.load(state + _MODE)
-    if mode != _DONE:
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        real = row < rows
-        row_ptrs = bits_ptr + (group * rows + row) * blocks
-        if FIRST:
-            best = _best_columns(row_ptrs, real, blocks, ROWS, COLUMNS)
-            tl.store(best_ptr + group * rows + row, best, mask=real)
-        else:
-            best = tl.load(best_ptr + group * rows + row, mask=real, other=0)
-        low = tl.load(state + _LOW).to(tl.int32)
-        high = tl.load(state + _HIGH).to(tl.int32)
-        if mode == _COUNT:
-            shift = tl.load(state + _SHIFT).to(tl.uint32)
-            parts = parts_ptr + group * PARTS
-            above = tl.zeros([ROWS, COLUMNS], tl.int32)
-            at_low = tl.zeros([ROWS, COLUMNS], tl.int32)
-            at_high = tl.zeros([ROWS, COLUMNS], tl.int32)
-            for first in range(0, blocks, COLUMNS):
-                key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
-                other = inside & (column[None, :] != best[:, None])
-                if FIRST:
-                    above += (other & (key > high)).to(tl.int32)
-                at_low += (other & (key == low)).to(tl.int32)
-                at_high += (other & (key == high) & (low < high)).to(tl.int32)
-                between = other & (key > low) & (key < high)
-                part = 1 + ((key - low - 1).to(tl.uint32, bitcast=True) >> shift).to(tl.int32)
-                one = tl.full([ROWS, COLUMNS], 1, tl.int64)
-                tl.atomic_add(parts + part, one, mask=between, sem="relaxed")
-            if FIRST:
-                tl.atomic_add(state + _ABOVE, tl.sum(above).to(tl.int64), sem="relaxed")
-            tl.atomic_add(parts, tl.sum(at_low).to(tl.int64), sem="relaxed")
-            tl.atomic_add(parts + PARTS - 1, tl.sum(at_high).to(tl.int64), sem="relaxed")
-        elif mode == _COLLECT:
-            counter = state + _FOUND + tl.zeros([ROWS, COLUMNS], tl.int32)
-            for first in range(0, blocks, COLUMNS):
-                key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
-                other = inside & (column[None, :] != best[:, None])
-                taken = other & (key >= low) & (key <= high)
-                one = tl.full([ROWS, COLUMNS], 1, tl.int64)
-                slot = group * FOUND + tl.atomic_add(counter, one, mask=taken, sem="relaxed")
-                place = row.to(tl.int64)[:, None] * blocks + column[None, :]
-                tl.store(keys_ptr + slot, key, mask=taken)
-                tl.store(places_ptr + slot, place, mask=taken)
-        else:
-            ties = tl.zeros([ROWS, COLUMNS], tl.int32)
-            for first in range(0, blocks, COLUMNS):
-                key, column, inside = _load_keys(row_ptrs, real, first, blocks, COLUMNS)
-                other = inside & (column[None, :] != best[:, None])
-                ties += (other & (key == low)).to(tl.int32)
-            tl.store(ties_ptr + group * rows + row, tl.sum(ties, 1), mask=real)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    row_ptrs = bits_ptr + (group * rows + row) * blocks
+    best_ptrs, ties_ptrs = best_ptr + group * rows + row, ties_ptr + group * rows + row
+    parts = parts_ptr + group * PARTS
+    if FIRST:
+        best = _best_columns(row_ptrs, real, blocks, ROWS, COLUMNS)
+        tl.store(best_ptrs, best, mask=real)
+        _count_parts(row_ptrs, real, best, state, parts, blocks, FIRST, PARTS, ROWS, COLUMNS)
+    else:
+        mode = tl.load(state + _MODE)
+        if mode != _DONE:
+            best = tl.load(best_ptrs, mask=real, other=0)
+            if mode == _COUNT:
+                _count_parts(
+                    row_ptrs, real, best, state, parts, blocks, FIRST, PARTS, ROWS, COLUMNS
+                )
+            elif mode == _COLLECT:
+                keys, places = keys_ptr + group * FOUND, places_ptr + group * FOUND
+                _collect(row_ptrs, row, real, best, state, keys, places, blocks, ROWS, COLUMNS)
+            else:
+                _count_ties(row_ptrs, real, best, state, ties_ptrs, blocks, ROWS, COLUMNS)
 
 
 @triton.jit
