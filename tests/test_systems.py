@@ -21,13 +21,18 @@ from uta_fx.study.systems import (
     Site,
     _operation,
     attention_rows,
-    draw,
     find_systems,
     fit,
-    markdown,
-    read_json,
+    in_order,
     record,
     timed_rows,
+)
+from uta_fx.study.systems_report import (
+    draw,
+    equal_time,
+    error_at,
+    markdown,
+    read_json,
     write_json,
 )
 
@@ -176,7 +181,7 @@ def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):
     pictured = [dataclasses.replace(row, psnr=30.0) for row in timed]
     table = markdown([*pictured, empty])
     assert table.splitlines()[0].startswith("| system | density | kept | MSE |")
-    assert "speed-up" in table and table.splitlines()[-1].count(" - ") == 9
+    assert "speed-up" in table and table.splitlines()[6].count(" - ") == 9
     assert "ms" not in markdown(rows)
     write_json(tmp_path / "rows.json", {"machine": "here"}, pictured)
     written = json.loads((tmp_path / "rows.json").read_text())
@@ -260,3 +265,34 @@ def test_a_system_that_fails_leaves_the_others(monkeypatch):
     )
     assert found[1][0].mse > 0 and found[1][0].failure is None
     assert markdown([row for row, _ in found]).endswith("Top-K at 0.5: RuntimeError: out of blocks")
+
+
+def test_the_report_says_who_errs_less_in_the_same_time():
+    """Between two of our times on a line through logarithms; beyond them what is known."""
+
+    def row(system, ms, error, density=0.1):
+        return Row(system=system, density=density, ms=ms, timed_error=error)
+
+    ours = [row("ours", 2.0, 1e-2), row("ours", 8.0, 1e-4, 0.5)]
+    assert equal_time(ours) == [] == equal_time([row("SVG2", 1.0, 1.0)])
+    curve = [(2.0, 1e-2), (8.0, 1e-4)]
+    assert error_at(curve, 4.0) == pytest.approx(1e-3)
+    assert error_at(curve, 1.9) is None and error_at(curve, 9.0) == 1e-4
+    others = [row("SVG2", 4.0, 2e-3), row("Top-K", 4.0, 9e-4), row("Radial", 1.5, 1e-1)]
+    first, lower, faster = equal_time([*ours, *others, Row(system="Radial", density=0.5)])
+    assert first == "At equal time ours has the lowest error beside 1 of 3 rows of other systems."
+    assert (
+        lower == "Lower than ours at equal time: Top-K at 0.1 (4.00 ms, 9.0e-04 against 1.0e-03)."
+    )
+    assert faster.endswith("row of ours (2.00 ms): Radial at 0.1 (1.50 ms, 1.0e-01).")
+    assert markdown([*ours, *others]).splitlines()[-3:] == [first, lower, faster]
+
+
+def test_a_study_measures_ours_at_less_too_and_sorts_its_rows():
+    """So that its times reach those of others, whatever was measured first."""
+    ours, topk = find_systems(["ours", "Top-K"])
+    assert set(topk.densities) < set(ours.densities) and min(ours.densities) < min(topk.densities)
+    rows = [Row(system=name, density=d) for name in ("ours", "Top-K") for d in (0.5, 0.1)]
+    assert [(row.system, row.density) for row in in_order(rows)] == [
+        ("Top-K", 0.1), ("Top-K", 0.5), ("ours", 0.1), ("ours", 0.5),
+    ]  # fmt: skip

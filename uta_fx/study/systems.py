@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from uta_fx._optional import require
 from uta_fx.attention import clustered_attention, pool_blocks, reorder_tokens, sparse_attention
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import Inputs, Shape
@@ -55,11 +52,13 @@ class System:
         config: Makes its configuration from a number that rises with what is kept.
         knob: The least and the greatest such number; None where it is ``Config.density`` and just
             that is kept.
+        densities: Where it is measured unless others are asked for.
     """
 
     name: str
     config: Callable[[float], Config]
     knob: tuple[float, float] | None = None
+    densities: tuple[float, ...] = DENSITIES
 
 
 def _kept(**fields: Any) -> Callable[[float], Config]:
@@ -103,7 +102,8 @@ SYSTEMS = (
         lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
         (-4.0, 4.0),
     ),
-    System("ours", _kept()),
+    # so little too that others are as fast
+    System("ours", _kept(), densities=(0.02, 0.05, *DENSITIES)),
 )
 """Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
 
@@ -267,10 +267,15 @@ class Site:
 @torch.no_grad()
 def attention_rows(
     calls: Sequence[AttentionCall],
-    densities: Sequence[float] = DENSITIES,
+    densities: Sequence[float] | None = None,
     systems: Sequence[System] = SYSTEMS,
 ) -> Iterator[tuple[Row, Config | None]]:
     """Errors and recall of every system at every density on attention calls of one shape.
+
+    Args:
+        calls: Of one shape.
+        densities: None for those of each system.
+        systems: Which.
 
     Yields:
         A row, and the configuration that it is of; None where no configuration keeps so much, or
@@ -298,7 +303,7 @@ def attention_rows(
         return row, config
 
     for system in systems:
-        for density in densities:
+        for density in densities or system.densities:
             row = Row(system=system.name, density=density)
             try:
                 yield measure(system, row)
@@ -447,87 +452,7 @@ def _operation(config: Config, inputs: Inputs, grid: Grid, compile: bool) -> Cal
     return torch.compile(operation, dynamic=False)
 
 
-COLUMNS: Mapping[str, tuple[str, str]] = {
-    "kept": ("kept", ".1%"), "mse": ("MSE", ".2e"), "error": ("relative", ".2e"),
-    "recall": ("recall", ".1%"), "psnr": ("PSNR", ".1f"), "ms": ("ms", ".2f"),
-    "speedup": ("speed-up", ".2f"), "timed_kept": ("kept there", ".1%"),
-    "timed_error": ("relative there", ".2e"),
-}  # fmt: skip
-"""Columns of the table: field, heading and format."""
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """One line for each row; columns without a number are left out."""
-    shown = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    lines = [
-        f"| system | density | {' | '.join(COLUMNS[name][0] for name in shown)} |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for row in rows:
-        cells = [row.system, f"{row.density:g}"]
-        for name in shown:
-            value = getattr(row, name)
-            cells.append("-" if value is None else f"{value:{COLUMNS[name][1]}}")
-        lines.append(f"| {' | '.join(cells)} |")
-    failures = [f"{row.system} at {row.density:g}: {row.failure}" for row in rows if row.failure]
-    return "\n".join([*lines, *([""] if failures else []), *failures])
-
-
-def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write every row, after what was measured on what."""
-    record = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def read_json(path: Path) -> list[Row]:
-    """The rows of a file of ``write_json``."""
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
-
-
-def in_order(rows: Sequence[Row]) -> list[Row]:
+def in_order(rows: Iterable[Row]) -> list[Row]:
     """Rows by system, as in ``SYSTEMS``, then by density."""
     place = {system.name: i for i, system in enumerate(SYSTEMS)}
     return sorted(rows, key=lambda row: (place[row.system], row.density))
-
-
-def draw(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw error against density, and what there is of picture against density, error against time.
-
-    Args:
-        path: File to write; its ending says of what kind.
-        rows: Of one study.
-        title: What stands above.
-    """
-    pyplot = require("matplotlib.pyplot", extra="demo")
-    panels = [("kept", "error", "share of blocks kept", "relative squared error of attention")]
-    if any(row.psnr is not None for row in rows):
-        panels.append(("kept", "psnr", "share of blocks kept", "PSNR against dense, dB"))
-    if any(row.ms is not None for row in rows):
-        panels.append(("ms", "timed_error", "time of the operation, ms", "relative squared error"))
-    figure, several = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels), 5), layout="constrained", squeeze=False
-    )
-    figure.suptitle(title, fontsize=9)
-    names = list(dict.fromkeys(row.system for row in rows))
-    families = list(dict.fromkeys(name.partition(" + ")[0] for name in names))
-    styles = {"": "--x", "UTA": "-o", "gaussian": "-s"}
-    for axes, (x, y, x_label, y_label) in zip(several[0], panels, strict=True):
-        for name in names:
-            points = sorted(
-                (getattr(row, x), getattr(row, y))
-                for row in rows
-                if row.system == name and None not in (getattr(row, x), getattr(row, y))
-            )
-            family, _, tail = name.partition(" + ")
-            width = 2.5 if name == "ours" else 1.2
-            axes.plot(
-                [point[0] for point in points], [point[1] for point in points], styles[tail],
-                color=f"C{families.index(family)}", lw=width, ms=4, label=name,
-            )  # fmt: skip
-        axes.set(xlabel=x_label, ylabel=y_label)
-        if y != "psnr":
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-    several[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
