@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from uta_fx.export.onnxruntime_plugin import SHARED_KB
+from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.export.tensorrt_ops import PLUGINS
 from uta_fx.kernels import triton_attention, triton_scores, triton_tensorrt
 from uta_fx.kernels.triton_attention import ID_CHUNK, LOG2_E, dot_precision, fit_tile

@@ -12,6 +12,7 @@ products of one step overlap with the softmax of the next, as FlashAttention-3 d
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -43,10 +44,12 @@ BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
+ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
 STAGES = 5  # of the ring: pairs of a key and a value block
+MAP_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 @triton.jit
@@ -494,12 +497,19 @@ def takes(
     """
     return (
         on_hopper(query)
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] in HEAD_DIMS
-        and key.shape[-1] == value.shape[-1]
-        and block_q == block_kv == BLOCK
+        and takes_sizes(query.dtype, key.shape[-1], value.shape[-1], block_q, block_kv)
         and output.stride(-1) == 1
         and all(is_addressable(x) for x in (query, key, value, output))
+    )
+
+
+def takes_sizes(dtype: torch.dtype, dim: int, dim_v: int, block_q: int, block_kv: int) -> bool:
+    """What ``takes`` wants of a dtype, of head dims and of block sizes."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and dim in HEAD_DIMS
+        and dim == dim_v
+        and block_q == block_kv == BLOCK
     )
 
 
@@ -517,8 +527,7 @@ def is_addressable(x: Tensor) -> bool:
 
 def tensor_map(x: Tensor, rows: int) -> TensorDescriptor:
     """Of ``[B, H, L, D]`` in tiles of ``rows``; rows beyond L read as zero."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], layout)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], MAP_LAYOUT)
 
 
 def takes_tail(tail: Tail) -> bool:
@@ -527,12 +536,36 @@ def takes_tail(tail: Tail) -> bool:
     It wants one representative a key block, with its variance, and one slope a head, all where the
     copy engine can address them.
     """
-    return (
-        tail.key.dim() == 4
-        and tail.variance.shape[2] > 0
-        and tail.slope.shape[2] == 1
-        and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
-    )
+    return takes_tail_sizes(
+        tail.key.dim() == 4, tail.variance.shape[2], tail.slope.shape[2]
+    ) and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
+
+
+def takes_tail_sizes(per_block: bool, variances: int, slopes: int) -> bool:
+    """What ``takes_tail`` wants: of representatives, and how many variances and slopes a head."""
+    return per_block and variances > 0 and slopes == 1
+
+
+def blocks_of_program(dim: int) -> int:
+    """How many query blocks one program of the paired kernel takes."""
+    return 4 if dim == 64 else 2
+
+
+def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) -> dict[str, Any]:
+    """Constants and compiler options of the paired kernel.
+
+    Args:
+        dim: D.
+        sign: Of the scale: 1, -1 or 0.
+        even: The last key block is whole.
+        tail: It attends to representatives too.
+        resume: The output holds attention over a tail, to go on from.
+    """
+    return {
+        "D": dim, "BLOCK": BLOCK, "PLAN": PLAN, "STAGES": STAGES, "SIGN": sign, "EVEN": even,
+        "TAIL": tail, "RESUME": resume, "TWO": blocks_of_program(dim) == 4,
+        "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
+    }  # fmt: skip
 
 
 def attend(
@@ -575,7 +608,7 @@ def attend(
     _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
-        CHUNK=CHUNK, PLAN=PLAN, FIELD=FIELD,
+        **ORDER_OPTIONS,
     )  # fmt: skip
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
@@ -587,15 +620,12 @@ def attend(
             tensor_map(tail.slope[:, :, 0], dim),
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
-    two = dim == 64
-    _paired_kernel[(triton.cdiv(pairs, 1 + two), batch * heads)](
+    sign = (scale > 0) - (scale < 0)
+    _paired_kernel[(triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads)](
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, blocks_kv,
         abs(scale), (abs(scale) or 1.0) * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
-        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
-        SIGN=(scale > 0) - (scale < 0), EVEN=length_kv % BLOCK == 0,
-        TAIL=tail is not None, RESUME=resume, TWO=two,
-        num_warps=4, maxnreg=MAX_REGISTERS[dim],
+        **paired_options(dim, sign, length_kv % BLOCK == 0, tail is not None, resume),
     )  # fmt: skip

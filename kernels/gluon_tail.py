@@ -217,6 +217,14 @@ def variances(query: Tensor, variance: Tensor, scale: float, block: int) -> Tens
         query, variance, sigma2,
         *query.stride()[:3], *variance.stride()[:3],
         heads, length_q, blocks_q, blocks_kv, scale,
-        D=dim, BLOCK=block, MANY_Q=MANY_Q, MANY_KV=MANY_KV, num_warps=4, num_stages=2,
+        **variance_options(dim, block),
     )  # fmt: skip
     return sigma2
+
+
+def variance_options(dim: int, block: int) -> dict[str, int]:
+    """Constants and compiler options of the variances' kernel, for D and rows of a block."""
+    return {
+        "D": dim, "BLOCK": block, "MANY_Q": MANY_Q, "MANY_KV": MANY_KV,
+        "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
