@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from uta_fx.export.onnxruntime_plugin import SHARED_KB
+from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.kernels import triton_attention, triton_kmeans, triton_scores, triton_statistics
 
 architecture, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
