@@ -513,6 +513,10 @@ def bench_model(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Compile the model as one graph; without it block by block."),
+    ] = False,
     layers: Annotated[
         int | None, typer.Option(min=1, help="At most so many of each kind of layer; default all.")
     ] = None,
@@ -524,7 +528,7 @@ def bench_model(
 ) -> None:
     """Time one forward of a released model, dense and sparse, with random weights.
 
-    Needs no checkpoint; the architecture has its real size. Blocks are compiled one by one.
+    Needs no checkpoint; the architecture has its real size. Compilation finds empty caches.
     """
     require("diffusers", extra="diffusers")
     from uta_fx.bench.model import run
@@ -535,6 +539,7 @@ def bench_model(
         model,
         density or (0.25, 0.1),
         size=size,
+        whole=whole,
         layers=layers,
         rounds=rounds,
         device=str(_device(device)),
