@@ -39,6 +39,7 @@ from uta_fx.study.systems_report import (
     error_at,
     markdown,
     read_json,
+    tails_apart,
     write_json,
 )
 
@@ -152,6 +153,8 @@ def test_every_system_has_a_row_for_every_density(rows):
         (system.name, density) for system in SYSTEMS for density in (0.5, 1.0)
     ]
     for row in rows:
+        if row.kept is not None:
+            assert row.errors == (pytest.approx(row.error),)
         if row.kept == 1:
             assert row.mse < 1e-9 and row.recall == pytest.approx(1, abs=1e-5)
         elif row.kept is not None:
@@ -318,6 +321,28 @@ def test_the_report_says_who_errs_less_in_the_same_time():
     )
     assert faster.endswith("row of ours (2.00 ms): Radial at 0.1 (1.50 ms, 1.0e-01).")
     assert markdown([*ours, *others]).splitlines()[-3:] == [first, lower, faster]
+
+
+def test_the_report_says_where_a_tail_helps():
+    """At which densities, at the timed shape, and on how many calls by themselves."""
+
+    def row(system, density, errors, timed=None):
+        mean = sum(errors) / len(errors)
+        return Row(system=system, density=density, error=mean, errors=errors, timed_error=timed)
+
+    rows = [
+        row("Radial", 0.3, (2.0, 2.0), 1.0),
+        row("Radial", 0.5, (1.0, 1.0), 0.5),
+        Row(system="Radial", density=0.1),
+        row("Radial + UTA", 0.3, (3.0, 0.5), 2.0),
+        row("Radial + UTA", 0.5, (2.0, 0.5), 0.4),
+        row("ours", 0.5, (0.1, 0.1), 0.1),
+    ]
+    assert tails_apart(rows) == [
+        "Radial + UTA errs less than Radial at 1 of 2 densities on the model's calls,"
+        " at 1 of 2 densities on the timed shape, on 2 of 4 single calls."
+    ]
+    assert tails_apart(rows[-1:]) == [] == tails_apart(rows[3:])
 
 
 def test_a_study_measures_ours_at_less_too_and_sorts_its_rows():
