@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from uta_fx import Config, sparse_attention
 from uta_fx.bench.inputs import Shape
 from uta_fx.policies import SVG2, Radial
-from uta_fx.study.oracle import OracleError, measure_oracle, token_oracle
+from uta_fx.study.oracle import (
+    RULES,
+    OracleError,
+    choose_tokens,
+    measure_oracle,
+    token_oracle,
+)
 from uta_fx.study.oracle import markdown as oracle_markdown
 from uta_fx.study.sites import AttentionCall
 from uta_fx.study.systems import (
@@ -33,6 +39,7 @@ from uta_fx.study.systems_report import (
     error_at,
     markdown,
     read_json,
+    tails_apart,
     write_json,
 )
 
@@ -69,10 +76,34 @@ def test_the_token_oracle_is_its_equations():
             torch.testing.assert_close(recall[0, head, row], mass)
 
 
-def test_the_token_oracle_at_density_one_is_dense():
+def test_tokens_are_chosen_by_their_rules():
+    """Row by row; the rows of top-p share one mass, with which they keep what is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2, 30, 20, generator=generator, dtype=torch.float64)
+    value = torch.randn(2, 20, 8, generator=generator, dtype=torch.float64)
+    nucleus = choose_tokens(logits, value, 0.3, "topp")
+    assert nucleus.sum() == round(0.3 * nucleus.numel()) and nucleus.any(-1).all()
+    held = (logits.softmax(-1) * nucleus).sum(-1)
+    last = (logits.softmax(-1)).masked_fill(~nucleus, 1.0).amin(-1)
+    assert (held - last).max() <= held.min()  # a mass between these gives just these tokens
+    chosen = choose_tokens(logits, value, 0.3, "low_delta")
+    for head in range(2):
+        nu = [(v - value[head].mean(0)).norm().item() for v in value[head]]
+        for row in range(30):
+            z = logits[head, row].tolist()
+            total, mean = sum(math.exp(x) for x in z), sum(z) / 20
+            scores = [math.exp(x) / total * (x - mean) ** 2 * n for x, n in zip(z, nu, strict=True)]
+            expected = sorted(sorted(range(20), key=lambda i: -scores[i])[:6])
+            assert chosen[head, row].nonzero().flatten().tolist() == expected
+    with pytest.raises(ValueError, match="rule must be one of topk, topp, low_delta, got 'best'"):
+        choose_tokens(logits, value, 0.3, "best")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_token_oracle_at_density_one_is_dense(rule):
     """Then there is no tail, and no error."""
     site = call()
-    dropped, aggregated, recall = token_oracle(site.query, site.key, site.value, 0.25, 1.0)
+    dropped, aggregated, recall = token_oracle(site.query, site.key, site.value, 0.25, 1.0, rule)
     dense = site.dense().double()
     torch.testing.assert_close(dropped, dense, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(aggregated, dropped)
@@ -82,7 +113,7 @@ def test_the_token_oracle_at_density_one_is_dense():
 def test_oracle_errors_are_averaged_over_rows_and_calls():
     """In one piece or in several; what is drawn is drawn once."""
     sites = [call(0), call(1)]
-    errors = measure_oracle(sites, (0.2, 0.5))
+    errors = measure_oracle(sites, (0.2, 0.5), ("topk",))
     means = []
     for site in sites:
         exact, _, _ = token_oracle(site.query, site.key, site.value, 0.25, 1.0)
@@ -91,7 +122,9 @@ def test_oracle_errors_are_averaged_over_rows_and_calls():
     assert errors[1].dropped == pytest.approx((means[0][0] + means[1][0]) / 2)
     assert errors[1].aggregated == pytest.approx((means[0][1] + means[1][1]) / 2)
     assert measure_oracle(sites, (0.5,), rows=10) == measure_oracle(sites, (0.5,), rows=10)
-    table = oracle_markdown([OracleError(0.5, 1e-2, 1e-3, 0.9)])
+    rules = [error.rule for error in measure_oracle(sites, (0.5,), rows=10)]
+    assert rules == ["topk", "topp", "low_delta"]
+    table = oracle_markdown([OracleError("topk", 0.5, 1e-2, 1e-3, 0.9)])
     assert "| Top-K + UTA | 1.00e-03 (-90.0%) |" in table and "| 50% |" in table
 
 
@@ -120,6 +153,8 @@ def test_every_system_has_a_row_for_every_density(rows):
         (system.name, density) for system in SYSTEMS for density in (0.5, 1.0)
     ]
     for row in rows:
+        if row.kept is not None:
+            assert row.errors == (pytest.approx(row.error),)
         if row.kept == 1:
             assert row.mse < 1e-9 and row.recall == pytest.approx(1, abs=1e-5)
         elif row.kept is not None:
@@ -286,6 +321,28 @@ def test_the_report_says_who_errs_less_in_the_same_time():
     )
     assert faster.endswith("row of ours (2.00 ms): Radial at 0.1 (1.50 ms, 1.0e-01).")
     assert markdown([*ours, *others]).splitlines()[-3:] == [first, lower, faster]
+
+
+def test_the_report_says_where_a_tail_helps():
+    """At which densities, at the timed shape, and on how many calls by themselves."""
+
+    def row(system, density, errors, timed=None):
+        mean = sum(errors) / len(errors)
+        return Row(system=system, density=density, error=mean, errors=errors, timed_error=timed)
+
+    rows = [
+        row("Radial", 0.3, (2.0, 2.0), 1.0),
+        row("Radial", 0.5, (1.0, 1.0), 0.5),
+        Row(system="Radial", density=0.1),
+        row("Radial + UTA", 0.3, (3.0, 0.5), 2.0),
+        row("Radial + UTA", 0.5, (2.0, 0.5), 0.4),
+        row("ours", 0.5, (0.1, 0.1), 0.1),
+    ]
+    assert tails_apart(rows) == [
+        "Radial + UTA errs less than Radial at 1 of 2 densities on the model's calls,"
+        " at 1 of 2 densities on the timed shape, on 2 of 4 single calls."
+    ]
+    assert tails_apart(rows[-1:]) == [] == tails_apart(rows[3:])
 
 
 def test_a_study_measures_ours_at_less_too_and_sorts_its_rows():

@@ -303,6 +303,9 @@ def study_oracle(
 ) -> None:
     """Keep single tokens by their true scores, drop or aggregate the others: the UTA paper's table.
 
+    By three rules: the highest logits, the fewest tokens that hold a share of attention, and what
+    would err most if it were aggregated.
+
     Mean squared error of the attention output in float64, over all layers, heads and three noise
     levels of the shipped model; writes oracle.json. On a CPU give --rows 64: a minute.
     """

@@ -108,7 +108,8 @@ SYSTEMS = (
 """Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
 
 TABLE = (
-    "Top-K", "Top-K + UTA", "SVG2", "SVG2 + UTA", "Radial", "Radial + UTA", "Radial + gaussian",
+    "Top-K", "Top-K + UTA", "SVG2", "SVG2 + UTA", "SVG2 + gaussian", "Radial", "Radial + UTA",
+    "Radial + gaussian",
     "Rectified SpaAttn", "Sol-Attn", "ours",
 )  # fmt: skip
 """Those that are measured unless others are named."""
@@ -126,6 +127,7 @@ class Row:
         kept: Share of pairs of tokens in exact blocks.
         mse: Mean squared error of the attention output, over all calls.
         error: The same, relative to the mean square of the dense output.
+        errors: Of each call by itself, relative to that of its dense output.
         recall: Share of true attention in exact blocks.
         psnr: Of the generated clips against dense, in dB.
         ms: Time of the whole operation at the timed shape.
@@ -140,6 +142,7 @@ class Row:
     kept: float | None = None
     mse: float | None = None
     error: float | None = None
+    errors: tuple[float, ...] | None = None
     recall: float | None = None
     psnr: float | None = None
     ms: float | None = None
@@ -283,7 +286,7 @@ def attention_rows(
     """
     sites = [Site((call.query, call.key, call.value), call.grid) for call in calls]
     dense = [call.dense().double() for call in calls]
-    square = statistics.fmean(x.square().mean().item() for x in dense)
+    squares = [x.square().mean().item() for x in dense]
 
     def kept(config: Config) -> float:
         return statistics.fmean(site.kept(config) for site in sites)
@@ -292,14 +295,16 @@ def attention_rows(
         config = fit(system, row.density, kept)
         if config is None:
             return row, None
-        mse = statistics.fmean(
+        mses = [
             (site.output(config).double() - exact).square().mean().item()
             for site, exact in zip(sites, dense, strict=True)
-        )
+        ]
+        mse = statistics.fmean(mses)
         recall = statistics.fmean(site.recall(config) for site in sites)
         row = dataclasses.replace(
-            row, kept=kept(config), mse=mse, error=mse / square, recall=recall
-        )
+            row, kept=kept(config), mse=mse, error=mse / statistics.fmean(squares), recall=recall,
+            errors=tuple(mse / square for mse, square in zip(mses, squares, strict=True)),
+        )  # fmt: skip
         return row, config
 
     for system in systems:

@@ -36,8 +36,42 @@ def markdown(rows: Sequence[Row]) -> str:
             cells.append("-" if value is None else f"{value:{COLUMNS[name][1]}}")
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"{row.system} at {row.density:g}: {row.failure}" for row in rows if row.failure]
-    notes += equal_time(rows)
+    notes += tails_apart(rows) + equal_time(rows)
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def tails_apart(rows: Sequence[Row]) -> list[str]:
+    """Where a system errs less with a tail than with the tail dropped, in words: a line for each.
+
+    Args:
+        rows: Of one study.
+    """
+    of_key = {(row.system, row.density): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row.system for row in rows):
+        base, _, tail = name.partition(" + ")
+        pairs = [
+            (of_key[base, row.density], row)
+            for row in rows
+            if tail and row.system == name and (base, row.density) in of_key
+        ]
+        counts = []
+        for field, where in (("error", "the model's calls"), ("timed_error", "the timed shape")):
+            both = [(getattr(a, field), getattr(b, field)) for a, b in pairs]
+            both = [(dropped, kept) for dropped, kept in both if None not in (dropped, kept)]
+            if both:
+                lower = sum(kept < dropped for dropped, kept in both)
+                counts.append(f"at {lower} of {len(both)} densities on {where}")
+        calls = [
+            kept < dropped
+            for a, b in pairs
+            for dropped, kept in zip(a.errors or (), b.errors or (), strict=True)
+        ]
+        if calls:
+            counts.append(f"on {sum(calls)} of {len(calls)} single calls")
+        if counts:
+            lines.append(f"{name} errs less than {base} {', '.join(counts)}.")
+    return lines
 
 
 def equal_time(rows: Sequence[Row], name: str = "ours") -> list[str]:
@@ -105,7 +139,8 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
 
 def read_json(path: Path) -> list[Row]:
     """The rows of a file of ``write_json``."""
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    rows = json.loads(path.read_text())["rows"]
+    return [Row(**row | {"errors": row["errors"] and tuple(row["errors"])}) for row in rows]
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
