@@ -352,28 +352,34 @@ def block_scores(
 
 def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
     """Compute ``reference.select_blocks`` for CPU tensors; arguments and result as there."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     best = torch.zeros_like(scores, dtype=torch.bool)
-    best.scatter_(-1, scores.argmax(-1, keepdim=True), True)
-    mask = best.reshape(-1, rows * scores.shape[-1])
-    others = scores.masked_fill_(best, -torch.inf).reshape(mask.shape)
-    if wanted := kept - rows:
-        for other, chosen in zip(others, mask, strict=True):
-            threshold = other.kthvalue(len(other) - wanted + 1).values
-            above, tied = other > threshold, (other == threshold) & ~chosen
-            ties = tied.nonzero()[: wanted - int(above.sum()), 0]
-            chosen.logical_or_(above).index_fill_(0, ties, True)
+    wanted = kept
+    if rows > 1:
+        best.scatter_(-1, scores.argmax(-1, keepdim=True), True)
+        scores.masked_fill_(best, -torch.inf)
+        wanted -= rows
+    mask, others = (x.reshape(-1, rows * x.shape[-1]) for x in (best, scores))
+    if wanted:
+        threshold = others.topk(wanted, sorted=False).values.amin(-1, keepdim=True)
+        chosen = mask | (others >= threshold)
+        if chosen.sum() > kept * len(chosen):  # scores equal to a threshold: the first of them
+            mask = mask | (others > threshold)
+            tied = chosen & ~mask
+            chosen = mask | (tied & (tied.cumsum(-1) <= kept - mask.sum(-1, keepdim=True)))
+        mask = chosen
     return mask.view(scores.shape)
 
 
 def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
     """Compute ``reference.list_blocks`` for CPU tensors; argument and results as there."""
     blocks = exact.shape[-1]
-    counts = exact.sum(-1, dtype=torch.int32)
-    padding = torch.arange(blocks) >= counts[..., None]
-    ids = torch.zeros(exact.shape, dtype=torch.int32)
-    ids[~padding] = exact.nonzero()[:, -1].int()
-    return ids, counts
+    position = exact.cumsum(-1, dtype=torch.int32)
+    # a block that is not listed writes to one column too many
+    target = torch.where(exact, position - 1, blocks).long()
+    listed = torch.zeros((*exact.shape[:-1], blocks + 1), dtype=torch.int32)
+    listed.scatter_(-1, target, torch.arange(blocks, dtype=torch.int32).expand(exact.shape))
+    return listed[..., :blocks].contiguous(), position[..., -1].contiguous()
 
 
 def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
