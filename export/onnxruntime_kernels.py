@@ -151,7 +151,7 @@ def _compile_tail(variant: Variant, architecture: int) -> Kernel:
     dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
     block = max(16, triton.next_power_of_2(variant.representatives))
     sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
-    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 2, 3, limit)
+    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 1, 2, limit)
     options = {
         "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
-from uta_fx.bench.attention import variance_roundings
+from uta_fx.bench.gate import variance_roundings
 from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
 from uta_fx.kernels.gluon_attention import CHUNK, FIELD, PLAN
 
