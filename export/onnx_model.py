@@ -192,6 +192,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         block_q: int,
         block_kv: int,
     ) -> Any:
+        if block_ids.shape[3] == 0:  # no lists: a column that nothing reads, TensorRT has no empty
+            axis = opset18.Constant(value_ints=[3])
+            block_ids = opset18.Unsqueeze(block_counts, axis)
+            block_ids.shape = ir.Shape([*block_counts.shape, 1])
+            block_ids.dtype = block_counts.dtype
         per_block = len(tail_key.shape) == 4
         tail = (tail_key, tail_value, tail_log_size)
         if per_block:

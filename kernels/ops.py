@@ -21,7 +21,7 @@ from torch import Tensor
 from uta_fx.kernels.reference import text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 BLOCK_SIZES = (16, 32, 64, 128)
 MIN_GROUPS = 4  # of rows in a query block
 
@@ -77,7 +77,7 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
     Inputs may have any strides with a contiguous last dimension; float32, float16 or bfloat16
     (query, key, value, tail_key, tail_value, tail_variance and tail_slope alike); head dims from
-    16 to 128; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
+    16 to 256; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
 
     Raises:
         ValueError: A shape, block size or head dim is outside the contract; on the CPU also an id
