@@ -402,14 +402,14 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as in ``reference.sparse_attention``.
 
-    One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
-    nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
-    of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
-    launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
-    the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
-    none, are those of ``rectified_attention``, ``key_counts`` are those of ``clustered_attention``;
-    they keep the listed kernel of this file.
+    One launch without a tail, two with a tail of rank 5 (one where ``block_ids`` has width 0), and
+    with one of rank 4 a memset and three; nothing waits for the host. Besides the results, a tail
+    of rank 4 takes one byte for each pair of a query block and a key block. In 16 bits the tail's
+    part of a row is rounded once between the kernels. On Hopper, what ``gluon_attention`` accepts
+    goes to its kernels: a memset and four launches, and five bytes for each pair of blocks at most.
+    ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of the tuned
+    tiles. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``,
+    ``key_counts`` are those of ``clustered_attention``; they keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -429,8 +429,10 @@ def sparse_attention(
     }  # fmt: skip
     scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
+    tail_alone = representatives > 0 and block_ids.shape[-1] == 0 and gain is None
     paired = (
         gluon_attention is not None
+        and not tail_alone
         and not listed_tile
         and gain is None
         and key_counts is None
@@ -475,6 +477,8 @@ def sparse_attention(
                 HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
                 num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
             )  # fmt: skip
+        if tail_alone:
+            return output, lse
         resume = representatives > 0 and paired_tail is None
         if paired:
             gluon_attention.attend(

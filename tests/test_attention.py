@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from uta_fx import Config, sparse_attention
-from uta_fx.attention import list_blocks, operator_arguments, pool_blocks
+from uta_fx.attention import operator_arguments, pool_blocks
 from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
@@ -244,15 +244,6 @@ def test_a_sample_does_not_depend_on_its_batch():
     both = sparse_attention(q, k, v, config=config, grid=GRID)
     alone = sparse_attention(q[:1], k[:1], v[:1], config=config, grid=GRID)
     torch.testing.assert_close(both[:1], alone)
-
-
-def test_lists_name_what_the_mask_marks():
-    """In ascending order, with true counts."""
-    mask = torch.rand(2, 3, 5, 9, generator=torch.Generator().manual_seed(0)) < 0.4
-    ids, counts = list_blocks(mask)
-    for index in torch.cartesian_prod(*map(torch.arange, mask.shape[:3])).tolist():
-        b, h, n = index
-        assert ids[b, h, n, : counts[b, h, n]].tolist() == mask[b, h, n].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("length", [64, 65, 100, 7])

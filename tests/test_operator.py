@@ -78,6 +78,16 @@ def test_any_shape_agrees_with_the_reference(case, layout):
     )
 
 
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+def test_lists_may_have_no_width(tail):
+    """As lists that are empty: what is left is the tail."""
+    args = Case(tail=tail, listed=0.0).inputs()
+    expected = ops.sparse_attention(*args)
+    args[3] = args[3][..., :0]
+    assert_as_accurate_as_eager(args)
+    assert all(map(torch.equal, ops.sparse_attention(*args), expected))
+
+
 def test_pieces_are_the_whole(monkeypatch):
     """Head by head in several pieces, the last one smaller, as in one."""
     case = Case(length_q=300, tail="row", slopes="row")

@@ -182,6 +182,14 @@ def test_an_empty_tail_leaves_no_nan(tail, listed):
     assert_as_accurate_as_eager(args)
 
 
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+def test_lists_may_have_no_width(tail):
+    """What is left is the tail."""
+    args = Case(tail=tail, listed=0.0).inputs(torch.float32)
+    args[3] = args[3][..., :0]
+    assert_as_accurate_as_eager(args)
+
+
 def test_inputs_may_be_strided():
     args = Case(batch=2, length_q=70, length_kv=70).inputs(torch.float32)
     expected = triton_attention.sparse_attention(*args)

@@ -319,6 +319,9 @@ def study_oracle(
 ) -> None:
     """Keep single tokens by their true scores, drop or aggregate the others: the UTA paper's table.
 
+    By three rules: the highest logits, the fewest tokens that hold a share of attention, and what
+    would err most if it were aggregated.
+
     Mean squared error of the attention output in float64, over all layers, heads and three noise
     levels of the shipped model; writes oracle.json. On a CPU give --rows 64: a minute.
     """
@@ -345,12 +348,15 @@ def study_policies(
     density: Annotated[
         list[float] | None,
         typer.Option(
-            help="Share of blocks to keep; several times for several; default 0.1 to 0.5."
+            help="Share of blocks to keep; several times for several; default 0.1 to 0.5,"
+            " and for ours less too."
         ),
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="System to measure; several times for several; default all."),
+        typer.Option(
+            help="System to measure; several times for several; default the UTA paper's and ours."
+        ),
     ] = None,
     calls: Annotated[
         int | None, typer.Option(min=1, help="How many attention calls of the model; default all.")
@@ -362,10 +368,20 @@ def study_policies(
     shape: Annotated[
         str | None, typer.Option(help="Shape to time the operation at, of uta-fx bench attention.")
     ] = None,
-    timed: Annotated[
-        list[float] | None,
-        typer.Option(help="Density to time; several times for several; default 0.1 and 0.3."),
-    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            help="Time the operation compiled by Inductor, ten seconds more for each row, and not"
+            " recorded as it is."
+        ),
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            help="Keep what policies.json in the folder holds of systems and densities that are not"
+            " measured now, as of the same machine."
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     output: Output = Path("study"),
@@ -374,68 +390,73 @@ def study_policies(
 
     Error and recall on the shipped model's own queries, keys and values, PSNR of its clips against
     dense, and, with --shape, the time and error of the operation at a real size. Writes
-    policies.json, policies.md and policies.png as it goes. Minutes on a GPU; on a CPU try
-    --calls 2 --prompts 0.
+    policies.json, policies.md and policies.png as it goes; a row that fails says so, and the others
+    are measured. Below the table it says who errs less than ours in the same time. Minutes on a
+    GPU; on a CPU try --calls 2 --prompts 0.
     """
-    import dataclasses
-
     from uta_fx.bench.inputs import SHAPES, trained_inputs
     from uta_fx.moving_shapes import held_out_scenes, load_pipeline
     from uta_fx.study import systems as study
-    from uta_fx.study.quality import measure
+    from uta_fx.study import systems_report as report
     from uta_fx.study.sites import trained_calls
 
     require("matplotlib", extra="demo")
     _check_folder(output)
     chosen = study.find_systems(system)
-    densities, timed = density or list(study.DENSITIES), timed or [0.1, 0.3]
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     target = _device(device)
     pipeline = load_pipeline(target)
     title = f"{_name(target)}, torch {torch.__version__}"
-    rows: dict[tuple[str, float], study.Row] = {}
+    before = output / "policies.json"
+    known = report.read_json(before) if add and before.exists() else []
+    rows = {(row.system, row.density): row for row in known}
+    measured: dict[tuple[str, float], study.Row] = {}
     configs: dict[tuple[str, float], Config] = {}
 
     def keep(row: study.Row) -> None:
-        rows[row.system, row.density] = row
-        found = list(rows.values())
+        key = (row.system, row.density)
+        rows[key] = measured[key] = row
+        found = study.in_order(rows.values())
         about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
-        _publish(output, "policies.json", lambda path: study.write_json(path, about, found))
-        table = f"{title}\n\n{study.markdown(found)}\n"
+        _publish(output, "policies.json", lambda path: report.write_json(path, about, found))
+        table = f"{title}\n\n{report.markdown(found)}\n"
         _publish(output, "policies.md", lambda path: path.write_text(table))
 
     with _bar() as bar:
-        task = bar.add_task("attention", total=len(chosen) * len(densities))
+        total = sum(len(density or one.densities) for one in chosen)
+        task = bar.add_task("attention", total=total)
         torch.set_float32_matmul_precision("highest")
         seen = list(trained_calls(pipeline, seed=seed))
         # as many as are asked for, from all layers and noise levels
         seen = seen[:: max(1, len(seen) // calls)][:calls] if calls else seen
-        for row, config in study.attention_rows(seen, densities, chosen):
+        for row, config in study.attention_rows(seen, density, chosen):
             keep(row)
             if config is not None:
                 configs[row.system, row.density] = config
             bar.update(task, advance=1, description=f"attention: {row.system}")
-        if prompts:
-            torch.set_float32_matmul_precision("high")  # TF32 where there is any
-            task = bar.add_task("pictures", total=len(configs))
-            texts = [scene.prompt for scene in held_out_scenes(prompts)]
-            labelled = [(name, config) for (name, _), config in configs.items()]
-            scores = measure(pipeline, texts, labelled, steps=steps, seed=seed)
-            for key, score in zip(configs, scores, strict=True):
-                keep(dataclasses.replace(rows[key], psnr=score.psnr))
-                bar.update(task, advance=1, description=f"pictures: {score.label}")
+        torch.set_float32_matmul_precision("high")  # TF32 where there is any
         if shape is not None:
-            wanted = [row for row in rows.values() if row.density in timed]
-            task = bar.add_task("time", total=len(wanted))
+            task = bar.add_task("time", total=len(measured))
             dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
             inputs = trained_inputs(SHAPES[shape], target, dtype, seed)
-            for row in study.timed_rows(wanted, SHAPES[shape], inputs, chosen):
+            for row in study.timed_rows(
+                list(measured.values()), SHAPES[shape], inputs, chosen, compile=compiled
+            ):
                 keep(row)
                 bar.update(task, advance=1, description=f"time: {row.system}")
-    found = list(rows.values())
-    _publish(output, "policies.png", lambda path: study.draw(path, found, title))
-    print(f"{title}\n\n{study.markdown(found)}\n")
+        if prompts:
+            task = bar.add_task("pictures", total=len(configs))
+            texts = [scene.prompt for scene in held_out_scenes(prompts)]
+            configured = [(measured[key], config) for key, config in configs.items()]
+            for row in study.pictured_rows(configured, pipeline, texts, steps, seed):
+                keep(row)
+                bar.update(task, advance=1, description=f"pictures: {row.system}")
+    found = study.in_order(rows.values())
+    _publish(output, "policies.png", lambda path: report.draw(path, found, title))
+    print(f"{title}\n\n{report.markdown(found)}\n")
+    if any(row.failure for row in measured.values()):
+        raise typer.Exit(1)
 
 
 @bench_app.command("attention")
@@ -540,6 +561,10 @@ def bench_model(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Compile the model as one graph; without it block by block."),
+    ] = False,
     layers: Annotated[
         int | None, typer.Option(min=1, help="At most so many of each kind of layer; default all.")
     ] = None,
@@ -549,7 +574,7 @@ def bench_model(
 ) -> None:
     """Time one forward of a released model, dense and sparse, with random weights.
 
-    Needs no checkpoint; the architecture has its real size. Blocks are compiled one by one.
+    Needs no checkpoint; the architecture has its real size. Compilation finds empty caches.
     """
     require("diffusers", extra="diffusers")
     from uta_fx.bench.model import run
@@ -560,6 +585,7 @@ def bench_model(
         model,
         density or (0.25, 0.1),
         size=size,
+        whole=whole,
         layers=layers,
         rounds=rounds,
         device=str(_device(device)),
