@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -264,6 +266,52 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             rows=rows,
         )  # fmt: skip
 
+    def select_blocks(scores: Any, kept: int, rows: int) -> Any:
+        """TopK, the best of the rows made higher than all: of equal scores it takes the first."""
+        blocks = scores.shape[-1]
+        column = opset18.Constant(value_ints=list(range(blocks)))
+        best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)
+        infinity, lowest, largest = (
+            opset18.Constant(value_float=x)
+            for x in (math.inf, -math.inf, torch.finfo(torch.float32).max)
+        )
+        numbers = opset18.Where(opset18.IsNaN(scores), lowest, opset18.Min(scores, largest))
+        ranked = opset18.Reshape(
+            opset18.Where(best, infinity, numbers),
+            opset18.Constant(value_ints=[-1, rows * blocks]),
+        )
+        _, ids = opset18.TopK(
+            ranked, opset18.Constant(value_ints=[kept]), axis=-1, largest=1, sorted=0
+        )
+        none, all_of_them = (
+            opset18.Expand(opset18.Constant(value=onnx.numpy_helper.from_array(x)), shape)
+            for x, shape in (
+                (np.array(False), opset18.Shape(ranked)),
+                (np.array(True), opset18.Shape(ids)),
+            )
+        )
+        mask = opset18.ScatterElements(none, ids, all_of_them, axis=-1)
+        return opset18.Reshape(mask, opset18.Shape(scores))
+
+    def list_blocks(exact: Any) -> Any:
+        """Running counts say where a block goes; what is not listed goes to one column too many."""
+        blocks = exact.shape[-1]
+        one, end = (opset18.Constant(value_ints=[x]) for x in (1, blocks))
+        last = opset18.Constant(value_ints=[-1])
+        position = opset18.CumSum(opset18.Cast(exact, to=ir.DataType.INT64), last)
+        target = opset18.Where(exact, opset18.Sub(position, one), end)
+        column = opset18.Cast(
+            opset18.Constant(value_ints=list(range(blocks))), to=ir.DataType.INT32
+        )
+        ids = opset18.Expand(column, opset18.Shape(target))
+        lead = opset18.Shape(exact, start=0, end=3)
+        wide = opset18.Concat(lead, opset18.Constant(value_ints=[blocks + 1]), axis=0)
+        zero = opset18.Cast(opset18.Constant(value_ints=[0]), to=ir.DataType.INT32)
+        spilled = opset18.ScatterElements(opset18.Expand(zero, wide), target, ids, axis=-1)
+        start = opset18.Constant(value_ints=[0])
+        counts = opset18.ReduceSum(opset18.Cast(exact, to=ir.DataType.INT32), last, keepdims=0)
+        return opset18.Slice(spilled, start, end, last), counts
+
     def squeeze(x: Any, dim: int) -> Any:
         """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
         if x.shape[dim] != 1:
@@ -295,6 +343,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.uta.rectified_attention.default: rectified_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
+        torch.ops.uta.select_blocks.default: select_blocks,
+        torch.ops.uta.list_blocks.default: list_blocks,
     }
 
 

@@ -27,7 +27,7 @@ from uta_fx.kernels.gluon_tail import LOG2_E, exp2
 
 TILE = 64  # key blocks of a step
 GROUPS = 128  # of query rows, that four warps score
-SLOTS = 5  # of the ring: tiles of means or variances
+SLOTS = 3  # of the ring: tiles of means or variances
 HEAD_DIMS = (64, 128)
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that multiply and one that copies
 
@@ -53,7 +53,9 @@ def _copy(
         mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
         mbarrier.expect(bar, mean_desc.block_type.nbytes)
         if (again >= 0) & (again % 2 == 1):
-            tma.async_copy_global_to_shared(var_desc, [batch, head, start, 0], bar, ring.index(slot))
+            tma.async_copy_global_to_shared(
+                var_desc, [batch, head, start, 0], bar, ring.index(slot)
+            )
         else:
             tma.async_copy_global_to_shared(
                 mean_desc, [batch, head, start, 0], bar, ring.index(slot)
@@ -97,13 +99,14 @@ def _log_sums(
     D: gl.constexpr = q_tile.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     none = gl.zeros([GROUPS, TILE], gl.float32, LAYOUT)
+    q = q_tile.load(gl.DotOperandLayout(0, LAYOUT, 2))
     row_max = gl.full([GROUPS], -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
     row_sum = gl.zeros([GROUPS], gl.float32, gl.SliceLayout(1, LAYOUT))
     for t in range(gl.cdiv(blocks, TILE)):
         slot = t % SLOTS
         mbarrier.wait(full.index(slot), t // SLOTS & 1)
         mean = ring.index(slot).reshape([TILE, D]).permute((1, 0))
-        logits = warpgroup_mma(q_tile, mean, none, use_acc=False, is_async=True)
+        logits = warpgroup_mma(q, mean, none, use_acc=False, is_async=True)
         size = column_ring.index(slot).load(gl.SliceLayout(0, LAYOUT))  # [TILE]
         logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(empty.index(slot))

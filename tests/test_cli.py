@@ -17,6 +17,7 @@ import uta_fx
 from uta_fx import pictures
 from uta_fx.bench import attention as bench
 from uta_fx.bench import model as bench_model
+from uta_fx.bench import tails as bench_tails
 from uta_fx.commands import app
 from uta_fx.study.real_models import REAL_MODELS, Size
 
@@ -105,6 +106,22 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert {"scores", "kernels", "operation"} < {row["what"] for row in rows}
     # ceil(0.3 * 2 heads * 8 query blocks * 8 key blocks) are exact
     assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
+
+
+def test_tails_are_timed_on_the_same_lists(tmp_path):
+    """Each once, checked first; a tail costs operations, and without one there is most error."""
+    output = tmp_path / "tails.json"
+    rows = bench_tails.run(
+        "tiny", [0.1], device="cpu", dtype=torch.float32, rounds=2, compile=False, output=output
+    )
+    assert json.loads(output.read_text())["rows"] == rows
+    assert [row["tail"] for row in rows] == list(bench_tails.TAILS)
+    none, *others = rows
+    assert none["tail_ms"] == none["making"] == none["flops"] == 0
+    assert all(row["flops"] > 0 and row["making"] > 0 for row in others)
+    assert all(row["error"] < none["error"] for row in others)
+    with pytest.raises(ValueError, match=r"shape must be one of .*, got 'huge'"):
+        bench_tails.run("huge")
 
 
 def test_bench_takes_policies_that_ask_where_tokens_lie_and_refuses_other_operators():

@@ -35,7 +35,7 @@ def sparse_attention(
     same computation that the backend writes into a graph. Forward-only.
 
     Args:
-        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
+        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 256.
         key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
             keys and values.
         value: ``[B, Hkv, L, Dv]``.
@@ -391,7 +391,7 @@ def operator_arguments(
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
-        selection.query, key, value, *list_blocks(exact), *representatives,
+        selection.query, key, value, *ops.list_blocks(exact), *representatives,
         selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
 
@@ -558,7 +558,7 @@ def _attend_rectified(
     if text_bias is None:
         text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
     output = ops.rectified_attention(
-        query, key, value, *list_blocks(exact),
+        query, key, value, *ops.list_blocks(exact),
         text_key, text_value, text_bias.expand(*text_key.shape[:2], 1, -1)[:, :, 0],
         *config.tail_form().rectification(selection, exact),
         selection.scale, config.block_q, config.block_kv,
@@ -608,21 +608,3 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     """``torch.cat``, without a copy where all parts but one are known to be empty."""
     some = [part for part in parts if not isinstance(part.shape[dim], int) or part.shape[dim]]
     return torch.cat(some, dim) if len(some) > 1 else (some or parts)[0]
-
-
-def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a mask of blocks into the operator's lists.
-
-    Args:
-        exact: Boolean ``[B, H, Nq, Nk]``.
-
-    Returns:
-        int32 ``[B, H, Nq, Nk]``, ids in ascending order, then padding; int32 ``[B, H, Nq]``.
-    """
-    blocks = exact.shape[-1]
-    position = exact.cumsum(-1, dtype=torch.int32)
-    # an unlisted block writes to one column too many
-    target = torch.where(exact, position - 1, blocks).long()
-    ids = torch.arange(blocks, dtype=torch.int32, device=exact.device).expand(exact.shape)
-    listed = torch.zeros((*exact.shape[:-1], blocks + 1), dtype=torch.int32, device=exact.device)
-    return listed.scatter(-1, target, ids)[..., :blocks], position[..., -1]

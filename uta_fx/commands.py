@@ -81,6 +81,22 @@ Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the next ones
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, float16 or bfloat16; auto takes bfloat16 on a GPU and float32 on a CPU."
+    ),
+]
+Inputs = Annotated[
+    str,
+    typer.Option(
+        help="structured: smooth fields and noise; random: normal numbers; trained: of the"
+        " shipped model, on clips enlarged to the shape."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+]
 Output = Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")]
 
 
@@ -303,6 +319,9 @@ def study_oracle(
 ) -> None:
     """Keep single tokens by their true scores, drop or aggregate the others: the UTA paper's table.
 
+    By three rules: the highest logits, the fewest tokens that hold a share of attention, and what
+    would err most if it were aggregated.
+
     Mean squared error of the attention output in float64, over all layers, heads and three noise
     levels of the shipped model; writes oracle.json. On a CPU give --rows 64: a minute.
     """
@@ -329,12 +348,15 @@ def study_policies(
     density: Annotated[
         list[float] | None,
         typer.Option(
-            help="Share of blocks to keep; several times for several; default 0.1 to 0.5."
+            help="Share of blocks to keep; several times for several; default 0.1 to 0.5,"
+            " and for ours less too."
         ),
     ] = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="System to measure; several times for several; default all."),
+        typer.Option(
+            help="System to measure; several times for several; default the UTA paper's and ours."
+        ),
     ] = None,
     calls: Annotated[
         int | None, typer.Option(min=1, help="How many attention calls of the model; default all.")
@@ -346,10 +368,20 @@ def study_policies(
     shape: Annotated[
         str | None, typer.Option(help="Shape to time the operation at, of uta-fx bench attention.")
     ] = None,
-    timed: Annotated[
-        list[float] | None,
-        typer.Option(help="Density to time; several times for several; default 0.1 and 0.3."),
-    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            help="Time the operation compiled by Inductor, ten seconds more for each row, and not"
+            " recorded as it is."
+        ),
+    ] = False,
+    add: Annotated[
+        bool,
+        typer.Option(
+            help="Keep what policies.json in the folder holds of systems and densities that are not"
+            " measured now, as of the same machine."
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     output: Output = Path("study"),
@@ -358,68 +390,73 @@ def study_policies(
 
     Error and recall on the shipped model's own queries, keys and values, PSNR of its clips against
     dense, and, with --shape, the time and error of the operation at a real size. Writes
-    policies.json, policies.md and policies.png as it goes. Minutes on a GPU; on a CPU try
-    --calls 2 --prompts 0.
+    policies.json, policies.md and policies.png as it goes; a row that fails says so, and the others
+    are measured. Below the table it says who errs less than ours in the same time. Minutes on a
+    GPU; on a CPU try --calls 2 --prompts 0.
     """
-    import dataclasses
-
     from uta_fx.bench.inputs import SHAPES, trained_inputs
     from uta_fx.moving_shapes import held_out_scenes, load_pipeline
     from uta_fx.study import systems as study
-    from uta_fx.study.quality import measure
+    from uta_fx.study import systems_report as report
     from uta_fx.study.sites import trained_calls
 
     require("matplotlib", extra="demo")
     _check_folder(output)
     chosen = study.find_systems(system)
-    densities, timed = density or list(study.DENSITIES), timed or [0.1, 0.3]
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     target = _device(device)
     pipeline = load_pipeline(target)
     title = f"{_name(target)}, torch {torch.__version__}"
-    rows: dict[tuple[str, float], study.Row] = {}
+    before = output / "policies.json"
+    known = report.read_json(before) if add and before.exists() else []
+    rows = {(row.system, row.density): row for row in known}
+    measured: dict[tuple[str, float], study.Row] = {}
     configs: dict[tuple[str, float], Config] = {}
 
     def keep(row: study.Row) -> None:
-        rows[row.system, row.density] = row
-        found = list(rows.values())
+        key = (row.system, row.density)
+        rows[key] = measured[key] = row
+        found = study.in_order(rows.values())
         about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
-        _publish(output, "policies.json", lambda path: study.write_json(path, about, found))
-        table = f"{title}\n\n{study.markdown(found)}\n"
+        _publish(output, "policies.json", lambda path: report.write_json(path, about, found))
+        table = f"{title}\n\n{report.markdown(found)}\n"
         _publish(output, "policies.md", lambda path: path.write_text(table))
 
     with _bar() as bar:
-        task = bar.add_task("attention", total=len(chosen) * len(densities))
+        total = sum(len(density or one.densities) for one in chosen)
+        task = bar.add_task("attention", total=total)
         torch.set_float32_matmul_precision("highest")
         seen = list(trained_calls(pipeline, seed=seed))
         # as many as are asked for, from all layers and noise levels
         seen = seen[:: max(1, len(seen) // calls)][:calls] if calls else seen
-        for row, config in study.attention_rows(seen, densities, chosen):
+        for row, config in study.attention_rows(seen, density, chosen):
             keep(row)
             if config is not None:
                 configs[row.system, row.density] = config
             bar.update(task, advance=1, description=f"attention: {row.system}")
-        if prompts:
-            torch.set_float32_matmul_precision("high")  # TF32 where there is any
-            task = bar.add_task("pictures", total=len(configs))
-            texts = [scene.prompt for scene in held_out_scenes(prompts)]
-            labelled = [(name, config) for (name, _), config in configs.items()]
-            scores = measure(pipeline, texts, labelled, steps=steps, seed=seed)
-            for key, score in zip(configs, scores, strict=True):
-                keep(dataclasses.replace(rows[key], psnr=score.psnr))
-                bar.update(task, advance=1, description=f"pictures: {score.label}")
+        torch.set_float32_matmul_precision("high")  # TF32 where there is any
         if shape is not None:
-            wanted = [row for row in rows.values() if row.density in timed]
-            task = bar.add_task("time", total=len(wanted))
+            task = bar.add_task("time", total=len(measured))
             dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
             inputs = trained_inputs(SHAPES[shape], target, dtype, seed)
-            for row in study.timed_rows(wanted, SHAPES[shape], inputs, chosen):
+            for row in study.timed_rows(
+                list(measured.values()), SHAPES[shape], inputs, chosen, compile=compiled
+            ):
                 keep(row)
                 bar.update(task, advance=1, description=f"time: {row.system}")
-    found = list(rows.values())
-    _publish(output, "policies.png", lambda path: study.draw(path, found, title))
-    print(f"{title}\n\n{study.markdown(found)}\n")
+        if prompts:
+            task = bar.add_task("pictures", total=len(configs))
+            texts = [scene.prompt for scene in held_out_scenes(prompts)]
+            configured = [(measured[key], config) for key, config in configs.items()]
+            for row in study.pictured_rows(configured, pipeline, texts, steps, seed):
+                keep(row)
+                bar.update(task, advance=1, description=f"pictures: {row.system}")
+    found = study.in_order(rows.values())
+    _publish(output, "policies.png", lambda path: report.draw(path, found, title))
+    print(f"{title}\n\n{report.markdown(found)}\n")
+    if any(row.failure for row in measured.values()):
+        raise typer.Exit(1)
 
 
 @bench_app.command("attention")
@@ -431,22 +468,15 @@ def bench_attention(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
-    inputs: Annotated[
-        str,
-        typer.Option(
-            help="structured: smooth fields and noise; random: normal numbers; trained: of the"
-            " shipped model, on clips enlarged to the shape."
-        ),
-    ] = "structured",
+    inputs: Inputs = "structured",
     policy: PolicyName = str(DEFAULTS.policy),
     tail: TailName = str(DEFAULTS.tail),
     budget: Budget = DEFAULTS.budget,
     block_q: Annotated[int, typer.Option(help="Query tokens in a block.")] = DEFAULTS.block_q,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 15,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
-    ] = None,
+    dtype: Dtype = "auto",
+    output: JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Picture to write: speed-up against density, error against time."),
@@ -460,7 +490,7 @@ def bench_attention(
     from uta_fx.bench.attention import DEFAULT_SHAPES, describe, run
 
     target = _device(device)
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    of_inputs = _dtype(dtype, target)
     config = Config(policy=policy, tail=tail, budget=budget, block_q=block_q)
     if output is not None:
         _check_file(output, "--output")
@@ -473,14 +503,50 @@ def bench_attention(
         config=config,
         inputs=inputs,
         device=str(target),
-        dtype=dtype,
+        dtype=of_inputs,
         rounds=rounds,
         output=output,
     )
     if plot is not None:
         from uta_fx.bench.plot import draw
 
-        draw(plot, rows, f"{describe(str(target), dtype, config)}, {inputs} inputs")
+        draw(plot, rows, f"{describe(str(target), of_inputs, config)}, {inputs} inputs")
+
+
+@bench_app.command("tails")
+def bench_tails(
+    shape: Annotated[str, typer.Option(help="Shape to time.")] = "wan-1.3b-480p",
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density to time; several times for several.")
+    ] = None,
+    inputs: Inputs = "structured",
+    policy: PolicyName = str(DEFAULTS.policy),
+    budget: Budget = DEFAULTS.budget,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 9,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: JsonFile = None,
+) -> None:
+    """Time every form of the tail on the same lists of exact blocks, and say what it is worth.
+
+    In milliseconds: the whole kernel, what it takes longer by than without a tail, and making the
+    representatives; its share in time and in operations; the error against dense attention.
+    """
+    from uta_fx.bench.tails import run
+
+    target = _device(device)
+    if output is not None:
+        _check_file(output, "--output")
+    run(
+        shape,
+        density or (0.05, 0.1, 0.25, 0.5),
+        config=Config(policy=policy, budget=budget),
+        inputs=inputs,
+        device=str(target),
+        dtype=_dtype(dtype, target),
+        rounds=rounds,
+        output=output,
+    )
 
 
 @bench_app.command("model")
@@ -504,9 +570,7 @@ def bench_model(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed forwards; medians are printed.")] = 3,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
-    ] = None,
+    output: JsonFile = None,
 ) -> None:
     """Time one forward of a released model, dense and sparse, with random weights.
 
@@ -675,6 +739,15 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA GPU is available to torch {torch.__version__}")
     return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype must be auto, float32, float16 or bfloat16, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _name(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,8 @@ from uta_fx.clusters import Centroids, Clusters, first_centroids, sort_into_bloc
 from uta_fx.kernels import ops
 from uta_fx.policies.base import Selection
 
-PUBLISHED_TOKENS = 21 * 45 * 80  # of Wan at 720p
+PUBLISHED_TOKENS = 21 * 45 * 80  # of Wan at 720p, which has 300 clusters of queries
+LEAST_KEYS = 16  # on average in a cluster, where their number is left to us
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +41,9 @@ class SVG2:
     compiled graphs alone, or if ``uta_fx.attention.clustered_attention`` is told where that was.
 
     Attributes:
-        query_clusters: Clusters of queries, from 1 to the number of video tokens; None for as many
-            for each token as published for Wan at 720p, one for 252.
-        key_clusters: Clusters of keys, likewise; None for one for 76.
+        query_clusters: Clusters of queries, from 1 to the number of video tokens L; None for
+            ``300 sqrt(L / 75600)``, which is what was published to within six in a hundred.
+        key_clusters: Clusters of keys, likewise; None for 1000, but no more than one for 16 tokens.
         mass: Share of a query cluster's attention to keep, in (0, 1].
         least: Share of the clusters to keep in any case, in [0, 1]; never none.
         iterations: Of k-means from a new start, at least 1. More than 10 gain next to nothing on
@@ -88,11 +90,15 @@ class SVG2:
         Raises:
             ValueError: There are more than tokens.
         """
+        suited = {
+            "query_clusters": round(300 * math.sqrt(tokens / PUBLISHED_TOKENS)),
+            "key_clusters": min(1000, tokens // LEAST_KEYS),
+        }
         counts = []
-        for name, published in (("query_clusters", 300), ("key_clusters", 1000)):
+        for name, number in suited.items():
             count = getattr(self, name)
             if count is None:
-                count = max(1, round(published * tokens / PUBLISHED_TOKENS))
+                count = max(1, number)
             elif count > tokens:
                 raise ValueError(
                     f"{name} of policy svg2 must be at most the number of video tokens, {tokens},"

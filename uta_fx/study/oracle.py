@@ -1,8 +1,12 @@
-"""Tokens kept by their true scores, with and without their tail: table 1 of the UTA paper."""
+"""Single tokens kept by their true scores, with and without their tail.
+
+By logit it is table 1 of the UTA paper.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,19 +18,23 @@ from uta_fx.study.sites import AttentionCall
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 CHUNK = 1 << 24  # logits at a time
+RULES = {"topk": "Top-K", "topp": "Top-P", "low_delta": "Low-Delta"}
+"""Which tokens are kept: rules of ``choose_tokens``, and their names in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OracleError:
-    """Mean squared errors of the output at one density, over all calls.
+    """Mean squared errors of the output by one rule at one density, over all calls.
 
     Attributes:
-        density: Share of each row's keys that are kept.
-        dropped: With the other keys dropped (top-K).
-        aggregated: With the others as one representative (top-K + UTA).
+        rule: A key of ``RULES``.
+        density: Share of keys that are kept.
+        dropped: With the other keys dropped.
+        aggregated: With the others as one representative (UTA).
         recall: Share of attention that the kept keys hold.
     """
 
+    rule: str
     density: float
     dropped: float
     aggregated: float
@@ -38,10 +46,48 @@ class OracleError:
         return 1 - self.aggregated / self.dropped
 
 
+def choose_tokens(logits: Tensor, value: Tensor, density: float, rule: str) -> Tensor:
+    """Single keys to keep, by their true scores.
+
+    ``topk`` keeps the highest logits of each row. ``topp`` keeps, in each row, the fewest keys that
+    hold a share of its attention, the share with which the rows keep ``density`` on average.
+    ``low_delta`` is the rule of ``OracleLowDelta`` with a token for a block: the highest of each
+    row by p (z - m)^2 nu, where p is a key's attention, z - m its logit less the row's mean, and nu
+    how far its value is from the mean of all.
+
+    Args:
+        logits: ``[..., L, Lk]``.
+        value: ``[..., Lk, Dv]``.
+        density: Share of keys, in (0, 1].
+        rule: A key of ``RULES``.
+
+    Returns:
+        Boolean ``[..., L, Lk]``, at least one key in a row.
+
+    Raises:
+        ValueError: There is no such rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    count = share_of(density, logits.shape[-1])
+    if rule == "topp":
+        ranked, order = logits.softmax(-1).sort(-1, descending=True)
+        above = ranked.cumsum(-1) - ranked  # 0 for the first of each row
+        share = above.flatten().kthvalue(share_of(density, above.numel())).values
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, above <= share)
+    scores = logits
+    if rule == "low_delta":
+        spread = (value - value.mean(-2, keepdim=True)).norm(dim=-1)
+        deviation = logits - logits.mean(-1, keepdim=True)
+        scores = logits.softmax(-1) * deviation.square() * spread[..., None, :]
+    kept = scores.topk(count, dim=-1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
+
+
 def token_oracle(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, density: float
+    query: Tensor, key: Tensor, value: Tensor, scale: float, density: float, rule: str = "topk"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep each row's keys of highest logits, in float64; the tail dropped, and aggregated.
+    """Keep single keys by their true scores, in float64; the tail dropped, and aggregated.
 
     With T the kept keys and N others, of mean logit m and mean value w (UTA, equations 11 to 14):
 
@@ -54,14 +100,14 @@ def token_oracle(
         value: ``[..., Lk, Dv]``.
         scale: Multiplies the logits.
         density: In (0, 1].
+        rule: As in ``choose_tokens``.
 
     Returns:
         Both outputs ``[..., L, Dv]``, and the share ``[..., L]`` of attention that is kept.
     """
     query, key, value = (x.double() for x in (query, key, value))
     logits = scale * query @ key.mT
-    kept = logits.topk(share_of(density, logits.shape[-1]), dim=-1).indices
-    outside = torch.ones_like(logits).scatter(-1, kept, 0.0)
+    outside = (~choose_tokens(logits, value, density, rule)).double()
     count = outside.sum(-1, keepdim=True)
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp()
@@ -79,6 +125,7 @@ def token_oracle(
 def measure_oracle(
     calls: Iterable[AttentionCall],
     densities: Sequence[float] = DENSITIES,
+    rules: Sequence[str] = tuple(RULES),
     *,
     rows: int | None = None,
     seed: int = 0,
@@ -89,11 +136,14 @@ def measure_oracle(
     Args:
         calls: Attention calls.
         densities: Shares of keys to keep.
+        rules: Keys of ``RULES``. The share of ``topp`` is one for the rows that are looked at
+            together, at most 16 million logits.
         rows: How many rows of each call to look at, drawn once; None for all.
         seed: Of the draw.
         progress: Called after each call.
     """
-    sums = torch.zeros(len(densities), 3, dtype=torch.float64)
+    points = list(itertools.product(rules, densities))
+    sums = torch.zeros(len(points), 3, dtype=torch.float64)
     count = 0
     for call in calls:
         length, scale = call.query.shape[2], call.query.shape[3] ** -0.5
@@ -103,17 +153,17 @@ def measure_oracle(
         for part in chosen.split(max(1, CHUNK // (heads * length))):
             query = call.query.index_select(2, part)
             exact, _, _ = token_oracle(query, call.key, call.value, scale, 1.0)
-            for i, density in enumerate(densities):
+            for i, (rule, density) in enumerate(points):
                 dropped, aggregated, kept = token_oracle(
-                    query, call.key, call.value, scale, density
+                    query, call.key, call.value, scale, density, rule
                 )
                 errors = ((x - exact).square().mean(-1) for x in (dropped, aggregated))
                 sums[i] += torch.stack([x.sum() for x in (*errors, kept)]).cpu()
             count += heads * len(part)
         progress()
     return [
-        OracleError(density, *(row / count).tolist())
-        for density, row in zip(densities, sums, strict=True)
+        OracleError(*point, *(row / count).tolist())
+        for point, row in zip(points, sums, strict=True)
     ]
 
 
@@ -124,14 +174,18 @@ def to_json(errors: Sequence[OracleError]) -> str:
 
 
 def markdown(errors: Sequence[OracleError]) -> str:
-    """A row for each way, a column for each density."""
+    """Three rows for each rule, a column for each density."""
+    densities = list(dict.fromkeys(error.density for error in errors))
     lines = [
-        f"| tokens kept | {' | '.join(f'{e.density:.0%}' for e in errors)} |",
-        "|---" * (len(errors) + 1) + "|",
-        f"| Top-K | {' | '.join(f'{e.dropped:.2e}' for e in errors)} |",
-        "| Top-K + UTA | "
-        + " | ".join(f"{e.aggregated:.2e} (-{e.reduction:.1%})" for e in errors)
-        + " |",
-        f"| recall of Top-K | {' | '.join(f'{e.recall:.1%}' for e in errors)} |",
+        f"| tokens kept | {' | '.join(f'{density:.0%}' for density in densities)} |",
+        "|---" * (len(densities) + 1) + "|",
     ]
+    for rule in dict.fromkeys(error.rule for error in errors):
+        some = [error for error in errors if error.rule == rule]
+        cells = [f"{e.aggregated:.2e} (-{e.reduction:.1%})" for e in some]
+        lines += [
+            f"| {RULES[rule]} | {' | '.join(f'{e.dropped:.2e}' for e in some)} |",
+            f"| {RULES[rule]} + UTA | {' | '.join(cells)} |",
+            f"| recall of {RULES[rule]} | {' | '.join(f'{e.recall:.1%}' for e in some)} |",
+        ]
     return "\n".join(lines)

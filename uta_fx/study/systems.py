@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from uta_fx._optional import require
-from uta_fx.attention import pool_blocks, reorder_tokens, sparse_attention
+from uta_fx.attention import clustered_attention, pool_blocks, reorder_tokens, sparse_attention
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import Inputs, Shape
 from uta_fx.config import Config
+from uta_fx.generate import psnr
 from uta_fx.order import Grid
 from uta_fx.policies import SVG2, Radial, Threshold, TopP
 from uta_fx.study.sites import AttentionCall
+from uta_fx.study.switch import Switch
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
-FIT_STEPS = 14
-FIT_WITHIN = 0.002
+FIT_STEPS = 12
+FIT_WITHIN = 0.02
+"""How far from the density that was asked for halving stops, relative."""
 REACHED = 0.2
-"""How far from the density that was asked for a row may be, relative; the row is empty beyond."""
+"""How far from it a row may be; the row is empty beyond."""
 SAMPLED_ROWS = 128
 CHUNK = 1 << 26  # weights of attention at a time
 DENSE = [
@@ -49,42 +49,33 @@ class System:
 
     Attributes:
         name: What is printed.
-        config: Makes its configuration from a number that rises with what is kept, and from how
-            many tokens there are.
+        config: Makes its configuration from a number that rises with what is kept.
         knob: The least and the greatest such number; None where it is ``Config.density`` and just
             that is kept.
+        densities: Where it is measured unless others are asked for.
     """
 
     name: str
-    config: Callable[[float, int], Config]
+    config: Callable[[float], Config]
     knob: tuple[float, float] | None = None
+    densities: tuple[float, ...] = DENSITIES
 
 
-def _kept(**fields: Any) -> Callable[[float, int], Config]:
-    return lambda density, _: Config(density=density, **fields)
+def _kept(**fields: Any) -> Callable[[float], Config]:
+    return lambda density: Config(density=density, **fields)
 
 
-def _radial(tail: str) -> Callable[[float, int], Config]:
-    return lambda log, _: Config(policy=Radial(decay=2**log), tail=tail)
+def _radial(tail: str) -> Callable[[float], Config]:
+    return lambda log: Config(policy=Radial(decay=2**log), tail=tail)
 
 
-def _top_p(tail: str) -> Callable[[float, int], Config]:
-    return lambda mass, _: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
+def _top_p(tail: str) -> Callable[[float], Config]:
+    return lambda mass: Config(policy=TopP(mass=mass), density=1.0, tail=tail)
 
 
-def _svg2(tail: str) -> Callable[[float, int], Config]:
-    """As many clusters for each token as published for Wan at 720p, and no floor."""
-
-    def config(mass: float, tokens: int) -> Config:
-        policy = SVG2(
-            query_clusters=max(1, tokens // 252),
-            key_clusters=max(1, tokens // 76),
-            mass=mass,
-            least=0.0,
-        )
-        return Config(policy=policy, tail=tail)
-
-    return config
+def _svg2(tail: str) -> Callable[[float], Config]:
+    """No floor, which would keep a tenth of the clusters whatever their mass."""
+    return lambda mass: Config(policy=SVG2(mass=mass, least=0.0), tail=tail)
 
 
 _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
@@ -93,7 +84,7 @@ _TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
 
 def _with_tails(
     name: str,
-    config: Callable[[str], Callable[[float, int], Config]],
+    config: Callable[[str], Callable[[float], Config]],
     knob: tuple[float, float] | None,
 ) -> tuple[System, ...]:
     return tuple(System(name + suffix, config(tail), knob) for suffix, tail in _TAILS.items())
@@ -108,12 +99,20 @@ SYSTEMS = (
     System("Rectified SpaAttn", _kept(policy="rectified", tail="rectified"), (0.001, 1.0)),
     System(
         "Sol-Attn",
-        lambda x, _: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
+        lambda x: Config(policy=Threshold(deviations=-x), tail="block", reorder="morton"),
         (-4.0, 4.0),
     ),
-    System("ours", _kept()),
+    # so little too that others are as fast
+    System("ours", _kept(), densities=(0.02, 0.05, *DENSITIES)),
 )
 """Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
+
+TABLE = (
+    "Top-K", "Top-K + UTA", "SVG2", "SVG2 + UTA", "SVG2 + gaussian", "Radial", "Radial + UTA",
+    "Radial + gaussian",
+    "Rectified SpaAttn", "Sol-Attn", "ours",
+)  # fmt: skip
+"""Those that are measured unless others are named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +127,14 @@ class Row:
         kept: Share of pairs of tokens in exact blocks.
         mse: Mean squared error of the attention output, over all calls.
         error: The same, relative to the mean square of the dense output.
+        errors: Of each call by itself, relative to that of its dense output.
         recall: Share of true attention in exact blocks.
         psnr: Of the generated clips against dense, in dB.
         ms: Time of the whole operation at the timed shape.
         speedup: Over the dense baseline there.
         timed_kept: As ``kept``, there.
         timed_error: As ``error``, there, on sampled rows.
+        failure: What went wrong with it, if anything did; the numbers before that stand.
     """
 
     system: str
@@ -141,16 +142,18 @@ class Row:
     kept: float | None = None
     mse: float | None = None
     error: float | None = None
+    errors: tuple[float, ...] | None = None
     recall: float | None = None
     psnr: float | None = None
     ms: float | None = None
     speedup: float | None = None
     timed_kept: float | None = None
     timed_error: float | None = None
+    failure: str | None = None
 
 
 def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
-    """Systems by name; None for all.
+    """Systems by name; None for those of ``TABLE``.
 
     Raises:
         ValueError: There is none of a name.
@@ -159,31 +162,28 @@ def find_systems(names: Sequence[str] | None) -> tuple[System, ...]:
     unknown = [name for name in names or () if name not in of_name]
     if unknown:
         raise ValueError(f"system must be among {', '.join(of_name)}, got {', '.join(unknown)}")
-    return tuple(of_name[name] for name in names) if names else SYSTEMS
+    return tuple(of_name[name] for name in names or TABLE)
 
 
-def fit(
-    system: System, density: float, tokens: int, kept: Callable[[Config], float]
-) -> Config | None:
+def fit(system: System, density: float, kept: Callable[[Config], float]) -> Config | None:
     """The configuration that keeps most nearly ``density``, by halving; None if that is not near.
 
     Args:
         system: The system.
         density: In (0, 1].
-        tokens: How many there are.
         kept: What a configuration keeps.
     """
     if system.knob is None:
-        return system.config(density, tokens)
+        return system.config(density)
     low, high = system.knob
-    best, distance = system.config(high, tokens), float("inf")
+    best, distance = system.config(high), float("inf")
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
-        config = system.config(middle, tokens)
+        config = system.config(middle)
         share = kept(config)
         if abs(share - density) < distance:
             best, distance = config, abs(share - density)
-        if distance <= FIT_WITHIN:
+        if distance <= FIT_WITHIN * density:
             break
         low, high = (middle, high) if share < density else (low, middle)
     return best if distance <= REACHED * density else None
@@ -270,37 +270,56 @@ class Site:
 @torch.no_grad()
 def attention_rows(
     calls: Sequence[AttentionCall],
-    densities: Sequence[float] = DENSITIES,
+    densities: Sequence[float] | None = None,
     systems: Sequence[System] = SYSTEMS,
 ) -> Iterator[tuple[Row, Config | None]]:
     """Errors and recall of every system at every density on attention calls of one shape.
 
+    Args:
+        calls: Of one shape.
+        densities: None for those of each system.
+        systems: Which.
+
     Yields:
-        A row, and the configuration that it is of; None where no configuration keeps so much.
+        A row, and the configuration that it is of; None where no configuration keeps so much, or
+        where it failed.
     """
     sites = [Site((call.query, call.key, call.value), call.grid) for call in calls]
     dense = [call.dense().double() for call in calls]
-    square = statistics.fmean(x.square().mean().item() for x in dense)
+    squares = [x.square().mean().item() for x in dense]
 
     def kept(config: Config) -> float:
         return statistics.fmean(site.kept(config) for site in sites)
 
+    def measure(system: System, row: Row) -> tuple[Row, Config | None]:
+        config = fit(system, row.density, kept)
+        if config is None:
+            return row, None
+        mses = [
+            (site.output(config).double() - exact).square().mean().item()
+            for site, exact in zip(sites, dense, strict=True)
+        ]
+        mse = statistics.fmean(mses)
+        recall = statistics.fmean(site.recall(config) for site in sites)
+        row = dataclasses.replace(
+            row, kept=kept(config), mse=mse, error=mse / statistics.fmean(squares), recall=recall,
+            errors=tuple(mse / square for mse, square in zip(mses, squares, strict=True)),
+        )  # fmt: skip
+        return row, config
+
     for system in systems:
-        for density in densities:
-            config = fit(system, density, calls[0].query.shape[2], kept)
-            if config is None:
-                yield Row(system=system.name, density=density), None
-                continue
-            mse = statistics.fmean(
-                (site.output(config).double() - exact).square().mean().item()
-                for site, exact in zip(sites, dense, strict=True)
-            )
-            recall = statistics.fmean(site.recall(config) for site in sites)
-            row = Row(
-                system=system.name, density=density, kept=kept(config), mse=mse,
-                error=mse / square, recall=recall,
-            )  # fmt: skip
-            yield row, config
+        for density in densities or system.densities:
+            row = Row(system=system.name, density=density)
+            try:
+                yield measure(system, row)
+            except Exception as error:  # of one system; the others are measured all the same
+                yield failed(row, error), None
+
+
+def failed(row: Row, error: Exception) -> Row:
+    """The row, with what went wrong in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return dataclasses.replace(row, failure=f"{type(error).__name__}: {first}")
 
 
 @torch.no_grad()
@@ -311,9 +330,13 @@ def timed_rows(
     systems: Sequence[System] = SYSTEMS,
     *,
     rounds: int = 7,
-    compile: bool = True,
+    compile: bool = False,
 ) -> Iterator[Row]:
     """The same rows with the time of the operation at a shape, and its error there.
+
+    On a GPU the operation's launches are recorded in a CUDA graph, so that what is timed is the
+    work of the GPU alone. SVG2 starts from the centroids of a call before, as it does at all steps
+    but the first.
 
     Args:
         rows: Of ``attention_rows``.
@@ -321,7 +344,8 @@ def timed_rows(
         inputs: Query, key and value.
         systems: Those of the rows; each is fitted to its density anew.
         rounds: Timed rounds; medians are reported. Dense attention takes turns with each.
-        compile: Compile the operation, as in a model; False runs it eagerly.
+        compile: Compile the operation by Inductor and record nothing: as in a model, and about ten
+            seconds more for each row.
     """
     site, device = Site(inputs, shape.grid), str(inputs[0].device)
     of_name = {system.name: system for system in systems}
@@ -333,23 +357,68 @@ def timed_rows(
         with sdpa_kernel(DENSE, set_priority=True):
             return F.scaled_dot_product_attention(*inputs)
 
-    for row in rows:
-        config = fit(of_name[row.system], row.density, shape.length, site.kept)
+    def measure(row: Row) -> Row:
+        config = fit(of_name[row.system], row.density, site.kept)
         if config is None:
-            yield row
-            continue
-        torch.compiler.reset()  # or the systems before count towards the recompile limit
-        sparse = functools.partial(_operation(config, shape.grid, compile), *inputs)
+            return row
+        sparse = functools.partial(_operation(config, inputs, shape.grid, compile), *inputs)
         output = sparse().index_select(2, chosen).double()
+        if inputs[0].is_cuda and not compile:
+            sparse = record(sparse)
         times = time_interleaved({"dense": attend, "sparse": sparse}, rounds, device)
         ms, baseline = (statistics.median(times[name]) for name in ("sparse", "dense"))
-        yield dataclasses.replace(
+        return dataclasses.replace(
             row,
             ms=ms,
             speedup=baseline / ms,
             timed_kept=site.kept(config),
             timed_error=((output - dense).square().sum() / dense.square().sum()).item(),
         )
+
+    for row in rows:
+        try:
+            yield measure(row)
+        except Exception as error:  # as above
+            yield failed(row, error)
+
+
+def record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record what a call launches in a CUDA graph; what is returned launches it again.
+
+    The call has run before, so that nothing is left to be compiled.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def pictured_rows(
+    rows: Sequence[tuple[Row, Config]], pipeline: Any, prompts: Sequence[str], steps: int, seed: int
+) -> Iterator[Row]:
+    """The same rows with the PSNR of generated clips against dense.
+
+    Args:
+        rows: And the configurations that they are of.
+        pipeline: Loaded on its device; left as it was.
+        prompts: One clip each.
+        steps: Denoising steps.
+        seed: Of the first prompt; the next ones count up.
+    """
+    with Switch(pipeline) as switch:
+        dense = pipeline(prompts, steps=steps, seed=seed).cpu()
+        for row, config in rows:
+            switch.config = config
+            try:
+                videos = pipeline(prompts, steps=steps, seed=seed).cpu()
+                yield dataclasses.replace(row, psnr=psnr(dense, videos))
+            except Exception as error:  # as above
+                yield failed(row, error)
 
 
 def dense_rows(inputs: Inputs, rows: Tensor) -> Tensor:
@@ -369,82 +438,26 @@ def dense_rows(inputs: Inputs, rows: Tensor) -> Tensor:
     )
 
 
-def _operation(config: Config, grid: Grid, compile: bool) -> Callable[..., Tensor]:
-    def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return sparse_attention(query, key, value, config=config, grid=grid)
+def _operation(config: Config, inputs: Inputs, grid: Grid, compile: bool) -> Callable[..., Tensor]:
+    """A function of query, key and value; of SVG2 from the centroids that ``inputs`` lead to."""
+    if isinstance(config.selection_policy(), SVG2):
+        _, centroids = clustered_attention(*inputs, config=config, grid=grid)
 
-    return torch.compile(operation, dynamic=False) if compile else operation
+        def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return clustered_attention(query, key, value, centroids, config=config, grid=grid)[0]
 
+    else:
 
-COLUMNS: Mapping[str, tuple[str, str]] = {
-    "kept": ("kept", ".1%"), "mse": ("MSE", ".2e"), "error": ("relative", ".2e"),
-    "recall": ("recall", ".1%"), "psnr": ("PSNR", ".1f"), "ms": ("ms", ".2f"),
-    "speedup": ("speed-up", ".2f"), "timed_kept": ("kept there", ".1%"),
-    "timed_error": ("relative there", ".2e"),
-}  # fmt: skip
-"""Columns of the table: field, heading and format."""
+        def operation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return sparse_attention(query, key, value, config=config, grid=grid)
 
-
-def markdown(rows: Sequence[Row]) -> str:
-    """One line for each row; columns without a number are left out."""
-    shown = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    lines = [
-        f"| system | density | {' | '.join(COLUMNS[name][0] for name in shown)} |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for row in rows:
-        cells = [row.system, f"{row.density:g}"]
-        for name in shown:
-            value = getattr(row, name)
-            cells.append("-" if value is None else f"{value:{COLUMNS[name][1]}}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    if not compile:
+        return operation
+    torch.compiler.reset()  # or the systems before count towards the recompile limit
+    return torch.compile(operation, dynamic=False)
 
 
-def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write every row, after what was measured on what."""
-    record = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def draw(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw error against density, and what there is of picture against density, error against time.
-
-    Args:
-        path: File to write; its ending says of what kind.
-        rows: Of one study.
-        title: What stands above.
-    """
-    pyplot = require("matplotlib.pyplot", extra="demo")
-    panels = [("kept", "error", "share of blocks kept", "relative squared error of attention")]
-    if any(row.psnr is not None for row in rows):
-        panels.append(("kept", "psnr", "share of blocks kept", "PSNR against dense, dB"))
-    if any(row.ms is not None for row in rows):
-        panels.append(("ms", "timed_error", "time of the operation, ms", "relative squared error"))
-    figure, several = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels), 5), layout="constrained", squeeze=False
-    )
-    figure.suptitle(title, fontsize=9)
-    names = list(dict.fromkeys(row.system for row in rows))
-    families = list(dict.fromkeys(name.partition(" + ")[0] for name in names))
-    styles = {"": "--x", "UTA": "-o", "gaussian": "-s"}
-    for axes, (x, y, x_label, y_label) in zip(several[0], panels, strict=True):
-        for name in names:
-            points = sorted(
-                (getattr(row, x), getattr(row, y))
-                for row in rows
-                if row.system == name and None not in (getattr(row, x), getattr(row, y))
-            )
-            family, _, tail = name.partition(" + ")
-            width = 2.5 if name == "ours" else 1.2
-            axes.plot(
-                [point[0] for point in points], [point[1] for point in points], styles[tail],
-                color=f"C{families.index(family)}", lw=width, ms=4, label=name,
-            )  # fmt: skip
-        axes.set(xlabel=x_label, ylabel=y_label)
-        if y != "psnr":
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-    several[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows by system, as in ``SYSTEMS``, then by density."""
+    place = {system.name: i for i, system in enumerate(SYSTEMS)}
+    return sorted(rows, key=lambda row: (place[row.system], row.density))
