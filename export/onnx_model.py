@@ -299,7 +299,10 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )  # fmt: skip
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
-        """TopK, the best of the rows made higher than all: of equal scores it takes the first."""
+        """TopK, the best of the rows made higher than all: of equal scores it takes the first.
+
+        Infinity counts as the largest number below it.
+        """
         blocks = scores.shape[-1]
         column = opset18.Constant(value_ints=list(range(blocks)))
         best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)

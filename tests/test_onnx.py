@@ -22,7 +22,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from uta_fx.export import onnx_functions  # noqa: E402  # needs onnx
+from uta_fx.export import onnx_functions, onnx_model  # noqa: E402  # need onnx
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -464,3 +464,27 @@ def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
     command = [sys.executable, "-c", MEASURE, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) * 1024 < 0.75e9
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+@pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
+def test_a_file_selects_as_the_operators(tmp_path, kind, rows):
+    """The best of every row, then the highest, of equal ones the first; and lists of them."""
+
+    class Select(torch.nn.Module):
+        def forward(self, scores):
+            exact = torch.ops.uta.select_blocks.default(scores, 4 * rows, rows)
+            return exact, *torch.ops.uta.list_blocks.default(exact)
+
+    x = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0))
+    scores = {
+        "normal": x,
+        "ties": x.round(),
+        "infinite": x.masked_fill(x < 0, -torch.inf).masked_fill(x > 2, torch.inf),
+    }[kind]
+    path = tmp_path / "select.onnx"
+    program = torch.export.export(Select(), (scores,))
+    onnx_model.write_onnx(program, [], path, opset=18, metadata={})
+    results = run(path, {"scores": scores.numpy()})
+    for got, want in zip(results, Select()(scores), strict=True):
+        assert torch.equal(torch.from_numpy(got), want)

@@ -69,6 +69,7 @@ def export_onnx(
             translation.
     """
     require("onnxscript", extra="onnx")
+    from uta_fx.export.clusters import spell_out_clusters
     from uta_fx.export.onnx_model import write_onnx
 
     config, target = config or Config(), Path(path)
@@ -76,8 +77,15 @@ def export_onnx(
         raise ValueError(f"path must end in .onnx, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
+    policy = config.selection_policy()
+    if isinstance(policy, SVG2) and policy.keep:
+        raise ValueError(
+            "keep=True of policy svg2 cannot be exported: a file keeps nothing from one step to the"
+            " next. Take keep=False, with which each step clusters anew"
+        )
     opset = _opset(model, opset, 23)
     program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
+    program = spell_out_clusters(program)
     write_onnx(program, explanation.sites, target, opset=opset, metadata=_metadata(config))
     return explanation
 
@@ -130,6 +138,12 @@ def export_tensorrt(
         raise ValueError(f"path must end in {suffix} for form={form!r}, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
+    if isinstance(config.selection_policy(), SVG2):
+        raise ValueError(
+            "policy svg2 cannot be exported to TensorRT: it has no operation that adds up the"
+            " tokens of a cluster. Take topp, whose rule is the same over blocks of neighbouring"
+            " tokens, or export_onnx"
+        )
     if form == "engine":
         from uta_fx.export.tensorrt_torch import check_torch_tensorrt
 
@@ -335,11 +349,6 @@ def _sparse_program(
         raise ValueError(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
             " second file with density=1 for the steps that run dense"
-        )
-    if isinstance(config.selection_policy(), SVG2):
-        raise ValueError(
-            "policy svg2 cannot be exported: clusters have no form in ONNX or TensorRT. Take topp,"
-            " whose rule is the same over blocks of neighbouring tokens"
         )
     model = getattr(model, "_orig_mod", model)
     if model.training:
