@@ -21,8 +21,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## generate videos dense and sparse, side by side, into demo/
 	$(BIN)/uta-fx generate --output demo
 
-test: $(READY)  ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests on all cores (no GPU needed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .

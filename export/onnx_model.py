@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -87,7 +89,7 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     dialect = dialect or Dialect(lower=keep_sparse_attention)
-    program = _without_complex_gaps(program)
+    program = _without_factors(_without_complex_gaps(program))
     try:
         with _without_its_own_worries():
             exported = torch.onnx.export(
@@ -102,7 +104,10 @@ def write_onnx(
         cause: BaseException = error
         while cause.__cause__ is not None:  # what the exporter wraps says which operation it is
             cause = cause.__cause__
-        raise ValueError(f"model cannot be written as ONNX: {cause}") from error
+        raise ValueError(
+            f"model cannot be written as ONNX: {cause}. Write this operation in others, or export a"
+            " module without it"
+        ) from error
     assert exported is not None
     model = exported.model
     fold_constants(model)
@@ -169,6 +174,35 @@ def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
 
 
+def _without_factors(program: ExportedProgram) -> ExportedProgram:
+    """QR factors of a matrix with more rows than columns, as many reflections as it has columns."""
+    qr = torch.ops.aten.linalg_qr.default
+    if not program.graph.find_nodes(op="call_function", target=qr):
+        return program
+    return program.run_decompositions({qr: _reduced_qr})
+
+
+def _reduced_qr(matrix: torch.Tensor, mode: str = "reduced") -> Any:
+    """Householder's reflections, with signs as LAPACK takes them."""
+    if mode != "reduced" or matrix.dim() != 2 or matrix.shape[0] <= matrix.shape[1]:
+        return NotImplemented
+    length, columns = matrix.shape
+    rows = torch.arange(length, device=matrix.device)
+    factor, reflections = matrix, []
+    for column in range(columns):
+        below = factor[:, column : column + 1] * (rows >= column)[:, None]
+        first = below[column]
+        size = below.square().sum().sqrt()
+        away = torch.where(first < 0, -size, size)
+        normal = below + away * (rows == column)[:, None]
+        reflections.append((normal, 2 / normal.square().sum()))
+        factor = factor - reflections[-1][1] * normal @ (normal.mT @ factor)
+    basis = torch.eye(length, columns, dtype=matrix.dtype, device=matrix.device)
+    for normal, weight in reversed(reflections):
+        basis = basis - weight * normal @ (normal.mT @ basis)
+    return basis, factor[:columns].triu()
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How the exporter writes our operators: as nodes of our domain."""
     domain = Opset(DOMAIN, VERSION)
@@ -190,6 +224,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         block_q: int,
         block_kv: int,
     ) -> Any:
+        if block_ids.shape[3] == 0:  # no lists: a column that nothing reads, TensorRT has no empty
+            axis = opset18.Constant(value_ints=[3])
+            block_ids = opset18.Unsqueeze(block_counts, axis)
+            block_ids.shape = ir.Shape([*block_counts.shape, 1])
+            block_ids.dtype = block_counts.dtype
         per_block = len(tail_key.shape) == 4
         tail = (tail_key, tail_value, tail_log_size)
         if per_block:
@@ -259,6 +298,55 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             rows=rows,
         )  # fmt: skip
 
+    def select_blocks(scores: Any, kept: int, rows: int) -> Any:
+        """TopK, the best of the rows made higher than all: of equal scores it takes the first.
+
+        Infinity counts as the largest number below it.
+        """
+        blocks = scores.shape[-1]
+        column = opset18.Constant(value_ints=list(range(blocks)))
+        best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)
+        infinity, lowest, largest = (
+            opset18.Constant(value_float=x)
+            for x in (math.inf, -math.inf, torch.finfo(torch.float32).max)
+        )
+        numbers = opset18.Where(opset18.IsNaN(scores), lowest, opset18.Min(scores, largest))
+        ranked = opset18.Reshape(
+            opset18.Where(best, infinity, numbers),
+            opset18.Constant(value_ints=[-1, rows * blocks]),
+        )
+        _, ids = opset18.TopK(
+            ranked, opset18.Constant(value_ints=[kept]), axis=-1, largest=1, sorted=0
+        )
+        none, all_of_them = (
+            opset18.Expand(opset18.Constant(value=onnx.numpy_helper.from_array(x)), shape)
+            for x, shape in (
+                (np.array(False), opset18.Shape(ranked)),
+                (np.array(True), opset18.Shape(ids)),
+            )
+        )
+        mask = opset18.ScatterElements(none, ids, all_of_them, axis=-1)
+        return opset18.Reshape(mask, opset18.Shape(scores))
+
+    def list_blocks(exact: Any) -> Any:
+        """Running counts say where a block goes; what is not listed goes to one column too many."""
+        blocks = exact.shape[-1]
+        one, end = (opset18.Constant(value_ints=[x]) for x in (1, blocks))
+        last = opset18.Constant(value_ints=[-1])
+        position = opset18.CumSum(opset18.Cast(exact, to=ir.DataType.INT64), last)
+        target = opset18.Where(exact, opset18.Sub(position, one), end)
+        column = opset18.Cast(
+            opset18.Constant(value_ints=list(range(blocks))), to=ir.DataType.INT32
+        )
+        ids = opset18.Expand(column, opset18.Shape(target))
+        lead = opset18.Shape(exact, start=0, end=3)
+        wide = opset18.Concat(lead, opset18.Constant(value_ints=[blocks + 1]), axis=0)
+        zero = opset18.Cast(opset18.Constant(value_ints=[0]), to=ir.DataType.INT32)
+        spilled = opset18.ScatterElements(opset18.Expand(zero, wide), target, ids, axis=-1)
+        start = opset18.Constant(value_ints=[0])
+        counts = opset18.ReduceSum(opset18.Cast(exact, to=ir.DataType.INT32), last, keepdims=0)
+        return opset18.Slice(spilled, start, end, last), counts
+
     def squeeze(x: Any, dim: int) -> Any:
         """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
         if x.shape[dim] != 1:
@@ -290,6 +378,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.uta.rectified_attention.default: rectified_attention,
         torch.ops.uta.block_statistics.default: block_statistics,
         torch.ops.uta.block_scores.default: block_scores,
+        torch.ops.uta.select_blocks.default: select_blocks,
+        torch.ops.uta.list_blocks.default: list_blocks,
     }
 
 

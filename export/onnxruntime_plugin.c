@@ -20,7 +20,7 @@
 enum { API_VERSION = 22 }; /* the oldest that is supported; its places in the table never change */
 enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_FLOAT16 = 10, TYPE_BFLOAT16 = 16 };
 enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
-enum { DEVICE_ALLOCATOR = 0, MEMORY_DEFAULT = 0, INPUT_REQUIRED = 0 };
+enum { MEMORY_DEFAULT = 0, INPUT_REQUIRED = 0 };
 
 typedef void Status;
 typedef struct Api { void *functions[300]; } Api;
@@ -28,6 +28,12 @@ typedef struct ApiBase {
   const Api *(*get_api)(uint32_t version);
   const char *(*get_version)(void);
 } ApiBase;
+typedef struct Allocator {
+  uint32_t version;
+  void *(*alloc)(struct Allocator *, size_t bytes);
+  void (*free)(struct Allocator *, void *memory);
+  const void *(*info)(const struct Allocator *);
+} Allocator;
 
 /* name, place in the table, result, arguments */
 #define API_FUNCTIONS(X)                                                                          \
@@ -39,19 +45,18 @@ typedef struct ApiBase {
   X(get_dimensions_count, 61, Status *, (const void *info, size_t *count))                        \
   X(get_dimensions, 62, Status *, (const void *info, int64_t *sizes, size_t count))               \
   X(get_type_and_shape, 65, Status *, (const void *value, void **info))                           \
-  X(create_memory_info, 68, Status *,                                                             \
-    (const char *name, int allocator, int device, int type, void **info))                         \
   X(get_float_attribute, 85, Status *, (const void *info, const char *name, float *value))        \
   X(get_int_attribute, 86, Status *, (const void *info, const char *name, int64_t *value))        \
   X(get_input, 90, Status *, (const void *context, size_t index, const void **value))             \
   X(get_output, 91, Status *,                                                                     \
     (void *context, size_t index, const int64_t *sizes, size_t count, void **value))              \
   X(release_status, 93, void, (Status * status))                                                  \
-  X(release_memory_info, 94, void, (void *info))                                                  \
   X(release_type_and_shape, 99, void, (void *info))                                               \
+  X(release_allocator, 132, void, (Allocator * allocator))                                        \
   X(get_stream, 193, Status *, (const void *context, void **stream))                              \
   X(get_scratch, 277, Status *,                                                                   \
-    (const void *context, const void *memory, size_t bytes, void **buffer))
+    (const void *context, const void *memory, size_t bytes, void **buffer))                       \
+  X(get_allocator, 278, Status *, (const void *info, int type, Allocator * *allocator))
 
 #define DECLARE(name, place, result, arguments)                                                   \
   typedef result(*name##_function) arguments;                                                     \
@@ -109,10 +114,15 @@ enum { CU_ATTRIBUTE_MAX_DYNAMIC_SHARED = 8, DEFAULT_SHARED = 48 * 1024 };
 
 #define DRIVER_FUNCTIONS(X)                                                                       \
   X(cuCtxGetDevice, (int *device))                                                                \
+  X(cuDriverGetVersion, (int *version))                                                           \
   X(cuLibraryLoadData, (void **library, const void *code, void *, void *, unsigned, void *,       \
                         void *, unsigned))                                                        \
   X(cuLibraryGetKernel, (void **kernel, void *library, const char *name))                         \
   X(cuKernelSetAttribute, (int attribute, int value, void *kernel, int device))                   \
+  X(cuTensorMapEncodeTiled,                                                                       \
+    (void *map, int type, uint32_t rank, void *address, const uint64_t *sizes,                    \
+     const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,         \
+     int swizzle, int promotion, int fill))                                                       \
   X(cuMemsetD8Async, (uint64_t address, unsigned char value, size_t bytes, void *stream))         \
   X(cuLaunchKernel, (void *kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,             \
                      unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,       \
@@ -130,8 +140,8 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const char *open_driver(void) {
   static void *driver = NULL;
   if (driver) return NULL;
-  void *opened = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (!opened) return "libcuda.so.1";
+  void *opened = dlopen(DRIVER, RTLD_NOW | RTLD_LOCAL);
+  if (!opened) return DRIVER;
 #define LOOK_UP(name, arguments)                                                                  \
   if (!(name = (name##_function)dlsym(opened, #name))) return #name;
   DRIVER_FUNCTIONS(LOOK_UP)
@@ -147,42 +157,67 @@ static Status *driver_failure(const char *what, int error) {
 
 /* ---- Kernels and their arguments ------------------------------------------------------------- */
 
+/* a tensor map as Triton passes it on: the map itself, four sizes, four strides */
+enum { MAP_ARGUMENTS = 9 };
+#define MAP(X, name)                                                                              \
+  X(name) X(name##_size0) X(name##_size1) X(name##_size2) X(name##_size3)                         \
+  X(name##_stride0) X(name##_stride1) X(name##_stride2) X(name##_stride3)
+
 /* what a kernel may ask for; the names are those of the Triton kernels */
 #define ARGUMENTS(X)                                                                              \
   X(q_ptr) X(k_ptr) X(v_ptr) X(o_ptr) X(lse_ptr) X(ids_ptr) X(counts_ptr) X(listed_ptr)           \
   X(tail_k_ptr) X(tail_v_ptr) X(tail_size_ptr) X(tail_var_ptr) X(slope_ptr)                       \
+  X(order_ptr) X(plan_ptr) X(sigma2_ptr)                                                          \
   X(q_sb) X(q_sh) X(q_sm) X(k_sb) X(k_sh) X(k_sn) X(v_sb) X(v_sh) X(v_sn)                         \
   X(o_sb) X(o_sh) X(o_sm) X(ids_sb) X(ids_sh) X(ids_sn) X(counts_sb) X(counts_sh)                 \
   X(tail_k_sb) X(tail_k_sh) X(tail_k_sn) X(tail_k_sr)                                             \
   X(tail_v_sb) X(tail_v_sh) X(tail_v_sn) X(tail_v_sr)                                             \
   X(tail_size_sb) X(tail_size_sh) X(tail_size_sn) X(tail_var_sb) X(tail_var_sh) X(tail_var_sr)    \
   X(slope_sb) X(slope_sh) X(slope_sn) X(slope_sd)                                                 \
-  X(heads) X(length_q) X(length_kv) X(blocks_kv) X(max_blocks) X(representatives)                 \
-  X(scale) X(scale_log2) X(half_weight_log2)
+  X(heads) X(length_q) X(length_kv) X(blocks_q) X(blocks_kv) X(max_blocks) X(representatives)     \
+  X(whole) X(last_keys) X(scale) X(scale_log2) X(half_weight_log2)                                \
+  MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
+  MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc)
 #define NAME_ARGUMENT(name) ARG_##name,
 enum { ARGUMENTS(NAME_ARGUMENT) ARGUMENT_COUNT };
 
 /* little-endian: a kernel that wants 32 bits reads the lower half */
-typedef union Value { uint64_t pointer; int64_t integer; float number; } Value;
+typedef union Value {
+  uint64_t pointer;
+  int64_t integer;
+  float number;
+  _Alignas(64) uint64_t map[16];
+} Value;
+
+/* how the copy engine cuts one of the tensors that a kernel has maps of */
+typedef struct Map {
+  int argument;
+  int swizzle; /* as the driver counts them */
+  uint32_t box[4];
+} Map;
 
 typedef struct Kernel {
   const unsigned char *code; /* NULL: this variant does not need it */
   const char *name;
-  int shared, threads, tiles; /* tiles: programs for each query block */
+  int shared, threads, programs, blocks; /* so many programs for so many query blocks */
   const unsigned char *arguments;
   int argument_count;
+  const Map *maps;
+  int map_count;
 } Kernel;
 
-enum { MARK, TAIL, LISTED, KERNELS };
+/* in the order in which they run */
+enum { MARK, TAIL, LISTED, ORDER, VARIANCE, PAIRED, KERNELS };
 
 /* for which nodes and shapes the kernels were compiled */
 typedef struct Variant {
-  int dtype, dim, dim_v, block_q, block_kv, sign, has_tail, per_block, has_variance, has_slope;
+  int dtype, dim, dim_v, block_q, block_kv, sign, has_tail, per_block, has_variance;
+  int slopes; /* 1: one a head; 2: one a query block */
   int even; /* the keys' length is a multiple of block_kv */
   Kernel kernels[KERNELS];
 } Variant;
 
-#include "variants.h" /* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT */
+#include "variants.h" /* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT, PLAN */
 
 enum { MAX_DEVICES = 64 };
 static void *loaded[VARIANT_COUNT][KERNELS];
@@ -193,7 +228,8 @@ static Status *load(int variant, int which, int device, void **kernel) {
   const Kernel *source = &VARIANTS[variant].kernels[which];
   void **slot = &loaded[variant][which];
   int error = 0;
-  const char *what = "loading its kernel for sm_" ARCHITECTURE;
+  const char *what = "loading its kernel for sm_" ARCHITECTURE
+                     " (build the plugin for the architecture of this GPU)";
   pthread_mutex_lock(&lock);
   if (!*slot) {
     void *library = NULL;
@@ -210,7 +246,7 @@ static Status *load(int variant, int which, int device, void **kernel) {
   return error ? driver_failure(what, error) : NULL;
 }
 
-static Status *launch(int variant, int which, int device, int64_t blocks, int64_t batch_heads,
+static Status *launch(int variant, int which, int device, int64_t blocks_q, int64_t batch_heads,
                       Value *values, void *stream) {
   const Kernel *source = &VARIANTS[variant].kernels[which];
   void *kernel, *arguments[ARGUMENT_COUNT + 2];
@@ -220,7 +256,8 @@ static Status *launch(int variant, int which, int device, int64_t blocks, int64_
     arguments[i] = &values[source->arguments[i]];
   Value none = {0}; /* Triton's scratch buffers, of size 0 */
   arguments[source->argument_count] = arguments[source->argument_count + 1] = &none;
-  int error = cuLaunchKernel(kernel, (unsigned)(blocks * source->tiles), (unsigned)batch_heads, 1,
+  int64_t programs = (blocks_q * source->programs + source->blocks - 1) / source->blocks;
+  int error = cuLaunchKernel(kernel, (unsigned)programs, (unsigned)batch_heads, 1,
                              source->threads, 1, 1, source->shared, stream, arguments, NULL);
   return error ? driver_failure("launching a kernel", error) : NULL;
 }
@@ -237,9 +274,12 @@ typedef struct Node {
   float scale, variance_weight;
   int64_t block_q, block_kv, per_block;
   int dtype;
+  Allocator *allocator;
 } Node;
 
 typedef struct Tensor { void *data; int64_t sizes[5]; } Tensor;
+
+enum { ALIGNMENT = 16 }; /* for which the kernels are compiled */
 
 #define TRY(call)                                                                                 \
   do {                                                                                            \
@@ -261,21 +301,26 @@ static Status *read_input(void *context, size_t index, Tensor *tensor) {
   if (!status) status = get_dimensions(info, tensor->sizes, rank);
   release_type_and_shape(info);
   if (status) return status;
-  return get_tensor_data((void *)value, &tensor->data);
+  TRY(get_tensor_data((void *)value, &tensor->data));
+  if ((uint64_t)tensor->data % ALIGNMENT)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::SparseAttention: input %zu must begin at a multiple of %d bytes", index,
+                ALIGNMENT);
+  return NULL;
 }
 
 static Status *find_variant(const Node *node, const Tensor *x, int *found) {
   int sign = (node->scale > 0) - (node->scale < 0);
   int has_tail = x[TAIL_KEY].sizes[3] > 0;
   int has_variance = has_tail && x[TAIL_VARIANCE].sizes[2] > 0;
-  int has_slope = has_tail && x[TAIL_SLOPE].sizes[2] > 0;
+  int slopes = !has_tail ? 0 : x[TAIL_SLOPE].sizes[2] > 1 ? 2 : (int)x[TAIL_SLOPE].sizes[2];
   int even = x[KEY].sizes[2] % node->block_kv == 0;
   for (*found = 0; *found < VARIANT_COUNT; ++*found) {
     const Variant *v = &VARIANTS[*found];
     if (v->dtype == node->dtype && v->dim == x[QUERY].sizes[3] && v->dim_v == x[VALUE].sizes[3] &&
         v->block_q == node->block_q && v->block_kv == node->block_kv && v->sign == sign &&
         v->has_tail == has_tail && v->per_block == (node->per_block && has_tail) &&
-        v->has_variance == has_variance && v->has_slope == has_slope && v->even == even)
+        v->has_variance == has_variance && v->slopes == slopes && v->even == even)
       return NULL;
   }
   return fail(STATUS_INVALID_ARGUMENT,
@@ -294,43 +339,78 @@ static void set_strides(Value *values, const Tensor *x, int rank, const int *pla
   }
 }
 
-static Status *compute(void *state, void *context) {
-  const Node *node = state;
-  Tensor x[INPUTS];
-  for (size_t i = 0; i < INPUTS; ++i) TRY(read_input(context, i, &x[i]));
-  int variant;
-  TRY(find_variant(node, x, &variant));
-  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
-  int64_t blocks_q = x[IDS].sizes[2], length_kv = x[KEY].sizes[2];
-  int64_t blocks_kv = (length_kv + node->block_kv - 1) / node->block_kv;
-  int64_t representatives = x[TAIL_KEY].sizes[3];
+/* without the third of five dimensions, which is 1 */
+static Tensor without_third(const Tensor *x) {
+  return (Tensor){x->data, {x->sizes[0], x->sizes[1], x->sizes[3], x->sizes[4]}};
+}
 
-  Tensor output = {NULL, {batch, heads, length_q, x[VALUE].sizes[3]}};
-  Tensor lse = {NULL, {batch, heads, length_q}};
-  void *output_value, *lse_value, *stream;
-  TRY(get_output(context, 0, output.sizes, 4, &output_value));
-  TRY(get_output(context, 1, lse.sizes, 3, &lse_value));
-  TRY(get_tensor_data(output_value, &output.data));
-  TRY(get_tensor_data(lse_value, &lse.data));
-  if (batch * heads * length_q == 0) return NULL;
-  TRY(get_stream(context, &stream));
-  pthread_mutex_lock(&lock);
-  const char *missing = open_driver();
-  pthread_mutex_unlock(&lock);
-  if (missing)
-    return fail(STATUS_FAIL, "uta::SparseAttention: the CUDA driver has no %s", missing);
-  int device, error = cuCtxGetDevice(&device);
-  if (error) return driver_failure("asking for the device", error);
-  if (device >= MAX_DEVICES) return fail(STATUS_FAIL, "uta::SparseAttention: device %d", device);
+/* A map of a contiguous tensor [B, H, L, D] of 16 bits; what lies beyond its end reads as zero. */
+static Status *set_map(Value *values, const Map *map, const Tensor *x, int dtype) {
+  enum { TYPE_OF_FLOAT16 = 6, TYPE_OF_BFLOAT16 = 9, PROMOTION_128 = 2, SMALL = 128 * 1024 };
+  uint64_t sizes[4], strides[4], bytes = 2;
+  uint32_t box[4];
+  static const uint32_t steps[4] = {1, 1, 1, 1};
+  Value *value = &values[map->argument];
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) { /* the driver begins with the last dimension, and knows its stride */
+    value[1 + i].integer = x->sizes[i];
+    value[5 + i].integer = stride;
+    stride *= x->sizes[i];
+    sizes[3 - i] = x->sizes[i];
+    strides[3 - i] = bytes *= x->sizes[i];
+    box[3 - i] = map->box[i];
+  }
+  int error = cuTensorMapEncodeTiled(
+      value->map, dtype == TYPE_FLOAT16 ? TYPE_OF_FLOAT16 : TYPE_OF_BFLOAT16, 4, x->data, sizes,
+      strides, box, steps, 0, map->swizzle, PROMOTION_128, 0);
+  if (error) return driver_failure("describing a tensor", error);
+  /* a driver up to 13.1 marks small tensors, and wrongly: CUTLASS and Triton 3.7 take that back */
+  int version;
+  error = cuDriverGetVersion(&version);
+  if (error) return driver_failure("asking for its version", error);
+  if (version <= 13010 && bytes <= SMALL) value->map[1] &= ~(1ull << 21);
+  return NULL;
+}
 
+/* Take so many bytes of the workspace. */
+static size_t reserve(size_t *workspace, int64_t bytes) {
+  size_t start = *workspace;
+  *workspace += ((size_t)bytes + 255) / 256 * 256;
+  return start;
+}
+
+/* What a node is run with. */
+typedef struct Run {
+  int variant, device;
+  void *stream;
+  int64_t batch_heads, blocks_q, blocks_kv;
   Value values[ARGUMENT_COUNT];
-  memset(values, 0, sizeof values);
+} Run;
+
+static Status *launch_all(Run *run) {
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  if (kernels[MARK].code) {
+    int error = cuMemsetD8Async(run->values[ARG_listed_ptr].pointer, 0,
+                                run->batch_heads * run->blocks_q * run->blocks_kv, run->stream);
+    if (error) return driver_failure("clearing the map of listed blocks", error);
+  }
+  for (int which = 0; which < KERNELS; ++which)
+    if (kernels[which].code)
+      TRY(launch(run->variant, which, run->device, run->blocks_q, run->batch_heads, run->values,
+                 run->stream));
+  return NULL;
+}
+
+static void set_arguments(Run *run, const Node *node, const Tensor *x, const Tensor *output,
+                          const Tensor *lse) {
+  Value *values = run->values;
+  memset(values, 0, sizeof run->values);
   static const int pointers[INPUTS] = {
       ARG_q_ptr,      ARG_k_ptr,      ARG_v_ptr,         ARG_ids_ptr,      ARG_counts_ptr,
       ARG_tail_k_ptr, ARG_tail_v_ptr, ARG_tail_size_ptr, ARG_tail_var_ptr, ARG_slope_ptr};
   for (int i = 0; i < INPUTS; ++i) values[pointers[i]].pointer = (uint64_t)x[i].data;
-  values[ARG_o_ptr].pointer = (uint64_t)output.data;
-  values[ARG_lse_ptr].pointer = (uint64_t)lse.data;
+  values[ARG_o_ptr].pointer = (uint64_t)output->data;
+  values[ARG_lse_ptr].pointer = (uint64_t)lse->data;
 #define STRIDES(tensor, rank, ...)                                                                \
   do {                                                                                            \
     static const int places[] = {__VA_ARGS__};                                                    \
@@ -339,7 +419,7 @@ static Status *compute(void *state, void *context) {
   STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
   STRIDES(x[KEY], 4, ARG_k_sb, ARG_k_sh, ARG_k_sn);
   STRIDES(x[VALUE], 4, ARG_v_sb, ARG_v_sh, ARG_v_sn);
-  STRIDES(output, 4, ARG_o_sb, ARG_o_sh, ARG_o_sm);
+  STRIDES(*output, 4, ARG_o_sb, ARG_o_sh, ARG_o_sm);
   STRIDES(x[IDS], 4, ARG_ids_sb, ARG_ids_sh, ARG_ids_sn);
   STRIDES(x[COUNTS], 3, ARG_counts_sb, ARG_counts_sh);
   STRIDES(x[TAIL_KEY], 5, ARG_tail_k_sb, ARG_tail_k_sh, ARG_tail_k_sn, ARG_tail_k_sr);
@@ -352,32 +432,104 @@ static Status *compute(void *state, void *context) {
     values[ARG_tail_k_sn].integer = values[ARG_tail_v_sn].integer =
         values[ARG_tail_size_sn].integer = 0;
   if (x[TAIL_SLOPE].sizes[2] == 1) values[ARG_slope_sn].integer = 0;
-  values[ARG_heads].integer = heads;
-  values[ARG_length_q].integer = length_q;
+  int64_t length_kv = x[KEY].sizes[2];
+  values[ARG_heads].integer = x[QUERY].sizes[1];
+  values[ARG_length_q].integer = x[QUERY].sizes[2];
   values[ARG_length_kv].integer = length_kv;
-  values[ARG_blocks_kv].integer = blocks_kv;
+  values[ARG_blocks_q].integer = run->blocks_q;
+  values[ARG_blocks_kv].integer = run->blocks_kv;
   values[ARG_max_blocks].integer = x[IDS].sizes[3];
-  values[ARG_representatives].integer = representatives;
-  float scale = fabsf(node->scale);
-  const float log2_e = 1.44269504088896340736f;
+  values[ARG_representatives].integer = x[TAIL_KEY].sizes[3];
+  values[ARG_whole].integer = length_kv / node->block_kv;
+  values[ARG_last_keys].integer = length_kv - (run->blocks_kv - 1) * node->block_kv;
+  double scale = fabs((double)node->scale); /* products are rounded once */
   values[ARG_scale].number = scale;
-  values[ARG_scale_log2].number = (scale == 0 ? 1 : scale) * log2_e;
-  values[ARG_half_weight_log2].number = node->variance_weight / 2 * log2_e;
+  values[ARG_scale_log2].number = (scale == 0 ? 1 : scale) * M_LOG2E;
+  values[ARG_half_weight_log2].number = node->variance_weight / 2.0 * M_LOG2E;
+}
 
-  if (representatives && node->per_block) {
-    void *memory, *map;
-    size_t bytes = (size_t)(batch * heads * blocks_q * blocks_kv);
-    TRY(create_memory_info("Cuda", DEVICE_ALLOCATOR, device, MEMORY_DEFAULT, &memory));
-    Status *status = get_scratch(context, memory, bytes, &map);
-    release_memory_info(memory);
-    if (status) return status;
-    values[ARG_listed_ptr].pointer = (uint64_t)map;
-    error = cuMemsetD8Async((uint64_t)map, 0, bytes, stream);
-    if (error) return driver_failure("clearing the map of listed blocks", error);
-    TRY(launch(variant, MARK, device, blocks_q, batch * heads, values, stream));
+/* Maps of what the copy engine reads and writes; a tail that the kernel does not read is the keys. */
+static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tensor *output) {
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  int tailed = kernels[VARIANCE].code != NULL;
+  Tensor tail_key = tailed ? without_third(&x[TAIL_KEY]) : x[KEY];
+  Tensor tail_value = tailed ? without_third(&x[TAIL_VALUE]) : x[VALUE];
+  Tensor slope = tailed ? without_third(&x[TAIL_SLOPE]) : x[KEY];
+  const Tensor *mapped[] = {&x[QUERY], &x[KEY],     &x[VALUE], output,
+                            &tail_key, &tail_value, &slope}; /* in the order of ARGUMENTS */
+  for (int i = 0; i < kernels[PAIRED].map_count; ++i) {
+    const Map *map = &kernels[PAIRED].maps[i];
+    int which = (map->argument - ARG_q_desc) / MAP_ARGUMENTS;
+    TRY(set_map(run->values, map, mapped[which], node->dtype));
   }
-  if (representatives) TRY(launch(variant, TAIL, device, blocks_q, batch * heads, values, stream));
-  return launch(variant, LISTED, device, blocks_q, batch * heads, values, stream);
+  return NULL;
+}
+
+static Status *compute(void *state, void *context) {
+  const Node *node = state;
+  Tensor x[INPUTS];
+  for (size_t i = 0; i < INPUTS; ++i) TRY(read_input(context, i, &x[i]));
+  Run run;
+  TRY(find_variant(node, x, &run.variant));
+  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
+  run.batch_heads = batch * heads;
+  run.blocks_q = x[IDS].sizes[2];
+  run.blocks_kv = (x[KEY].sizes[2] + node->block_kv - 1) / node->block_kv;
+  if (VARIANTS[run.variant].per_block &&
+      (x[TAIL_KEY].sizes[2] != 1 || x[TAIL_KEY].sizes[3] != run.blocks_kv))
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::SparseAttention: input %d must hold one representative for each of %lld key "
+                "blocks, got %lld x %lld", TAIL_KEY, (long long)run.blocks_kv,
+                (long long)x[TAIL_KEY].sizes[2], (long long)x[TAIL_KEY].sizes[3]);
+
+  Tensor output = {NULL, {batch, heads, length_q, x[VALUE].sizes[3]}};
+  Tensor lse = {NULL, {batch, heads, length_q}};
+  void *output_value, *lse_value;
+  TRY(get_output(context, 0, output.sizes, 4, &output_value));
+  TRY(get_output(context, 1, lse.sizes, 3, &lse_value));
+  TRY(get_tensor_data(output_value, &output.data));
+  TRY(get_tensor_data(lse_value, &lse.data));
+  if (batch * heads * length_q == 0) return NULL;
+  if ((uint64_t)output.data % ALIGNMENT || (uint64_t)lse.data % ALIGNMENT)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::SparseAttention: outputs must begin at a multiple of %d bytes", ALIGNMENT);
+  TRY(get_stream(context, &run.stream));
+  pthread_mutex_lock(&lock);
+  const char *missing = open_driver();
+  pthread_mutex_unlock(&lock);
+  if (missing)
+    return fail(STATUS_FAIL, "uta::SparseAttention: there is no %s of the CUDA driver", missing);
+  int error = cuCtxGetDevice(&run.device);
+  if (error) return driver_failure("asking for the device", error);
+  if (run.device >= MAX_DEVICES)
+    return fail(STATUS_FAIL, "uta::SparseAttention: device %d", run.device);
+
+  set_arguments(&run, node, x, &output, &lse);
+  TRY(set_maps(&run, node, x, &output));
+  const Kernel *kernels = VARIANTS[run.variant].kernels;
+  size_t bytes = 0, listed = 0, order = 0, plan = 0, sigma2 = 0;
+  int64_t pairs = (run.blocks_q + 1) / 2;
+  if (kernels[MARK].code)
+    listed = reserve(&bytes, run.batch_heads * run.blocks_q * run.blocks_kv);
+  if (kernels[ORDER].code) {
+    order = reserve(&bytes, run.batch_heads * pairs * run.blocks_kv * (int64_t)sizeof(int32_t));
+    plan = reserve(&bytes, run.batch_heads * pairs * PLAN * (int64_t)sizeof(int32_t));
+  }
+  if (kernels[VARIANCE].code)
+    sigma2 = reserve(&bytes, run.batch_heads * run.blocks_q * run.blocks_kv * 2);
+  void *memory = NULL;
+  if (bytes) {
+    const void *info = node->allocator->info(node->allocator);
+    TRY(get_scratch(context, info, bytes, &memory));
+  }
+  run.values[ARG_listed_ptr].pointer = (uint64_t)memory + listed;
+  run.values[ARG_order_ptr].pointer = (uint64_t)memory + order;
+  run.values[ARG_plan_ptr].pointer = (uint64_t)memory + plan;
+  run.values[ARG_sigma2_ptr].pointer = (uint64_t)memory + sigma2;
+  Status *status = launch_all(&run);
+  /* in the stream's order, like what ONNX Runtime's own kernels give back */
+  if (memory) node->allocator->free(node->allocator, memory);
+  return status;
 }
 
 static Status *create_kernel(const CustomOp *op, const Api *api, const void *info, void **kernel) {
@@ -390,11 +542,17 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const void *inf
   if (!status) status = get_int_attribute(info, "block_q", &node->block_q);
   if (!status) status = get_int_attribute(info, "block_kv", &node->block_kv);
   if (!status) status = get_int_attribute(info, "per_block", &node->per_block);
+  if (!status) status = get_allocator(info, MEMORY_DEFAULT, &node->allocator);
   if (status)
     free(node);
   else
     *kernel = node;
   return status;
+}
+
+static void destroy_kernel(void *kernel) {
+  release_allocator(((Node *)kernel)->allocator);
+  free(kernel);
 }
 
 /* ---- What ONNX Runtime asks about the operator ----------------------------------------------- */
@@ -433,7 +591,7 @@ __attribute__((visibility("default"))) Status *RegisterCustomOps(void *options,
         .version = API_VERSION, .get_name = get_name, .get_provider = get_provider,
         .get_input_type = get_input_type, .get_input_count = get_input_count,
         .get_output_type = get_output_type, .get_output_count = get_output_count,
-        .destroy = free, .get_input_characteristic = get_characteristic,
+        .destroy = destroy_kernel, .get_input_characteristic = get_characteristic,
         .get_output_characteristic = get_characteristic, .get_input_memory_type = get_memory_type,
         .create_kernel_v2 = create_kernel, .compute_v2 = compute,
         .get_start_version = get_start_version, .get_end_version = get_end_version,

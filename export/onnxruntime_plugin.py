@@ -9,80 +9,35 @@ depends on libc alone. It serves ONNX Runtime 1.22 and later. Its source is
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
-import torch
 import triton
-from onnx import TensorProto
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from uta_fx.export import onnxruntime_kernels
+from uta_fx.export.onnxruntime_kernels import (
+    SHARED_KB,
+    Kernel,
+    Variant,
+    compile_variant,
+)
 from uta_fx.kernels import triton_attention
-from uta_fx.kernels.triton_attention import ID_CHUNK, dot_precision, fit_tile
+from uta_fx.kernels.triton_attention import gluon_attention, gluon_tail
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "uta-fx"
 SOURCE = Path(__file__).with_suffix(".c")
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory of one program by architecture, as NVIDIA's programming guide gives it."""
-
-_DTYPES = {
-    TensorProto.FLOAT: (torch.float32, "fp32"),
-    TensorProto.FLOAT16: (torch.float16, "fp16"),
-    TensorProto.BFLOAT16: (torch.bfloat16, "bf16"),
-}
-_POINTERS = {"lse": "fp32", "tail_size": "fp32", "ids": "i32", "counts": "i32", "listed": "u8"}
-_HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
-
-
-class Variant(NamedTuple):
-    """For which nodes and shapes a set of kernels is compiled; fields as in the C source."""
-
-    dtype: int
-    dim: int
-    dim_v: int
-    block_q: int
-    block_kv: int
-    sign: int
-    has_tail: bool
-    per_block: bool
-    has_variance: bool
-    has_slope: bool
-    even: bool
-    representatives: int  # bounds the tile of the tail
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One compiled kernel.
-
-    Attributes:
-        name: Of its entry.
-        cubin: Machine code.
-        shared: Bytes of shared memory.
-        threads: Of one program.
-        tiles: Programs for each query block.
-        arguments: Names of its parameters, in order.
-    """
-
-    name: str
-    cubin: bytes
-    shared: int
-    threads: int
-    tiles: int
-    arguments: tuple[str, ...]
+MAP_ARGUMENTS = 9  # of one tensor map: itself, four sizes and four strides
 
 
 def build_plugin(model: Path, architecture: int, target: Path) -> None:
@@ -104,19 +59,42 @@ def build_plugin(model: Path, architecture: int, target: Path) -> None:
         )
     if not isinstance(triton_attention._listed_kernel, JITFunction):
         raise RuntimeError("kernels cannot be compiled in Triton's interpreter: unset it")
+    variants = variants_of(onnx.load(model, load_external_data=False))
+    kernels = [compile_variant(variant, architecture) for variant in variants]
+    link_plugin(variants, kernels, architecture, target)
+
+
+def link_plugin(
+    variants: Sequence[Variant],
+    kernels: Sequence[Mapping[str, Kernel]],
+    architecture: int,
+    target: Path,
+    *,
+    driver: str = "libcuda.so.1",
+) -> None:
+    """Compile the C source with these kernels in it.
+
+    Args:
+        variants: For which nodes.
+        kernels: Of each variant, by place.
+        architecture: For which they were compiled.
+        target: Library to write; replaced if it is there.
+        driver: Library with the CUDA driver's functions, which is opened at the first launch.
+
+    Raises:
+        RuntimeError: There is no C compiler, or it failed.
+    """
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise RuntimeError("a plugin needs a C compiler: neither cc, gcc nor clang was found")
-    variants = variants_of(onnx.load(model, load_external_data=False))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         folder = Path(name)
-        kernels = [_compile_variant(variant, architecture) for variant in variants]
         _write_variants(folder, variants, kernels, architecture)
         library = folder / target.name
         command = [
             compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-            "-fvisibility=hidden", f"-I{folder}", str(SOURCE), "-o", str(library),
-            "-ldl", "-lm", "-lpthread",
+            "-fvisibility=hidden", f"-I{folder}", f'-DDRIVER="{driver}"', str(SOURCE),
+            "-o", str(library), "-ldl", "-lm", "-lpthread",
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
@@ -127,8 +105,9 @@ def build_plugin(model: Path, architecture: int, target: Path) -> None:
 def build_cached(model: Path, architecture: int) -> Path:
     """The plugin for a file and an architecture in ``CACHE``, built where it is not there yet."""
     variants = variants_of(onnx.load(model, load_external_data=False))
-    kernels = Path(triton_attention.__file__).read_text()
-    parts = (repr(variants), triton.__version__, SOURCE.read_text(), kernels)
+    modules = (onnxruntime_kernels, triton_attention, gluon_attention, gluon_tail)
+    files = [Path(str(module.__file__)) for module in modules if module is not None]
+    parts = (repr(variants), triton.__version__, *(x.read_text() for x in (SOURCE, *files)))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     library = CACHE / f"{digest[:16]}.sm_{architecture}.so"
     if not library.exists():
@@ -223,7 +202,7 @@ def _variants_of_node(node: onnx.NodeProto, types: dict[str, Any]) -> list[Varia
             has_tail=has_tail,
             per_block=has_tail and bool(attributes["per_block"]),
             has_variance=has_tail and known(8, 2) > 0,
-            has_slope=has_tail and known(9, 2) > 0,
+            slopes=min(known(9, 2), 2) if has_tail else 0,
             even=even,
             representatives=representatives,
         )
@@ -231,132 +210,43 @@ def _variants_of_node(node: onnx.NodeProto, types: dict[str, Any]) -> list[Varia
     ]
 
 
-def _compile_variant(variant: Variant, architecture: int) -> list[Kernel | None]:
-    """Kernels of ``uta_fx.kernels.triton_attention``: of the map, the tail, the lists."""
-    dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
-    sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
-    dims = {
-        "D": variant.dim, "D_PADDED": triton.next_power_of_2(variant.dim),
-        "DV": variant.dim_v, "DV_PADDED": triton.next_power_of_2(variant.dim_v),
-        "SIGN": variant.sign, "PRECISION": dot_precision(dtype), "o_sd": 1,
-    }  # fmt: skip
-    mark = tail = None
-    if variant.per_block:
-        mark = _compile(
-            triton_attention._mark_listed_kernel, variant, architecture, {"CHUNK": ID_CHUNK}
-        )
-    if variant.has_tail:
-        block = max(16, triton.next_power_of_2(variant.representatives))
-        tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 2, 3, limit)
-        constants = {
-            "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-            "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,
-            "HAS_SLOPE": variant.has_slope, **dims,
-        }  # fmt: skip
-        tail = _compile(triton_attention._tail_kernel, variant, architecture, constants, tile)
-    tile = fit_tile(triton_attention._LISTED_TILES, *sizes, variant.block_kv, 1, 2, limit)
-    constants = {
-        "BLOCK_Q": variant.block_q, "BLOCK_KV": variant.block_kv, "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n, "EVEN": variant.even, "RESUME": variant.has_tail,
-        "CHUNK": ID_CHUNK, "RECTIFY": False, "gain_ptr": None, "offset_ptr": None,
-        "COUNTED": False, "key_counts_ptr": None, **dims,
-    }  # fmt: skip
-    listed = _compile(triton_attention._listed_kernel, variant, architecture, constants, tile)
-    return [mark, tail, listed]
-
-
-def _compile(
-    kernel: JITFunction[Any],
-    variant: Variant,
-    architecture: int,
-    constants: dict[str, Any],
-    tile: triton_attention.Tile | None = None,
-) -> Kernel:
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else _parameter_type(name, variant) for name in names
-    }
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name] != "constexpr" and _is_divisible(name, variant)
-    }
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} if tile else {}
-    try:
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", architecture, 32),
-            options=options,
-        )
-    except Exception as error:
-        raise RuntimeError(
-            f"Triton could not compile {kernel.__name__} for sm_{architecture}: {error}"
-        ) from error
-    metadata = compiled.metadata
-    assert metadata.global_scratch_size == 0
-    return Kernel(
-        name=metadata.name,
-        cubin=compiled.asm["cubin"],
-        shared=metadata.shared,
-        threads=32 * metadata.num_warps,
-        tiles=variant.block_q // tile.block_m if tile else 1,
-        arguments=tuple(name for name in names if name not in constants),
-    )
-
-
-def _parameter_type(name: str, variant: Variant) -> str:
-    if name.endswith("_ptr"):
-        return "*" + _POINTERS.get(name.removesuffix("_ptr"), _DTYPES[variant.dtype][1])
-    if name in ("scale", "scale_log2", "half_weight_log2"):
-        return "fp32"
-    return "i64" if name.endswith(_HEADERS_OF_ROW) else "i32"
-
-
-def _is_divisible(name: str, variant: Variant) -> bool:
-    """Whether 16 divides a parameter: ONNX Runtime aligns tensors, and they are contiguous."""
-    if name.endswith("_ptr"):
-        return True
-    tensor, _, stride = name.rpartition("_s")
-    if len(stride) != 1 or tensor in ("ids", "counts", "tail_size"):
-        return False
-    dims = {"q": variant.dim, "k": variant.dim, "tail_k": variant.dim, "tail_var": variant.dim}
-    return dims.get(tensor, variant.dim_v) % 16 == 0
-
-
 def _write_variants(
     folder: Path,
     variants: Sequence[Variant],
-    kernels: Iterable[Sequence[Kernel | None]],
+    kernels: Sequence[Mapping[str, Kernel]],
     architecture: int,
 ) -> None:
     """``variants.h``: the kernels as data, each in a section of assembly that includes its file."""
     data, rows = [], []
     for index, (variant, compiled) in enumerate(zip(variants, kernels, strict=True)):
         cells = []
-        for which, kernel in enumerate(compiled):
-            if kernel is None:
-                cells.append("{0}")
-                continue
+        for which, kernel in compiled.items():
             symbol = f"kernel_{index}_{which}"
             file = folder / f"{symbol}.cubin"
             file.write_bytes(kernel.cubin)
-            arguments = ", ".join(f"ARG_{name}" for name in kernel.arguments)
+            maps = [
+                f"{{ARG_{name}, {swizzle}, {{{', '.join(map(str, box))}}}}}"
+                for name, swizzle, box in kernel.maps
+            ]
             data += [
                 f'__asm__(".section .rodata\\n.balign 16\\n{symbol}:\\n'
                 f'.incbin \\"{file}\\"\\n.previous\\n");',
                 f'extern const unsigned char {symbol}[] __attribute__((visibility("hidden")));',
-                f"static const unsigned char arguments_{symbol}[] = {{{arguments}}};",
+                f"static const unsigned char arguments_{symbol}[] = {{{_arguments(kernel)}}};",
+                f"static const Map maps_{symbol}[] = {{{', '.join(maps) or '{0}'}}};",
             ]
             cells.append(
-                f'{{{symbol}, "{kernel.name}", {kernel.shared}, {kernel.threads}, {kernel.tiles},'
-                f" arguments_{symbol}, {len(kernel.arguments)}}}"
+                f'[{which}] = {{{symbol}, "{kernel.name}", {kernel.shared}, {kernel.threads},'
+                f" {kernel.programs}, {kernel.blocks}, arguments_{symbol},"
+                f" sizeof arguments_{symbol}, maps_{symbol}, {len(maps)}}}"
             )
         fields = ", ".join(str(int(value)) for value in variant[:-1])
         rows.append(f"  {{{fields}, {{{', '.join(cells)}}}}},")
     dtypes = sorted({variant.dtype for variant in variants})
+    plan = gluon_attention.PLAN if gluon_attention is not None else 0
     lines = [
         f'#define ARCHITECTURE "{architecture}"',
-        f"enum {{ VARIANT_COUNT = {len(variants)}, DTYPE_COUNT = {len(dtypes)} }};",
+        f"enum {{ VARIANT_COUNT = {len(variants)}, DTYPE_COUNT = {len(dtypes)}, PLAN = {plan} }};",
         f"static const int DTYPES[] = {{{', '.join(map(str, dtypes))}}};",
         *data,
         "static const Variant VARIANTS[] = {",
@@ -364,3 +254,13 @@ def _write_variants(
         "};",
     ]
     (folder / "variants.h").write_text("\n".join(lines) + "\n")
+
+
+def _arguments(kernel: Kernel) -> str:
+    """What the kernel is launched with, as the C source numbers it; a map is several of them."""
+    mapped = {x.parameter for x in kernel.maps}
+    return ", ".join(
+        f"ARG_{name} + {i}"
+        for name in kernel.parameters
+        for i in range(MAP_ARGUMENTS if name in mapped else 1)
+    )

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from uta_fx.export.onnxruntime_plugin import SHARED_KB
+from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.export.tensorrt_ops import PLUGINS
 from uta_fx.kernels import triton_attention, triton_scores, triton_tensorrt
 from uta_fx.kernels.triton_attention import ID_CHUNK, LOG2_E, dot_precision, fit_tile
@@ -72,7 +72,7 @@ def attend_tail_layer(
     tails, representatives = shapes[2][2:4]
     block = max(16, triton.next_power_of_2(representatives))
     sizes = (dtype, max(dim, dim_v), block_q)
-    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 2, 3, limit)
+    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 1, 2, limit)
     constants = {
         "HEADS": heads, "LENGTH_Q": length_q, "TAILS": tails, "REPRESENTATIVES": representatives,
         "SLOPES": shapes[6][2] if has_slope else 1,
@@ -114,19 +114,16 @@ def block_scores_layer(
     tile = fit_tile(
         triton_scores._TILES, dtype, dim, triton_scores.MAX_BLOCK, most, 2, 2, limit
     )  # fmt: skip
-    block_m = max(tile.block_m, block_q // rows)
-    if 2 * block_m * triton.next_power_of_2(dim) * dtype.itemsize >= limit:  # q and its square
-        block_m = max(16, block_q // rows)
     constants = {
         "HEADS": heads, "LENGTH_Q": length_q, "BLOCKS_Q": -(-length_q // block_q),
         "BLOCKS": blocks, "SCALE": scale, "SCALE_LOG2": scale * LOG2_E.value,
         "HALF_WEIGHT_LOG2": variance_weight / 2 * LOG2_E.value, "POWER_VALUE": variance_power,
-        "BLOCK_Q": block_q, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_Q": block_q, "ROWS": rows, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "D": dim, "D_PADDED": triton.next_power_of_2(dim), "WEIGHTED": variance_weight != 0,
         "POWER": triton_scores._POWERS.get(variance_power, "any"),
         "PRECISION": dot_precision(dtype),
     }  # fmt: skip
-    grid = (triton.cdiv(length_q, block_m * rows), batch * heads)
+    grid = (triton.cdiv(length_q, max(tile.block_m * rows, block_q)), batch * heads)
     return Layer(triton_tensorrt.block_scores_entry, constants, grid, _options(tile))
 
 

@@ -66,6 +66,8 @@ def attend_in_steps(
     tensors. A tail of rank 4 gets rank 5, and the map of what each row lists, int32
     ``[B, H, Nq, Nk]``, is made here.
     """
+    if not block_ids.shape[-1]:
+        block_ids = block_counts.unsqueeze(-1)
     start, start_lse = query, query.new_zeros(1, dtype=torch.float32)
     has_tail = tail_key.shape[-2] > 0
     if has_tail:

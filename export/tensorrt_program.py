@@ -28,7 +28,8 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
 
     ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold, operators that
     return a constant that constant, ``uta::rectified_attention`` ``uta::sparse_attention``, and
-    ``uta::block_statistics`` plain PyTorch. Everything else stays as it is.
+    ``uta::block_statistics``, ``uta::select_blocks`` and ``uta::list_blocks`` plain PyTorch.
+    Everything else stays as it is.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.
@@ -39,6 +40,8 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
         torch.ops.uta.block_statistics.default: reference.block_statistics,
     }
     table[torch.ops.uta.rectified_attention.default] = _rectified_attention
+    table[torch.ops.uta.select_blocks.default] = _select_blocks
+    table[torch.ops.uta.list_blocks.default] = _list_blocks
     table.update({operator: _written(function) for operator, function in CONSTANTS.items()})
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps
@@ -56,6 +59,30 @@ def _written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.tensor(made.tolist(), dtype=made.dtype, device=like.device)
 
     return literal
+
+
+def _select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    """``uta::select_blocks`` by ``topk``, of finite scores.
+
+    Which of equal scores are kept is TensorRT's choice up to ``MAX_K`` of them, and beyond that the
+    operator's.
+    """
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
+    flat = scores.masked_fill(best, torch.inf).reshape(-1, rows * scores.shape[-1])
+    chosen = flat.topk(kept, dim=-1, sorted=False).indices
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, chosen, True)
+    return mask.view(scores.shape)
+
+
+def _list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """``uta::list_blocks`` by running counts; what is not listed goes to one column too many."""
+    blocks = exact.shape[-1]
+    position = exact.cumsum(-1, dtype=torch.int32)
+    target = torch.where(exact, position - 1, blocks).long()
+    ids = torch.arange(blocks, dtype=torch.int32, device=exact.device).expand(exact.shape)
+    listed = torch.zeros((*exact.shape[:-1], blocks + 1), dtype=torch.int32, device=exact.device)
+    return listed.scatter(-1, target, ids)[..., :blocks], position[..., -1]
 
 
 def _rectified_attention(

@@ -350,6 +350,38 @@ def block_scores(
     return torch.cat(parts, 2)
 
 
+def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    """Compute ``reference.select_blocks`` for CPU tensors; arguments and result as there."""
+    scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    wanted = kept
+    if rows > 1:
+        best.scatter_(-1, scores.argmax(-1, keepdim=True), True)
+        scores.masked_fill_(best, -torch.inf)
+        wanted -= rows
+    mask, others = (x.reshape(-1, rows * x.shape[-1]) for x in (best, scores))
+    if wanted:
+        threshold = others.topk(wanted, sorted=False).values.amin(-1, keepdim=True)
+        chosen = mask | (others >= threshold)
+        if chosen.sum() > kept * len(chosen):  # scores equal to a threshold: the first of them
+            mask = mask | (others > threshold)
+            tied = chosen & ~mask
+            chosen = mask | (tied & (tied.cumsum(-1) <= kept - mask.sum(-1, keepdim=True)))
+        mask = chosen
+    return mask.view(scores.shape)
+
+
+def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.list_blocks`` for CPU tensors; argument and results as there."""
+    blocks = exact.shape[-1]
+    position = exact.cumsum(-1, dtype=torch.int32)
+    # a block that is not listed writes to one column too many
+    target = torch.where(exact, position - 1, blocks).long()
+    listed = torch.zeros((*exact.shape[:-1], blocks + 1), dtype=torch.int32)
+    listed.scatter_(-1, target, torch.arange(blocks, dtype=torch.int32).expand(exact.shape))
+    return listed[..., :blocks].contiguous(), position[..., -1].contiguous()
+
+
 def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``reference.kmeans`` for CPU tensors; arguments and results as there."""
     batch, heads, length, _ = tokens.shape

@@ -12,6 +12,7 @@ products of one step overlap with the softmax of the next, as FlashAttention-3 d
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -40,12 +41,30 @@ from uta_fx.kernels.gluon_tail import (
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
-CHUNK = 512  # key blocks that are ordered at a time
+CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
+FIELD = 10  # bits of a count in a word of three
 PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
+ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
 STAGES = 5  # of the ring: pairs of a key and a value block
+MAP_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+@triton.jit
+def _load_kinds(row_a, row_b, ids, inside, has_b, FIELD: tl.constexpr):
+    """A one in the field of its kind for each key block that is listed: a's, b's, both's."""
+    a = tl.load(row_a + ids, mask=inside, other=0).to(tl.int32)
+    b = tl.load(row_b + ids, mask=inside & has_b, other=0).to(tl.int32)
+    return (a & ~b) | (b & ~a) << FIELD | (a & b) << 2 * FIELD
+
+
+@triton.jit
+def _fields(word, FIELD: tl.constexpr):
+    """The three counts of a word."""
+    mask = (1 << FIELD) - 1
+    return word & mask, word >> FIELD & mask, word >> 2 * FIELD
 
 
 @triton.jit
@@ -56,7 +75,7 @@ def _pair_lists_kernel(
     counts_ptr,
     counts_sb, counts_sh,
     heads, blocks_q, blocks_kv, whole, max_blocks,
-    CHUNK: tl.constexpr, PLAN: tl.constexpr,
+    CHUNK: tl.constexpr, PLAN: tl.constexpr, FIELD: tl.constexpr,
 ):  # fmt: skip
     """Order the key blocks that a pair of query blocks, a and b, lists.
 
@@ -74,12 +93,12 @@ def _pair_lists_kernel(
     row_b = row_a + blocks_kv
     only_a, only_b, both = 0, 0, 0
     for start in range(0, whole, CHUNK):
-        inside = start + offs < whole
-        a = tl.load(row_a + start + offs, mask=inside, other=0).to(tl.int32)  # [CHUNK]
-        b = tl.load(row_b + start + offs, mask=inside & has_b, other=0).to(tl.int32)
-        only_a += tl.sum(a & ~b, 0)
-        only_b += tl.sum(b & ~a, 0)
-        both += tl.sum(a & b, 0)
+        ids = start + offs
+        kind = _load_kinds(row_a, row_b, ids, ids < whole, has_b, FIELD)  # [CHUNK]
+        some_a, some_b, some_both = _fields(tl.sum(kind, 0), FIELD)
+        only_a += some_a
+        only_b += some_b
+        both += some_both
     is_ragged = whole < blocks_kv
     ragged_a = tl.load(row_a + whole, mask=is_ragged, other=0).to(tl.int32)
     ragged_b = tl.load(row_b + whole, mask=is_ragged & has_b, other=0).to(tl.int32)
@@ -101,23 +120,21 @@ def _pair_lists_kernel(
     tl.store(plan + 4, ragged_a | ragged_b << 1)
     tl.store(ids_row, whole, mask=first != 0)
     seen_a, seen_b, seen_both = 0, 0, 0
+    rest = alternating + both
     for start in range(0, whole, CHUNK):
         ids = start + offs
-        inside = ids < whole
-        a = tl.load(row_a + ids, mask=inside, other=0).to(tl.int32)  # [CHUNK]
-        b = tl.load(row_b + ids, mask=inside & has_b, other=0).to(tl.int32)
-        alone_a, alone_b, shared = a & ~b, b & ~a, a & b
-        rank_a = seen_a + tl.cumsum(alone_a, 0) - 1
-        rank_b = seen_b + tl.cumsum(alone_b, 0) - 1
-        rank_both = seen_both + tl.cumsum(shared, 0) - 1
-        rest = alternating + both
+        kind = _load_kinds(row_a, row_b, ids, ids < whole, has_b, FIELD)  # [CHUNK]
+        before_a, before_b, before_both = _fields(tl.cumsum(kind, 0) - kind, FIELD)
+        rank_a, rank_b = seen_a + before_a, seen_b + before_b
         at_a = tl.where(rank_a < alternating, 2 * rank_a, rest + rank_a)
         at_b = tl.where(rank_b < alternating, 2 * rank_b + 1, rest + rank_b)
-        at = tl.where(shared != 0, 2 * alternating + rank_both, tl.where(a != 0, at_a, at_b))
-        tl.store(ids_row + first + at, ids, mask=(a | b) != 0)
-        seen_a += tl.sum(alone_a, 0)
-        seen_b += tl.sum(alone_b, 0)
-        seen_both += tl.sum(shared, 0)
+        at = tl.where(kind == 1, at_a, at_b)
+        at = tl.where(kind >> 2 * FIELD != 0, 2 * alternating + seen_both + before_both, at)
+        tl.store(ids_row + first + at, ids, mask=kind != 0)
+        some_a, some_b, some_both = _fields(tl.sum(kind, 0), FIELD)
+        seen_a += some_a
+        seen_b += some_b
+        seen_both += some_both
 
 
 @gluon.jit
@@ -480,12 +497,19 @@ def takes(
     """
     return (
         on_hopper(query)
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] in HEAD_DIMS
-        and key.shape[-1] == value.shape[-1]
-        and block_q == block_kv == BLOCK
+        and takes_sizes(query.dtype, key.shape[-1], value.shape[-1], block_q, block_kv)
         and output.stride(-1) == 1
         and all(is_addressable(x) for x in (query, key, value, output))
+    )
+
+
+def takes_sizes(dtype: torch.dtype, dim: int, dim_v: int, block_q: int, block_kv: int) -> bool:
+    """What ``takes`` wants of a dtype, of head dims and of block sizes."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and dim in HEAD_DIMS
+        and dim == dim_v
+        and block_q == block_kv == BLOCK
     )
 
 
@@ -503,8 +527,7 @@ def is_addressable(x: Tensor) -> bool:
 
 def tensor_map(x: Tensor, rows: int) -> TensorDescriptor:
     """Of ``[B, H, L, D]`` in tiles of ``rows``; rows beyond L read as zero."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], layout)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], MAP_LAYOUT)
 
 
 def takes_tail(tail: Tail) -> bool:
@@ -513,12 +536,36 @@ def takes_tail(tail: Tail) -> bool:
     It wants one representative a key block, with its variance, and one slope a head, all where the
     copy engine can address them.
     """
-    return (
-        tail.key.dim() == 4
-        and tail.variance.shape[2] > 0
-        and tail.slope.shape[2] == 1
-        and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
-    )
+    return takes_tail_sizes(
+        tail.key.dim() == 4, tail.variance.shape[2], tail.slope.shape[2]
+    ) and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
+
+
+def takes_tail_sizes(per_block: bool, variances: int, slopes: int) -> bool:
+    """What ``takes_tail`` wants: of representatives, and how many variances and slopes a head."""
+    return per_block and variances > 0 and slopes == 1
+
+
+def blocks_of_program(dim: int) -> int:
+    """How many query blocks one program of the paired kernel takes."""
+    return 4 if dim == 64 else 2
+
+
+def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) -> dict[str, Any]:
+    """Constants and compiler options of the paired kernel.
+
+    Args:
+        dim: D.
+        sign: Of the scale: 1, -1 or 0.
+        even: The last key block is whole.
+        tail: It attends to representatives too.
+        resume: The output holds attention over a tail, to go on from.
+    """
+    return {
+        "D": dim, "BLOCK": BLOCK, "PLAN": PLAN, "STAGES": STAGES, "SIGN": sign, "EVEN": even,
+        "TAIL": tail, "RESUME": resume, "TWO": blocks_of_program(dim) == 4,
+        "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
+    }  # fmt: skip
 
 
 def attend(
@@ -560,7 +607,8 @@ def attend(
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
     _pair_lists_kernel[(pairs, batch * heads)](
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
-        heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks, CHUNK=CHUNK, PLAN=PLAN,
+        heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
+        **ORDER_OPTIONS,
     )  # fmt: skip
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
@@ -572,15 +620,12 @@ def attend(
             tensor_map(tail.slope[:, :, 0], dim),
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
-    two = dim == 64
-    _paired_kernel[(triton.cdiv(pairs, 1 + two), batch * heads)](
+    sign = (scale > 0) - (scale < 0)
+    _paired_kernel[(triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads)](
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks_kv, length_kv - (blocks_kv - 1) * BLOCK, blocks_kv,
         abs(scale), (abs(scale) or 1.0) * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
-        D=dim, BLOCK=BLOCK, PLAN=PLAN, STAGES=STAGES,
-        SIGN=(scale > 0) - (scale < 0), EVEN=length_kv % BLOCK == 0,
-        TAIL=tail is not None, RESUME=resume, TWO=two,
-        num_warps=4, maxnreg=MAX_REGISTERS[dim],
+        **paired_options(dim, sign, length_kv % BLOCK == 0, tail is not None, resume),
     )  # fmt: skip

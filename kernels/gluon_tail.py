@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-MANY = 64  # blocks of either side whose variances one program computes at a time
+MANY_Q, MANY_KV = 32, 64  # blocks whose variances one program computes at a time
 
 
 class Tail(NamedTuple):
@@ -41,28 +41,28 @@ def _pooled_variance_kernel(
     q_sb, q_sh, q_sm,
     var_sb, var_sh, var_sr,
     heads, length_q, blocks_q, blocks_kv, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, MANY_Q: tl.constexpr, MANY_KV: tl.constexpr,
 ):  # fmt: skip
-    """Store the logits' variances of MANY query blocks in every key block."""
-    first = tl.program_id(0) * MANY
+    """Store the logits' variances of MANY_Q query blocks in every key block."""
+    first = tl.program_id(0) * MANY_Q
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
     batch, head = batch_head // heads, batch_head % heads
-    offs, d = tl.arange(0, MANY), tl.arange(0, D)
+    offs, d = tl.arange(0, MANY_Q), tl.arange(0, D)
     q_base = q_ptr + batch * q_sb + head * q_sh + first.to(tl.int64) * BLOCK * q_sm + d[None, :]
     rows_left = length_q - (first + offs) * BLOCK
-    square = tl.zeros([MANY, D], tl.float32)
+    square = tl.zeros([MANY_Q, D], tl.float32)
     for r in range(BLOCK):
         ptrs = q_base + (offs * BLOCK + r).to(tl.int64)[:, None] * q_sm
         q = tl.load(ptrs, mask=(r < rows_left)[:, None], other=0.0).to(tl.float32) * scale
-        square += q * q  # [MANY, D]
+        square += q * q  # [MANY_Q, D]
     size = tl.minimum(tl.maximum(rows_left, 1), BLOCK).to(tl.float32)
     square = (square / size[:, None]).to(var_ptr.dtype.element_ty)
     var_base = var_ptr + batch * var_sb + head * var_sh + d[None, :]
     out = sigma2_ptr + (batch_head * blocks_q + first) * blocks_kv
-    for start in range(0, blocks_kv, MANY):
-        column = start + offs
+    for start in range(0, blocks_kv, MANY_KV):
+        column = start + tl.arange(0, MANY_KV)
         ptrs = var_base + column.to(tl.int64)[:, None] * var_sr
-        variance = tl.load(ptrs, mask=(column < blocks_kv)[:, None], other=0.0)  # [MANY, D]
+        variance = tl.load(ptrs, mask=(column < blocks_kv)[:, None], other=0.0)  # [MANY_KV, D]
         sigma2 = tl.dot(square, tl.trans(variance)).to(sigma2_ptr.dtype.element_ty)
         inside = (first + offs < blocks_q)[:, None] & (column < blocks_kv)[None, :]
         places = offs.to(tl.int64)[:, None] * blocks_kv + column[None, :]
@@ -213,10 +213,18 @@ def variances(query: Tensor, variance: Tensor, scale: float, block: int) -> Tens
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks_kv = triton.cdiv(length_q, block), variance.shape[2]
     sigma2 = query.new_empty((batch, heads, blocks_q, blocks_kv), dtype=torch.bfloat16)
-    _pooled_variance_kernel[(triton.cdiv(blocks_q, MANY), batch * heads)](
+    _pooled_variance_kernel[(triton.cdiv(blocks_q, MANY_Q), batch * heads)](
         query, variance, sigma2,
         *query.stride()[:3], *variance.stride()[:3],
         heads, length_q, blocks_q, blocks_kv, scale,
-        D=dim, BLOCK=block, MANY=MANY, num_warps=4, num_stages=2,
+        **variance_options(dim, block),
     )  # fmt: skip
     return sigma2
+
+
+def variance_options(dim: int, block: int) -> dict[str, int]:
+    """Constants and compiler options of the variances' kernel, for D and rows of a block."""
+    return {
+        "D": dim, "BLOCK": block, "MANY_Q": MANY_Q, "MANY_KV": MANY_KV,
+        "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip

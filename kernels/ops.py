@@ -1,6 +1,7 @@
 """The operators: schemas, shape rules and device dispatch.
 
-``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention, and
+``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
+``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
 ``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
 to listed blocks and text, and scales and shifts what comes of it. ``uta::kmeans`` groups tokens,
 and ``uta::clustered_attention`` attends to listed blocks that are not full.
@@ -20,7 +21,7 @@ from torch import Tensor
 from uta_fx.kernels.reference import text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 BLOCK_SIZES = (16, 32, 64, 128)
 MIN_GROUPS = 4  # of rows in a query block
 
@@ -60,6 +61,14 @@ _LIBRARY.define(
     " Tensor new_centroids, Tensor sizes)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+_LIBRARY.define(
+    "select_blocks(Tensor scores, int kept, int rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "list_blocks(Tensor exact) -> (Tensor block_ids, Tensor block_counts)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -68,7 +77,7 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
     Inputs may have any strides with a contiguous last dimension; float32, float16 or bfloat16
     (query, key, value, tail_key, tail_value, tail_variance and tail_slope alike); head dims from
-    16 to 128; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
+    16 to 256; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
 
     Raises:
         ValueError: A shape, block size or head dim is outside the contract; on the CPU also an id
@@ -117,6 +126,29 @@ def block_scores(*args: Any) -> Tensor:
 def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
     """Call ``uta::block_statistics``; arguments and results as in ``reference``."""
     return torch.ops.uta.block_statistics.default(key, value, block_kv)
+
+
+def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    """Call ``uta::select_blocks``; arguments and result as in ``reference``, scores in float32.
+
+    The same on every device, to the bit.
+
+    Raises:
+        ValueError: The scores are not ``[B, H, Nq, Nk]``, or a number is outside the contract.
+        TypeError: The scores are not float32.
+        RuntimeError: A gradient is asked for.
+    """
+    return torch.ops.uta.select_blocks.default(scores, kept, rows)
+
+
+def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Call ``uta::list_blocks``; argument and results as in ``reference``.
+
+    Raises:
+        ValueError: The mask is not ``[B, H, Nq, Nk]``.
+        TypeError: It is not boolean.
+    """
+    return torch.ops.uta.list_blocks.default(exact)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +332,30 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
     _check_device("value", value, key)
 
 
+def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_pairs("scores", scores, torch.float32)
+    _, heads, blocks_q, blocks = scores.shape
+    if rows < 1 or heads * blocks_q % rows:
+        raise ValueError(f"rows must divide the rows of a sample, {heads} * {blocks_q}, got {rows}")
+    if not rows <= kept <= rows * blocks:
+        raise ValueError(
+            f"kept must lie in [{rows}, {rows * blocks}], from one block a row to all, got {kept}"
+        )
+
+
+def check_list_blocks(exact: Tensor) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_pairs("exact", exact, torch.bool)
+
+
+def _check_pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """A number for each pair of a query block and a key block."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must be [B, H, Nq, Nk], got {tensor.dim()} dimensions")
+    _check_dtype(name, tensor, dtype)
+
+
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
     """A tensor ``[B, H, L, D]`` that is cut into blocks."""
     _check_heads(name, tensor)
@@ -387,6 +443,20 @@ def _cpu_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statisti
     return cpu.block_statistics(key, value, block_kv)
 
 
+def _cpu_select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    check_select_blocks(scores, kept, rows)
+    return cpu.select_blocks(scores, kept, rows)
+
+
+def _cpu_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_list_blocks(exact)
+    return cpu.list_blocks(exact)
+
+
 def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import triton_attention
 
@@ -427,6 +497,20 @@ def _cuda_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statist
 
     check_block_statistics(key, value, block_kv)
     return triton_statistics.block_statistics(key, value, block_kv)
+
+
+def _cuda_select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    from uta_fx.kernels import triton_selection
+
+    check_select_blocks(scores, kept, rows)
+    return triton_selection.select_blocks(scores, kept, rows)
+
+
+def _cuda_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_selection
+
+    check_list_blocks(exact)
+    return triton_selection.list_blocks(exact)
 
 
 def _fake_sparse_attention(
@@ -475,6 +559,19 @@ def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statist
     return mean, variance, value_mean, value_variance, covariance
 
 
+def _fake_select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    check_select_blocks(scores, kept, rows)
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+def _fake_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    check_list_blocks(exact)
+    return (
+        exact.new_empty(exact.shape, dtype=torch.int32),
+        exact.new_empty(exact.shape[:3], dtype=torch.int32),
+    )
+
+
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise RuntimeError(
         "the operators of uta are forward-only: run the model under torch.no_grad() or"
@@ -500,6 +597,8 @@ for _name, _cpu, _cuda, _fake in (
     ),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
+    ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),
+    ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -328,6 +328,47 @@ def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, 
     return labels.int(), centroids, sizes.int()
 
 
+def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
+    """Keep the best block of every row, then those with the highest scores.
+
+    A budget is spent over each ``rows`` consecutive rows of a sample, head after head. Of equal
+    scores the one that comes first is kept. NaN counts as ``-inf``.
+
+    Args:
+        scores: ``[B, H, Nq, Nk]``.
+        kept: Blocks to keep in a budget, from ``rows`` to ``rows * Nk``.
+        rows: Rows in a budget, which divide ``H * Nq``.
+
+    Returns:
+        Boolean ``[B, H, Nq, Nk]``.
+    """
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best = best.scatter(-1, scores.argmax(-1, keepdim=True), True).reshape(
+        -1, rows * best.shape[-1]
+    )
+    order = scores.reshape(best.shape).argsort(dim=-1, descending=True, stable=True)
+    best_first = best.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True)
+    chosen = order.gather(-1, best_first)[:, :kept]
+    return torch.zeros_like(best).scatter(-1, chosen, True).view(scores.shape)
+
+
+def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a mask of blocks into the lists of ``sparse_attention``.
+
+    Args:
+        exact: Boolean ``[B, H, Nq, Nk]``.
+
+    Returns:
+        int32 ``[B, H, Nq, Nk]``, ids in ascending order, then zeros; int32 ``[B, H, Nq]``, how many
+        there are.
+    """
+    order = exact.int().argsort(dim=-1, descending=True, stable=True)
+    counts = exact.sum(-1, dtype=torch.int32)
+    padding = torch.arange(exact.shape[-1], device=exact.device) >= counts[..., None]
+    return order.masked_fill(padding, 0).int(), counts
+
+
 def split_blocks(x: Tensor, block: int) -> list[Tensor]:
     """``[B, H, L, D]`` as its whole blocks ``[B, H, n, block, D]`` and its ragged one, if any."""
     whole = x.shape[2] // block * block

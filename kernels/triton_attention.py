@@ -97,6 +97,9 @@ def _tail_kernel(
     """Store attention of BLOCK_M rows over the tail; a row without one is zero, its lse -inf."""
     PAD_D: tl.constexpr = D != D_PADDED
     PAD_DV: tl.constexpr = DV != DV_PADDED
+    # of the slope at a time: 32 KB at most
+    SLOPE_ROW_BITS: tl.constexpr = DV_PADDED * slope_ptr.dtype.element_ty.primitive_bitwidth
+    SLOPE_ROWS: tl.constexpr = min(D_PADDED, 32 * 1024 * 8 // SLOPE_ROW_BITS)
     tile = tl.program_id(0)
     q_block = (tile * BLOCK_M // BLOCK_Q).to(tl.int64)
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
@@ -167,14 +170,19 @@ def _tail_kernel(
     acc = acc * inverse[:, None]
     if HAS_SLOPE:
         slope_base = slope_ptr + batch * slope_sb + head * slope_sh + q_block * slope_sn
-        slope_ptrs = slope_base + d[:, None] * slope_sd + dv[None, :]
-        slope = _load_rows(slope_ptrs, inside_d, inside_dv, PAD_D, PAD_DV)  # [D_PADDED, DV_PADDED]
         # the gain, at most 1 by now, goes into q, so that the product is added in place; the
         # modifier keeps this read apart from the first one: q must not live on in registers
-        q_mask = inside_m[:, None] & inside_d[None, :]
-        q_again = tl.load(q_ptrs, mask=q_mask, other=0.0, cache_modifier=".cg")
-        q_gain = q_again.to(tl.float32) * (gain * inverse * (scale * SIGN))[:, None]
-        acc = tl.dot(q_gain.to(q.dtype), slope, acc, input_precision=PRECISION)
+        share = (gain * inverse * (scale * SIGN))[:, None]
+        for first_d in tl.static_range(0, D_PADDED, SLOPE_ROWS):
+            part = first_d + tl.arange(0, SLOPE_ROWS)
+            inside_part = part < D
+            part_ptrs = q_base + offs_m[:, None] * q_sm + part[None, :]
+            q_mask = inside_m[:, None] & inside_part[None, :]
+            q_again = tl.load(part_ptrs, mask=q_mask, other=0.0, cache_modifier=".cg")
+            slope_ptrs = slope_base + part[:, None] * slope_sd + dv[None, :]
+            slope = _load_rows(slope_ptrs, inside_part, inside_dv, PAD_D, PAD_DV)
+            q_gain = (q_again.to(tl.float32) * share).to(q.dtype)  # [BLOCK_M, SLOPE_ROWS]
+            acc = tl.dot(q_gain, slope, acc, input_precision=PRECISION)
     o_base = o_ptr + batch * o_sb + head * o_sh + first_row * o_sm
     o_ptrs = o_base + offs_m[:, None] * o_sm + dv[None, :] * o_sd
     o_mask = inside_m[:, None] & inside_dv[None, :]
@@ -345,20 +353,24 @@ class Tile:
 # (bytes of an element, padded head dim), on a machine with 227 KB of shared memory; a block size
 # is at most the one that the caller asks for
 _LISTED_TILES = {
+    (2, 256): Tile(block_m=64, block_n=32, num_warps=8, num_stages=3),
     (2, 128): Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
     (2, 64): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+    (4, 256): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
     (4, 128): Tile(block_m=32, block_n=16, num_warps=4, num_stages=2),
     (4, 64): Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),
     (4, 32): Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
     (4, 16): Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
 }
 _TAIL_TILES = {
+    (2, 256): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (2, 128): Tile(block_m=64, block_n=64, num_warps=4, num_stages=1),
     (2, 64): Tile(block_m=64, block_n=32, num_warps=4, num_stages=1),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=2),
+    (4, 256): Tile(block_m=16, block_n=32, num_warps=8, num_stages=1),
     (4, 128): Tile(block_m=16, block_n=32, num_warps=4, num_stages=1),
     (4, 64): Tile(block_m=32, block_n=32, num_warps=4, num_stages=1),
     (4, 32): Tile(block_m=64, block_n=32, num_warps=4, num_stages=1),
@@ -390,14 +402,14 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as in ``reference.sparse_attention``.
 
-    One launch without a tail, two with a tail of rank 5, and with one of rank 4 a memset and three;
-    nothing waits for the host. Besides the results, a tail of rank 4 takes one byte for each pair
-    of a query block and a key block. In 16 bits the tail's part of a row is rounded once between
-    the kernels. On Hopper, what ``gluon_attention`` accepts goes to its kernels: a memset and four
-    launches, and five bytes for each pair of blocks at most. ``listed_tile`` and ``tail_tile`` keep
-    the kernels of this file and take the place of the tuned tiles. ``gain`` and ``offset``, both or
-    none, are those of ``rectified_attention``, ``key_counts`` are those of ``clustered_attention``;
-    they keep the listed kernel of this file.
+    One launch without a tail, two with a tail of rank 5 (one where ``block_ids`` has width 0), and
+    with one of rank 4 a memset and three; nothing waits for the host. Besides the results, a tail
+    of rank 4 takes one byte for each pair of a query block and a key block. In 16 bits the tail's
+    part of a row is rounded once between the kernels. On Hopper, what ``gluon_attention`` accepts
+    goes to its kernels: a memset and four launches, and five bytes for each pair of blocks at most.
+    ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of the tuned
+    tiles. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``,
+    ``key_counts`` are those of ``clustered_attention``; they keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
     batch, heads, length_q, dim = query.shape
@@ -417,8 +429,10 @@ def sparse_attention(
     }  # fmt: skip
     scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
+    tail_alone = representatives > 0 and block_ids.shape[-1] == 0 and gain is None
     paired = (
         gluon_attention is not None
+        and not tail_alone
         and not listed_tile
         and gain is None
         and key_counts is None
@@ -447,7 +461,7 @@ def sparse_attention(
                 paired_tail = tail if gluon_attention.takes_tail(tail) else None
         if representatives and paired_tail is None:
             most = max(16, triton.next_power_of_2(representatives))
-            tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 2, 3, limit)
+            tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 1, 2, limit)
             _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
                 query, output, lse, listed,
                 tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
@@ -463,6 +477,8 @@ def sparse_attention(
                 HAS_SLOPE=tail_slope.shape[2] > 0, **dims,
                 num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
             )  # fmt: skip
+        if tail_alone:
+            return output, lse
         resume = representatives > 0 and paired_tail is None
         if paired:
             gluon_attention.attend(
@@ -545,11 +561,15 @@ def fit_tile(
     tuned = tiles[dtype.itemsize, padded]
     block_m, block_n = min(tuned.block_m, block_q), min(tuned.block_n, max_block_n)
     row = padded * dtype.itemsize
+    while block_n > 16 and (resident * block_m + streamed * block_n) * row > limit:
+        block_n //= 2
+    while block_m > 16 and (resident * block_m + streamed * block_n) * row > limit:
+        block_m //= 2
     stages = (limit - resident * block_m * row) // (streamed * block_n * row)
     return Tile(
         block_m=block_m,
         block_n=block_n,
-        num_warps=tuned.num_warps if block_m == tuned.block_m else 4,
+        num_warps=tuned.num_warps,
         num_stages=min(tuned.num_stages, max(1, stages)),
     )
 

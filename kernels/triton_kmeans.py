@@ -18,8 +18,10 @@ from uta_fx.kernels.triton_attention import dot_precision
 
 # (bytes of an element, padded head dim): tokens and centroids in a tile
 _TILES = {
-    (2, 128): (128, 64), (2, 64): (128, 64), (2, 32): (128, 64), (2, 16): (128, 64),
-    (4, 128): (32, 32), (4, 64): (64, 32), (4, 32): (64, 32), (4, 16): (64, 32),
+    (2, 256): (64, 64), (2, 128): (128, 64), (2, 64): (128, 64), (2, 32): (128, 64),
+    (2, 16): (128, 64),
+    (4, 256): (32, 16), (4, 128): (32, 32), (4, 64): (64, 32), (4, 32): (64, 32),
+    (4, 16): (64, 32),
 }  # fmt: skip
 ROWS = 32  # that a program adds up at a time
 

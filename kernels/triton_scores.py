@@ -16,6 +16,11 @@ from torch import Tensor
 
 from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_tile, shared_limit
 
+try:
+    from uta_fx.kernels import gluon_scores
+except ImportError:  # Gluon is an experimental part of Triton: its names may move
+    gluon_scores = None  # type: ignore[assignment]
+
 MAX_BLOCK = 128  # the largest block_q
 
 
@@ -41,92 +46,106 @@ def _scores_kernel(
     half_weight_log2,  # variance_weight / 2 * log2(e)
     power,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,  # query rows of a block and of a group
-    BLOCK_M: tl.constexpr,  # groups of a program, which takes whole query blocks
+    BLOCK_M: tl.constexpr,  # groups that are scored together: whole query blocks, or a part of one
     BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr,
     WEIGHTED: tl.constexpr,  # the variance takes part in the logits
     POWER: tl.constexpr,  # "none", "one", "half", or "any": the value of power
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program scores BLOCK_M * ROWS // BLOCK_Q query blocks against every key block."""
+    """Score BLOCK_M * ROWS // BLOCK_Q query blocks, at least one, against every key block."""
     GROUPS: tl.constexpr = BLOCK_Q // ROWS  # of a query block
+    BLOCKS: tl.constexpr = max(BLOCK_M // GROUPS, 1)  # whole query blocks at a time
+    PARTS: tl.constexpr = max(GROUPS // BLOCK_M, 1)  # of a query block, one after another
     tile = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
     batch, head = batch_head // heads, batch_head % heads
     offs_m, offs_n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D_PADDED)
-    row = (tile * BLOCK_M + offs_m) * ROWS  # the first of a group
-    q_base = q_ptr + batch * q_sb + head * q_sh + tile.to(tl.int64) * (BLOCK_M * ROWS) * q_sm
-    total = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
-    square = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
-    for r in tl.static_range(ROWS):
-        q_ptrs = q_base + (offs_m * ROWS + r)[:, None] * q_sm + d[None, :]
-        q_mask = (row + r < length_q)[:, None] & (d < D)[None, :]
-        some = tl.load(q_ptrs, mask=q_mask, other=0.0).to(tl.float32)
-        total += some
-        square += some * some
-    members = tl.minimum(tl.maximum(length_q - row, 1), ROWS).to(tl.float32)[:, None]
-    q = (total / members).to(q_ptr.dtype.element_ty)  # [BLOCK_M, D_PADDED]
-    q_square = (square * (scale * scale) / members).to(q.dtype)  # [BLOCK_M, D_PADDED]
     mean_base = mean_ptr + batch * mean_sb + head * mean_sh
     var_base = var_ptr + batch * var_sb + head * var_sh
     size_base = size_ptr + batch * size_sb + head * size_sh
-
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, blocks, BLOCK_N):
-        mean = _load_blocks(mean_base, mean_sn, start, blocks, BLOCK_N, D, D_PADDED)
-        size = tl.load(
-            size_base + start + offs_n, mask=start + offs_n < blocks, other=-float("inf")
-        )
-        logits = tl.dot(q, tl.trans(mean), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        logits = logits * scale_log2 + (size * LOG2_E)[None, :]
-        if WEIGHTED:
-            variance = _load_blocks(var_base, var_sn, start, blocks, BLOCK_N, D, D_PADDED)
-            sigma2 = tl.dot(q_square, tl.trans(variance), input_precision=PRECISION)
-            logits += sigma2 * half_weight_log2
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        row_sum = row_sum * tl.exp2(row_max - new_max)
-        row_sum += tl.sum(tl.exp2(logits - new_max[:, None]), 1)
-        row_max = new_max
-
-    # the softmax's sum and the mean's count, taken off the logits; +inf: a group that is not there
-    rows_of_block = tl.minimum(tl.maximum(length_q - row // BLOCK_Q * BLOCK_Q, 1), BLOCK_Q)
-    groups = tl.cdiv(rows_of_block, ROWS).to(tl.float32)
-    norm = row_max + tl.log2(row_sum) + 0.5 * tl.log2(groups)
-    norm = tl.where(row < length_q, norm, float("inf"))
-    block = tile * (BLOCK_M // GROUPS) + tl.arange(0, BLOCK_M // GROUPS)
+    block = tile * BLOCKS + tl.arange(0, BLOCKS)
     scores_base = scores_ptr + batch_head * blocks_q * blocks
     scores_ptrs = scores_base + block.to(tl.int64)[None, :] * blocks + offs_n[:, None]
-    for start in range(0, blocks, BLOCK_N):
-        inside = start + offs_n < blocks
-        mean = _load_blocks(mean_base, mean_sn, start, blocks, BLOCK_N, D, D_PADDED)
-        size = tl.load(size_base + start + offs_n, mask=inside, other=-float("inf"))
-        logits = tl.dot(mean, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        logits = logits * scale_log2 + (size * LOG2_E)[:, None]
-        if WEIGHTED or POWER != "none":
-            variance = _load_blocks(var_base, var_sn, start, blocks, BLOCK_N, D, D_PADDED)
-            sigma2 = tl.dot(variance, tl.trans(q_square), input_precision=PRECISION)
-        if WEIGHTED:
-            logits += sigma2 * half_weight_log2
-        scores = tl.exp2(logits - norm[None, :])  # [BLOCK_N, BLOCK_M]
-        if POWER == "one":
-            scores *= sigma2
-        elif POWER == "half":
-            scores *= tl.sqrt(sigma2)
-        elif POWER == "any":
-            scores *= tl.exp2(power * tl.log2(sigma2))
-        by_block = tl.reshape(scores * scores, [BLOCK_N, BLOCK_M // GROUPS, GROUPS])
-        mask = (block < blocks_q)[None, :] & inside[:, None]
-        tl.store(scores_ptrs + start, tl.sqrt(tl.sum(by_block, 2)), mask=mask)
+    for part in tl.static_range(PARTS):
+        first_group = (tile * PARTS + part) * BLOCK_M
+        row = (first_group + offs_m) * ROWS  # the first of a group
+        q_base = q_ptr + batch * q_sb + head * q_sh + first_group.to(tl.int64) * ROWS * q_sm
+        total = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+        square = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+        for r in tl.static_range(ROWS):
+            q_ptrs = q_base + (offs_m * ROWS + r)[:, None] * q_sm + d[None, :]
+            q_mask = (row + r < length_q)[:, None] & (d < D)[None, :]
+            some = tl.load(q_ptrs, mask=q_mask, other=0.0).to(tl.float32)
+            total += some
+            square += some * some
+        members = tl.minimum(tl.maximum(length_q - row, 1), ROWS).to(tl.float32)[:, None]
+        q = (total / members).to(q_ptr.dtype.element_ty)  # [BLOCK_M, D_PADDED]
+        q_square = (square * (scale * scale) / members).to(q.dtype)  # [BLOCK_M, D_PADDED]
+
+        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, blocks, BLOCK_N):
+            mean = _load_blocks(mean_base, mean_sn, start, blocks, BLOCK_N, D, D_PADDED)
+            size = tl.load(
+                size_base + start + offs_n, mask=start + offs_n < blocks, other=-float("inf")
+            )
+            logits = tl.dot(q, tl.trans(mean), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            logits = logits * scale_log2 + (size * LOG2_E)[None, :]
+            if WEIGHTED:
+                variance = _load_blocks(var_base, var_sn, start, blocks, BLOCK_N, D, D_PADDED)
+                sigma2 = tl.dot(q_square, tl.trans(variance), input_precision=PRECISION)
+                logits += sigma2 * half_weight_log2
+            new_max = tl.maximum(row_max, tl.max(logits, 1))
+            row_sum = row_sum * tl.exp2(row_max - new_max)
+            row_sum += tl.sum(tl.exp2(logits - new_max[:, None]), 1)
+            row_max = new_max
+
+        # the softmax's sum and the mean's count, taken off the logits; +inf: a group that is not
+        # there
+        rows_of_block = tl.minimum(tl.maximum(length_q - row // BLOCK_Q * BLOCK_Q, 1), BLOCK_Q)
+        groups = tl.cdiv(rows_of_block, ROWS).to(tl.float32)
+        norm = row_max + tl.log2(row_sum) + 0.5 * tl.log2(groups)
+        norm = tl.where(row < length_q, norm, float("inf"))
+        for start in range(0, blocks, BLOCK_N):
+            inside = start + offs_n < blocks
+            mean = _load_blocks(mean_base, mean_sn, start, blocks, BLOCK_N, D, D_PADDED)
+            size = tl.load(size_base + start + offs_n, mask=inside, other=-float("inf"))
+            logits = tl.dot(mean, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            logits = logits * scale_log2 + (size * LOG2_E)[:, None]
+            if WEIGHTED or POWER != "none":
+                variance = _load_blocks(var_base, var_sn, start, blocks, BLOCK_N, D, D_PADDED)
+                sigma2 = tl.dot(variance, tl.trans(q_square), input_precision=PRECISION)
+            if WEIGHTED:
+                logits += sigma2 * half_weight_log2
+            scores = tl.exp2(logits - norm[None, :])  # [BLOCK_N, BLOCK_M]
+            if POWER == "one":
+                scores *= sigma2
+            elif POWER == "half":
+                scores *= tl.sqrt(sigma2)
+            elif POWER == "any":
+                scores *= tl.exp2(power * tl.log2(sigma2))
+            by_block = tl.reshape(scores * scores, [BLOCK_N, BLOCKS, BLOCK_M // BLOCKS])
+            squares = tl.sum(by_block, 2)  # [BLOCK_N, BLOCKS]
+            mask = (block < blocks_q)[None, :] & inside[:, None]
+            if part > 0:
+                squares += tl.load(scores_ptrs + start, mask=mask, other=0.0)
+            if part == PARTS - 1:
+                squares = tl.sqrt(squares)
+            tl.store(scores_ptrs + start, squares, mask=mask)
+        if part < PARTS - 1:
+            tl.debug_barrier()  # other threads of the program may add to it
 
 
-# (bytes of an element, padded head dim), on a machine with 227 KB of shared memory; block_m, in
-# groups of rows, is at least the groups of one query block
+# (bytes of an element, padded head dim), on a machine with 227 KB of shared memory; block_m in
+# groups of rows
 _TILES = {
+    (2, 256): Tile(block_m=64, block_n=32, num_warps=8, num_stages=2),
     (2, 128): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (2, 64): Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (2, 32): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
     (2, 16): Tile(block_m=128, block_n=64, num_warps=4, num_stages=3),
+    (4, 256): Tile(block_m=16, block_n=16, num_warps=8, num_stages=1),
     (4, 128): Tile(block_m=64, block_n=32, num_warps=8, num_stages=1),
     (4, 64): Tile(block_m=64, block_n=32, num_warps=4, num_stages=1),
     (4, 32): Tile(block_m=64, block_n=32, num_warps=4, num_stages=1),
@@ -155,24 +174,31 @@ def block_scores(
     """
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = -(-length_q // block_q), key_mean.shape[-2]
+    query, key_mean, key_variance, log_size = (
+        x if x.stride(-1) == 1 else x.contiguous()
+        for x in (query, key_mean, key_variance, log_size)
+    )
+    if tile is None and gluon_scores is not None and gluon_scores.takes(
+        query, key_mean, key_variance, variance_weight, variance_power, block_q, rows
+    ):  # fmt: skip
+        with torch.cuda.device_of(query):
+            return gluon_scores.block_scores(
+                query, key_mean, key_variance, log_size, scale, block_q, rows
+            )
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.float32)
     tile = tile or fit_tile(
         _TILES, query.dtype, dim, MAX_BLOCK, max(16, triton.next_power_of_2(blocks)), 2, 2,
         shared_limit(query),
     )  # fmt: skip
-    query, key_mean, key_variance, log_size = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (query, key_mean, key_variance, log_size)
-    )
-    block_m = max(tile.block_m, block_q // rows)
+    of_program = max(tile.block_m * rows, block_q)  # rows
     with torch.cuda.device_of(query):
-        _scores_kernel[(triton.cdiv(length_q, block_m * rows), batch * heads)](
+        _scores_kernel[(triton.cdiv(length_q, of_program), batch * heads)](
             query, key_mean, key_variance, log_size, scores,
             *query.stride()[:3], *key_mean.stride()[:3], *key_variance.stride()[:3],
             *log_size.stride()[:2],
             heads, length_q, blocks_q, blocks,
             scale, scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value, variance_power,
-            BLOCK_Q=block_q, ROWS=rows, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+            BLOCK_Q=block_q, ROWS=rows, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             D=dim, D_PADDED=triton.next_power_of_2(dim),
             WEIGHTED=variance_weight != 0,
             POWER=_POWERS.get(float(variance_power), "any"),

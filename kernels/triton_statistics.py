@@ -16,7 +16,14 @@ from torch import Tensor
 
 from uta_fx.kernels.triton_attention import dot_precision
 
+try:
+    from uta_fx.kernels import gluon_statistics
+except ImportError:  # Gluon is an experimental part of Triton: its names may move
+    gluon_statistics = None  # type: ignore[assignment]
+
 PROGRAMS = 528  # of the second kernel, about: four for each multiprocessor of an H100
+CHANNELS = 128  # of keys and of values that one program of it takes, at most
+ROWS = {2: 64, 4: 16}  # by bytes of an element: tokens that it multiplies at a time, at most
 
 
 @triton.jit
@@ -69,32 +76,37 @@ def _covariance_kernel(
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
     heads, length, blocks, blocks_per_program,
-    BLOCK_KV: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK_KV: tl.constexpr, ROWS: tl.constexpr,  # keys of a block and of a step, which divide it
+    D: tl.constexpr, DV: tl.constexpr,
+    CHANNELS_K: tl.constexpr, CHANNELS_V: tl.constexpr,  # of a program
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add up the covariances of ``blocks_per_program`` blocks of one head."""
+    """Add up the covariances of ``blocks_per_program`` blocks of one head, in some channels."""
+    STEPS: tl.constexpr = BLOCK_KV // ROWS  # in a block
+    SLICES: tl.constexpr = (DV + CHANNELS_V - 1) // CHANNELS_V  # of the values' channels
     part = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
     batch, head = batch_head // heads, batch_head % heads
-    n, d, dv = tl.arange(0, BLOCK_KV), tl.arange(0, D_PADDED), tl.arange(0, DV_PADDED)
+    n = tl.arange(0, ROWS)
+    d = tl.program_id(2) // SLICES * CHANNELS_K + tl.arange(0, CHANNELS_K)
+    dv = tl.program_id(2) % SLICES * CHANNELS_V + tl.arange(0, CHANNELS_V)
     inside_d, inside_dv = d < D, dv < DV
     k_base = k_ptr + batch * k_sb + head * k_sh
     v_base = v_ptr + batch * v_sb + head * v_sh
     mean_base = k_mean_ptr + batch_head * blocks * D
     first_block = part * blocks_per_program
     last_block = tl.minimum(first_block + blocks_per_program, blocks)
-    covariance = tl.zeros([D_PADDED, DV_PADDED], tl.float32)
-    for block in range(first_block, last_block):
-        row = tl.cast(block, tl.int64) * BLOCK_KV + n
+    covariance = tl.zeros([CHANNELS_K, CHANNELS_V], tl.float32)
+    for step in range(first_block * STEPS, last_block * STEPS):
+        row = tl.cast(step, tl.int64) * ROWS + n
         inside = row < length
         k_ptrs = k_base + row[:, None] * k_sn + d[None, :]
         v_ptrs = v_base + row[:, None] * v_sn + dv[None, :]
         k = tl.load(k_ptrs, mask=inside[:, None] & inside_d[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=inside[:, None] & inside_dv[None, :], other=0.0)
-        mean = tl.load(mean_base + block * D + d, mask=inside_d, other=0.0)  # [D_PADDED]
+        mean = tl.load(mean_base + step // STEPS * D + d, mask=inside_d, other=0.0)  # [CHANNELS_K]
         # rows outside need no mask: their values are zero
-        deviation = (k.to(tl.float32) - mean[None, :]).to(k.dtype)  # [BLOCK_KV, D_PADDED]
+        deviation = (k.to(tl.float32) - mean[None, :]).to(k.dtype)  # [ROWS, CHANNELS_K]
         covariance = tl.dot(tl.trans(deviation), v, covariance, input_precision=PRECISION)
     cov_base = cov_ptr + (batch_head * tl.num_programs(0) + part) * (D * DV)
     cov_mask = inside_d[:, None] & inside_dv[None, :]
@@ -114,10 +126,12 @@ def block_statistics(
     per_program = triton.cdiv(blocks * batch * heads, PROGRAMS)
     parts = triton.cdiv(blocks, per_program)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    dims = {
-        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
-        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
-    }  # fmt: skip
+    if gluon_statistics is not None and gluon_statistics.takes(key, value, block_kv):
+        with torch.cuda.device_of(key):
+            return gluon_statistics.block_statistics(key, value, parts)
+    padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
+    channels, channels_v = min(CHANNELS, padded), min(CHANNELS, padded_v)
+    slices = triton.cdiv(dim, channels) * triton.cdiv(dim_v, channels_v)
     strides = (*key.stride()[:3], *value.stride()[:3])
 
     def empty(*shape: int) -> Tensor:
@@ -129,12 +143,15 @@ def block_statistics(
     with torch.cuda.device_of(key):
         _pool_kernel[(blocks, batch * heads)](
             key, value, key_mean, key_variance, value_mean, value_variance,
-            *strides, heads, length, BLOCK_KV=block_kv, **dims, num_warps=2,
+            *strides, heads, length, BLOCK_KV=block_kv,
+            D=dim, D_PADDED=padded, DV=dim_v, DV_PADDED=padded_v,
+            num_warps=max(2, block_kv * max(padded, padded_v) // 4096),
         )  # fmt: skip
-        _covariance_kernel[(parts, batch * heads)](
+        _covariance_kernel[(parts, batch * heads, slices)](
             key, value, key_mean, sums,
             *strides, heads, length, blocks, per_program,
-            BLOCK_KV=block_kv, **dims, PRECISION=dot_precision(key.dtype),
+            BLOCK_KV=block_kv, ROWS=min(block_kv, ROWS[key.itemsize]), D=dim, DV=dim_v,
+            CHANNELS_K=channels, CHANNELS_V=channels_v, PRECISION=dot_precision(key.dtype),
             num_warps=4, num_stages=2 if key.itemsize == 2 else 1,
         )  # fmt: skip
     return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length

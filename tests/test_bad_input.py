@@ -47,7 +47,7 @@ def t5_text_encoder():
 
 def vae():
     model = AutoencoderKLWan(
-        base_dim=80, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+        base_dim=136, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
     )
     return model, torch.randn(1, 3, 1, 16, 16)
 
@@ -68,7 +68,7 @@ def first(output):
         (no_attention, {}, "the graph has no attention: it is compiled as it is"),
         (clip_text_encoder, {}, "is causal"),
         (t5_text_encoder, {}, "has an attention mask"),
-        (vae, {}, "query head dim 160 is not from 16 to 128"),
+        (vae, {}, "query head dim 272 is not from 16 to 256"),
         (wrong_grid, {"grid": (4, 6, 9)}, "grid 4 x 6 x 9 = 216 does not match its 192 tokens"),
     ],
 )

@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
-from uta_fx.bench.attention import variance_roundings
+from uta_fx.bench.gate import variance_roundings
 from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
-from uta_fx.kernels.gluon_attention import CHUNK, PLAN
+from uta_fx.kernels.gluon_attention import CHUNK, FIELD, PLAN
 
 
 def on_hopper():
@@ -39,7 +39,7 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(ragged, rows, share, blocks
     plan = torch.full((1, 2, pairs, PLAN), -7, dtype=torch.int32, device=DEVICE)
     gluon_attention._pair_lists_kernel[(pairs, 2)](
         ids, plan, listed.to(DEVICE, torch.uint8), counts.to(DEVICE), *counts.stride()[:2],
-        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN,
+        2, rows, blocks, blocks - ragged, blocks + 1, CHUNK=CHUNK, PLAN=PLAN, FIELD=FIELD,
     )  # fmt: skip
     for head in range(2):
         for pair in range(pairs):
@@ -67,18 +67,14 @@ COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_attention as g
 
-layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 map_of = "tensordesc<bf16[1, 1, {}, {}],{!r}>".format
 dim = int(sys.argv[2])
-tile, slope = map_of(g.BLOCK, dim, layout), map_of(dim, dim, layout)
-constants = {
-    "D": dim, "BLOCK": g.BLOCK, "PLAN": g.PLAN, "STAGES": g.STAGES, "SIGN": -1, "EVEN": False,
-    "TAIL": sys.argv[1] == "tail", "RESUME": sys.argv[1] == "resume", "TWO": dim == 64,
-}
+tile, slope = map_of(g.BLOCK, dim, g.MAP_LAYOUT), map_of(dim, dim, g.MAP_LAYOUT)
+constants = g.paired_options(dim, -1, False, sys.argv[1] == "tail", sys.argv[1] == "resume")
+options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
 types = {
     "o_ptr": "*bf16", "lse_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32",
     "size_ptr": "*fp32", "listed_ptr": "*u8", "sigma2_ptr": "*bf16",
@@ -91,7 +87,7 @@ signature = {name: types.get(name, "i32") for name in function.arg_names}
 kernel = triton.compile(
     GluonASTSource(function, signature, constants),
     target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": 4, "maxnreg": g.MAX_REGISTERS[dim]},
+    options=options,
 )
 assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
 assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,22 @@ from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # ne
 from uta_fx.export.onnxruntime_session import bind_tensors  # noqa: E402
 
 CUDA = "CUDAExecutionProvider"
+HOPPER = Case(  # what the kernels for Hopper take
+    length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64, dtype=torch.bfloat16
+)
+HOPPER_64 = replace(HOPPER, dim=64, dim_v=64)
+ON_HOPPER = {
+    "ragged": HOPPER,
+    "even": replace(HOPPER, length_q=256, length_kv=512),
+    "no_tail": replace(HOPPER, tail="none"),
+    "tail_of_each_query_block": replace(HOPPER, tail="row"),
+    "slope_of_each_query_block": replace(HOPPER, slopes="row"),
+    "float16": replace(HOPPER, dtype=torch.float16),
+    "64_ragged": HOPPER_64,
+    "64_even": replace(HOPPER_64, length_q=256, length_kv=512),
+    "64_no_tail": replace(HOPPER_64, tail="none", dtype=torch.float16),
+    "64_long": replace(HOPPER_64, length_q=260, length_kv=12805, listed=0.2),
+}
 needs_cuda_runtime = pytest.mark.skipif(
     CUDA not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu"
 )
@@ -50,11 +67,11 @@ def build(model, library, architecture):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", [86, 90])
-def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture):
+@pytest.mark.parametrize(("architecture", "case"), [(86, Case()), (90, HOPPER)])
+def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture, case):
     """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
-    write_node(model, Case())
+    write_node(model, case)
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
     options = onnxruntime.SessionOptions()
@@ -72,7 +89,7 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     (variant,) = onnxruntime_plugin.variants_of(model)
     assert variant == onnxruntime_plugin.Variant(
         dtype=onnx.TensorProto.FLOAT16, dim=32, dim_v=32, block_q=32, block_kv=64, sign=1,
-        has_tail=True, per_block=False, has_variance=False, has_slope=False, even=False,
+        has_tail=True, per_block=False, has_variance=False, slopes=0, even=False,
         representatives=3,
     )  # fmt: skip
     model.graph.node.append(model.graph.node[0])
@@ -110,7 +127,7 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     (variant,) = onnxruntime_plugin.variants_of(onnx.load(path))
     assert variant == onnxruntime_plugin.Variant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
-        sign=1, has_tail=True, per_block=True, has_variance=True, has_slope=True, even=True,
+        sign=1, has_tail=True, per_block=True, has_variance=True, slopes=1, even=True,
         representatives=12,
     )  # fmt: skip
 
@@ -161,6 +178,23 @@ def test_bad_input_to_a_session(tmp_path):
         uta_fx.onnxruntime_session(path)
 
 
+def open_on_gpu(path, case, caplog):
+    """A session for a case by the plugin, bound to tensors on the GPU; those; the operator's."""
+    args, inputs = write_node(path, case)
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "runs by the plugin" in caplog.text
+    on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
+    output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=case.dtype, device="cuda")
+    lse = torch.empty(args[0].shape[:3], device="cuda")
+    torch.cuda.synchronize()
+    binding = bind_tensors(session, on_gpu, {"output": output, "lse": lse})
+    expected = uta_fx.kernels.ops.sparse_attention(
+        *(x.cuda() if torch.is_tensor(x) else x for x in args)
+    )
+    return (session, binding), (on_gpu, output, lse), expected
+
+
 @pytest.mark.gpu
 @needs_cuda_runtime
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -168,20 +202,42 @@ def test_bad_input_to_a_session(tmp_path):
 @pytest.mark.parametrize("slopes", ["none", "head", "row"])
 def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
     """Bit for bit what the operator computes in PyTorch: the same kernels on the same inputs."""
-    path = tmp_path / "model.onnx"
-    args, inputs = write_node(path, Case(dtype=dtype, tail=tail, slopes=slopes))
-    with caplog.at_level(logging.INFO, logger="uta_fx"):
-        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
-    assert "runs by the plugin" in caplog.text
-    on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
-    output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=dtype, device="cuda")
-    lse = torch.empty(args[0].shape[:3], device="cuda")
-    torch.cuda.synchronize()
-    session.run_with_iobinding(bind_tensors(session, on_gpu, {"output": output, "lse": lse}))
-    operator = uta_fx.kernels.ops.sparse_attention
-    expected, expected_lse = operator(*(x.cuda() if torch.is_tensor(x) else x for x in args))
-    assert torch.equal(output, expected)
-    assert torch.equal(lse, expected_lse)
+    case = Case(dtype=dtype, tail=tail, slopes=slopes)
+    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    session.run_with_iobinding(binding)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
+    """Where the operator takes the kernels for Hopper, so does the plugin; also the second time."""
+    case = ON_HOPPER[name]
+    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    for _ in range(2):
+        for x in got:
+            x.fill_(torch.nan)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(got, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+def test_workspace_is_given_back(tmp_path, caplog):
+    """The GPU has as much memory after many runs as after a few."""
+    case = replace(HOPPER, length_q=64 * 300, length_kv=64 * 300)  # 11 MB of workspace
+    (session, binding), _, _ = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    free = []
+    for _ in range(2):
+        for _ in range(20):
+            session.run_with_iobinding(binding)
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[1] >= free[0]
 
 
 @pytest.mark.gpu
@@ -192,5 +248,5 @@ def test_a_plugin_for_another_gpu_says_which(tmp_path):
     _, inputs = write_node(path, Case())
     build(path, library, 120 if torch.cuda.get_device_capability() != (12, 0) else 90)
     session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"], plugin=library)
-    with pytest.raises(Exception, match=r"loading its kernel for sm_(120|90)"):
+    with pytest.raises(Exception, match=r"for sm_(120|90) \(build the plugin for the"):
         session.run(None, {name: x.numpy() for name, x in inputs.items()})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, double
+from cases import Case, double, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,19 +53,39 @@ def test_agrees_with_the_reference(dtype, tail, slopes):
         heads=st.integers(1, 3),
         length_q=st.integers(1, 150),
         length_kv=st.integers(1, 150),
-        dim=st.sampled_from([16, 24, 64, 80, 128]),
-        dim_v=st.sampled_from([16, 48, 64, 128]),
+        dim=st.sampled_from([16, 24, 64, 72, 80, 88, 96, 112, 128, 200, 256]),
+        dim_v=st.sampled_from([16, 48, 64, 72, 112, 128, 256]),
         block_q=st.sampled_from([16, 64, 128]),
         block_kv=st.sampled_from([16, 32, 64]),
         tail=st.sampled_from(["none", "block", "row"]),
         slopes=st.sampled_from(["none", "head", "row"]),
         listed=st.sampled_from([0.0, 0.3, 1.0]),
+        dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 1000),
-    )
+    ),
+    st.sampled_from(["contiguous", "inside NaN", "tokens before heads"]),
 )
-def test_any_shape_agrees_with_the_reference(case):
-    """Lengths, head dims, blocks, tails and lists drawn at random."""
-    assert_as_accurate_as_eager(case.inputs())
+def test_any_shape_agrees_with_the_reference(case, layout):
+    """Lengths, head dims, dtypes, strides, blocks, tails and lists drawn at random."""
+    place = {
+        "contiguous": lambda x: x,
+        "inside NaN": poisoned,
+        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }[layout]
+    args = case.inputs()
+    assert_as_accurate_as_eager(
+        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    )
+
+
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+def test_lists_may_have_no_width(tail):
+    """As lists that are empty: what is left is the tail."""
+    args = Case(tail=tail, listed=0.0).inputs()
+    expected = ops.sparse_attention(*args)
+    args[3] = args[3][..., :0]
+    assert_as_accurate_as_eager(args)
+    assert all(map(torch.equal, ops.sparse_attention(*args), expected))
 
 
 def test_pieces_are_the_whole(monkeypatch):
@@ -148,7 +168,7 @@ def test_ids_out_of_range_are_refused():
     [
         (0, lambda q: q.double(), TypeError, "query must be float32"),
         (0, lambda q: q[0], ValueError, "query must be"),
-        (0, lambda q: q[..., :8], ValueError, "query must have a head dim from 16 to 128, got 8"),
+        (0, lambda q: q[..., :8], ValueError, "query must have a head dim from 16 to 256, got 8"),
         (1, lambda k: k.half(), TypeError, "key must be torch.float32, got torch.float16"),
         (1, lambda k: k[:, :2], ValueError, r"key must have shape \(2, 3, 200, 32\)"),
         (2, lambda v: v[:, :, :9], ValueError, "value must have shape"),
@@ -294,7 +314,7 @@ def test_block_statistics_are_those_of_each_block(length):
     [
         ({"key": lambda k: k[0]}, ValueError, "key must be .* got 3 dimensions"),
         ({"key": lambda k: k.long()}, TypeError, "key must be float32, float16 or bfloat16"),
-        ({"key": lambda k: k[..., :8]}, ValueError, "key must have a head dim from 16 to 128"),
+        ({"key": lambda k: k[..., :8]}, ValueError, "key must have a head dim from 16 to 256"),
         ({"value": lambda v: v[:, :, 1:]}, ValueError, "value must have shape"),
         ({"value": lambda v: v.half()}, TypeError, "value must be torch.float32"),
         ({"block_kv": lambda _: 33}, ValueError, "block_kv must be one of"),

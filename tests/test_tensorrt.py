@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from test_onnx_plugin import Attention
 
 import uta_fx
 from uta_fx import Config, build_tensorrt_engine, export_tensorrt
-from uta_fx.kernels import reference
+from uta_fx.kernels import ops, reference
 from uta_fx.kernels.constants import CONSTANTS
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
 from uta_fx.export import (  # noqa: E402
     onnx_functions,
@@ -135,6 +135,25 @@ def test_the_search_for_a_threshold_is_topk(numbers, k):
     assert all(len(set(row)) == k for row in indices.tolist())
     assert torch.equal(values, x.gather(-1, indices))
     assert torch.equal(values.sort(-1, descending=True).values, x.topk(k).values)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+@pytest.mark.parametrize("numbers", ["small", "ties", "negative"])
+def test_a_selection_is_spelled_out(numbers, rows, limit_of_four):
+    """By the search for a threshold, which takes the first of equal scores as the operator does."""
+
+    class Select(torch.nn.Module):
+        def forward(self, scores):
+            exact = ops.select_blocks(scores, 5 * rows, rows)
+            return exact, *ops.list_blocks(exact)
+
+    scores = NUMBERS[numbers](torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0)))
+    program = torch.export.export(Select(), (scores,))
+    plain = tensorrt_program.spell_out(program, plugins=False)
+    called = {str(node.target) for node in plain.graph.nodes}
+    assert not [name for name in called if name.startswith("uta") or "topk" in name]
+    for got, want in zip(plain.module()(scores), Select()(scores), strict=True):
+        assert torch.equal(got, want)
 
 
 def small_wan():
@@ -356,12 +375,12 @@ def kernels():
 
 @pytest.mark.parametrize("key", KERNELS, ids=str)
 def test_the_ptx_is_assembled(tmp_path, kernels, key):
-    """By the assembler that comes with Triton; its entry takes the tensors' pointers alone."""
+    """By the assembler that Triton takes, whose version is the PTX's; pointers alone go in."""
     name, _, architecture, small = key
     kernel = kernels[key]
     path = tmp_path / "kernel.ptx"
     path.write_text(kernel.ptx)
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    assembler = get_ptxas(architecture).path
     target = re.search(r"^\.target (\w+)", kernel.ptx, re.MULTILINE)[1]
     assert target.rstrip("a") == f"sm_{architecture}"
     command = [assembler, f"-arch={target}", path, "-o", tmp_path / "kernel.cubin"]

@@ -35,7 +35,7 @@ def sparse_attention(
     same computation that the backend writes into a graph. Forward-only.
 
     Args:
-        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 128.
+        query: ``[B, H, L, D]``, float32, float16 or bfloat16, D from 16 to 256.
         key: ``[B, Hkv, L, D]``, where Hkv divides H: consecutive heads of queries share a head of
             keys and values.
         value: ``[B, Hkv, L, Dv]``.
@@ -391,7 +391,7 @@ def operator_arguments(
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
-        selection.query, key, value, *list_blocks(exact), *representatives,
+        selection.query, key, value, *ops.list_blocks(exact), *representatives,
         selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
 
@@ -434,9 +434,10 @@ def _attend(
         return _attend_to_both(
             query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order
         )
+    # where a graph does not know that there is any text, a row of video attends with it
+    spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
-    # one row of video too: a graph need not know that there is any text
-    others_q = torch.cat([before_q, q[:, :, :1], after_q], 2)
+    others_q = _joined([before_q, q[:, :, :spare], after_q], 2)
     bias = rows = doubt = None
     if attn_mask is not None:
         row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
@@ -445,7 +446,7 @@ def _attend(
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
-            rows = torch.cat([before, video_rows[..., :1, :], after], -2)
+            rows = _joined([before, video_rows[..., :spare, :], after], -2)
         bias = row.float()
         if row.dtype == torch.bool:
             bias = torch.where(row, 0.0, -torch.inf)
@@ -459,8 +460,9 @@ def _attend(
         others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
-    parts = (others[:, :, :start], output, others[:, :, start + 1 :])
-    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2), centroids
+    parts = (others[:, :, :start], output, others[:, :, start + spare :])
+    joined = _joined([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+    return joined, centroids
 
 
 def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
@@ -556,7 +558,7 @@ def _attend_rectified(
     if text_bias is None:
         text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
     output = ops.rectified_attention(
-        query, key, value, *list_blocks(exact),
+        query, key, value, *ops.list_blocks(exact),
         text_key, text_value, text_bias.expand(*text_key.shape[:2], 1, -1)[:, :, 0],
         *config.tail_form().rectification(selection, exact),
         selection.scale, config.block_q, config.block_kv,
@@ -574,8 +576,8 @@ def _attend_to_text(
 ) -> tuple[Tensor, Tensor]:
     """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``.
 
-    To the operator each text key is a representative of itself: no key block is listed, and the
-    bias goes where the log of how many keys a representative stands for does.
+    To the operator each text key is a representative of itself: there are no lists, and the bias
+    goes where the log of how many keys a representative stands for does.
     """
     (batch, heads, length, dim), block = query.shape, config.block_q
     key, value = (for_heads(x, heads) for x in (key, value))
@@ -583,9 +585,10 @@ def _attend_to_text(
     size = torch.zeros(key.shape[2], device=query.device)
     if bias is not None:
         size = bias.expand(batch, heads, 1, -1)
-    none = query.new_zeros(batch, heads, blocks, 1, dtype=torch.int32)
     return ops.sparse_attention(
-        query, key, value, none, none[..., 0],
+        query, key, value,
+        query.new_empty(batch, heads, blocks, 0, dtype=torch.int32),
+        query.new_zeros(batch, heads, blocks, dtype=torch.int32),
         key[:, :, None].expand(-1, -1, blocks, -1, -1),
         value[:, :, None].expand(-1, -1, blocks, -1, -1),
         size.expand(batch, heads, blocks, -1),
@@ -598,22 +601,10 @@ def _attend_to_text(
 def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
     """What lies around the video along ``dim``, and the video."""
     before, video, after = x.split(sizes, dim)
-    return torch.cat([before, after], dim), video
+    return _joined([before, after], dim), video
 
 
-def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a mask of blocks into the operator's lists.
-
-    Args:
-        exact: Boolean ``[B, H, Nq, Nk]``.
-
-    Returns:
-        int32 ``[B, H, Nq, Nk]``, ids in ascending order, then padding; int32 ``[B, H, Nq]``.
-    """
-    blocks = exact.shape[-1]
-    position = exact.cumsum(-1, dtype=torch.int32)
-    # an unlisted block writes to one column too many
-    target = torch.where(exact, position - 1, blocks).long()
-    ids = torch.arange(blocks, dtype=torch.int32, device=exact.device).expand(exact.shape)
-    listed = torch.zeros((*exact.shape[:-1], blocks + 1), dtype=torch.int32, device=exact.device)
-    return listed.scatter(-1, target, ids)[..., :blocks], position[..., -1]
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, without a copy where all parts but one are known to be empty."""
+    some = [part for part in parts if not isinstance(part.shape[dim], int) or part.shape[dim]]
+    return torch.cat(some, dim) if len(some) > 1 else (some or parts)[0]

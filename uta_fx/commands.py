@@ -81,6 +81,22 @@ Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the next ones
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, float16 or bfloat16; auto takes bfloat16 on a GPU and float32 on a CPU."
+    ),
+]
+Inputs = Annotated[
+    str,
+    typer.Option(
+        help="structured: smooth fields and noise; random: normal numbers; trained: of the"
+        " shipped model, on clips enlarged to the shape."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
+]
 Output = Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")]
 
 
@@ -452,22 +468,15 @@ def bench_attention(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
-    inputs: Annotated[
-        str,
-        typer.Option(
-            help="structured: smooth fields and noise; random: normal numbers; trained: of the"
-            " shipped model, on clips enlarged to the shape."
-        ),
-    ] = "structured",
+    inputs: Inputs = "structured",
     policy: PolicyName = str(DEFAULTS.policy),
     tail: TailName = str(DEFAULTS.tail),
     budget: Budget = DEFAULTS.budget,
     block_q: Annotated[int, typer.Option(help="Query tokens in a block.")] = DEFAULTS.block_q,
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 15,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
-    ] = None,
+    dtype: Dtype = "auto",
+    output: JsonFile = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Picture to write: speed-up against density, error against time."),
@@ -481,7 +490,7 @@ def bench_attention(
     from uta_fx.bench.attention import DEFAULT_SHAPES, describe, run
 
     target = _device(device)
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    of_inputs = _dtype(dtype, target)
     config = Config(policy=policy, tail=tail, budget=budget, block_q=block_q)
     if output is not None:
         _check_file(output, "--output")
@@ -494,14 +503,50 @@ def bench_attention(
         config=config,
         inputs=inputs,
         device=str(target),
-        dtype=dtype,
+        dtype=of_inputs,
         rounds=rounds,
         output=output,
     )
     if plot is not None:
         from uta_fx.bench.plot import draw
 
-        draw(plot, rows, f"{describe(str(target), dtype, config)}, {inputs} inputs")
+        draw(plot, rows, f"{describe(str(target), of_inputs, config)}, {inputs} inputs")
+
+
+@bench_app.command("tails")
+def bench_tails(
+    shape: Annotated[str, typer.Option(help="Shape to time.")] = "wan-1.3b-480p",
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density to time; several times for several.")
+    ] = None,
+    inputs: Inputs = "structured",
+    policy: PolicyName = str(DEFAULTS.policy),
+    budget: Budget = DEFAULTS.budget,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 9,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: JsonFile = None,
+) -> None:
+    """Time every form of the tail on the same lists of exact blocks, and say what it is worth.
+
+    In milliseconds: the whole kernel, what it takes longer by than without a tail, and making the
+    representatives; its share in time and in operations; the error against dense attention.
+    """
+    from uta_fx.bench.tails import run
+
+    target = _device(device)
+    if output is not None:
+        _check_file(output, "--output")
+    run(
+        shape,
+        density or (0.05, 0.1, 0.25, 0.5),
+        config=Config(policy=policy, budget=budget),
+        inputs=inputs,
+        device=str(target),
+        dtype=_dtype(dtype, target),
+        rounds=rounds,
+        output=output,
+    )
 
 
 @bench_app.command("model")
@@ -516,18 +561,20 @@ def bench_model(
     density: Annotated[
         list[float] | None, typer.Option(help="Density to time; several times for several.")
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Compile the model as one graph; without it block by block."),
+    ] = False,
     layers: Annotated[
         int | None, typer.Option(min=1, help="At most so many of each kind of layer; default all.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed forwards; medians are printed.")] = 3,
     device: Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
-    ] = None,
+    output: JsonFile = None,
 ) -> None:
     """Time one forward of a released model, dense and sparse, with random weights.
 
-    Needs no checkpoint; the architecture has its real size. Blocks are compiled one by one.
+    Needs no checkpoint; the architecture has its real size. Compilation finds empty caches.
     """
     require("diffusers", extra="diffusers")
     from uta_fx.bench.model import run
@@ -538,6 +585,7 @@ def bench_model(
         model,
         density or (0.25, 0.1),
         size=size,
+        whole=whole,
         layers=layers,
         rounds=rounds,
         device=str(_device(device)),
@@ -691,6 +739,15 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA GPU is available to torch {torch.__version__}")
     return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype must be auto, float32, float16 or bfloat16, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _name(device: torch.device) -> str:

@@ -273,6 +273,25 @@ def build_onnxruntime_plugin(
     build_plugin(Path(model), architecture, target)
 
 
+def onnx_schema() -> Any:
+    """The schema of ``uta::SparseAttention``, the node in the files of ``export_onnx``.
+
+    Inputs, outputs, types and attributes with what they mean, the version, and the inference of
+    shapes. Files need it nowhere, because each has the node's function; tools that are to know the
+    node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+
+    Returns:
+        ``onnx.defs.OpSchema``.
+
+    Raises:
+        ImportError: onnx is missing.
+    """
+    require("onnx", extra="onnx")
+    from uta_fx.export.onnx_schema import sparse_attention_schema
+
+    return sparse_attention_schema()
+
+
 def _opset(model: Any, opset: int | None, with_bfloat16: int) -> int:
     if opset is None:
         return with_bfloat16 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
@@ -317,7 +336,10 @@ def _sparse_program(
             )
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"model cannot be traced by torch.export: {reason}") from error
+            raise ValueError(
+                f"model cannot be traced by torch.export: {reason}. Export a module that is one"
+                " graph: no branch on the values of tensors, no containers of its own as arguments"
+            ) from error
         try:
             program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host

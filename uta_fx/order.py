@@ -41,27 +41,28 @@ def token_order(grid: Grid, order: str, block: int, device: torch.device | str) 
         block: Tokens in a block, a power of two.
         device: Where the result lives.
     """
-    raster = torch.arange(math.prod(grid), device=device)
+    like = torch.empty(0, device=device)
+    return TokenOrder(
+        *(token_index(like, list(grid), order, block, back) for back in (False, True))
+    )
+
+
+@constant("int[] grid, str order, int block, bool back")
+def token_index(grid: Grid, order: str, block: int, back: bool) -> Tensor:
+    """``TokenOrder.order``, or (``back``) its inverse; arguments as of ``token_order``."""
+    raster = torch.arange(math.prod(grid))
     if order == "hilbert":
-        forward = hilbert_order(raster, list(grid))
-        return TokenOrder(forward, torch.empty_like(raster).scatter(0, forward, raster))
+        _, height, width = grid
+        forward = torch.tensor([(f * height + y) * width + x for f, y, x in curve(grid)])
+        return torch.empty_like(raster).scatter(0, forward, raster) if back else forward
     # [F, 1, 1], [1, H, 1], [1, 1, W]: what depends on one coordinate is computed along one axis
     axes = [
-        torch.arange(length, device=device).view([-1 if d == dim else 1 for d in range(3)])
+        torch.arange(length).view([-1 if d == dim else 1 for d in range(3)])
         for dim, length in enumerate(grid)
     ]
     place = _morton_place(axes, grid) if order == "morton" else _tile_place(axes, grid, block)
-    # scattered, both lie in memory: Inductor would repeat the arithmetic of place for every element
-    # that is gathered by it
-    forward = torch.empty_like(raster).scatter(0, place.flatten(), raster)
-    return TokenOrder(forward, torch.empty_like(raster).scatter(0, forward, raster))
-
-
-@constant("int[] grid")
-def hilbert_order(grid: Grid) -> Tensor:
-    """Raster index of each token along the generalised Hilbert curve: int64 ``[F * H * W]``."""
-    _, height, width = grid
-    return torch.tensor([(f * height + y) * width + x for f, y, x in curve(grid)])
+    place = place.flatten()
+    return place if back else torch.empty_like(raster).scatter(0, place, raster)
 
 
 def tile_shape(grid: Grid, block: int) -> Grid:

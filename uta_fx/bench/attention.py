@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,16 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
 from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.bench.gate import check_attention, check_scores, relative_error
 from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
-from uta_fx.kernels import ops, reference
+from uta_fx.kernels import ops
 from uta_fx.order import Grid
 from uta_fx.policies import SVG2, LowDelta
 
-SAMPLED_HEADS = 2
-SAMPLED_BLOCKS = 3  # query blocks of each sampled head: the first, one in the middle, the last
-
-
-DEFAULT_SHAPES = tuple(name for name in SHAPES if name not in ("power-of-two", "tiny"))
+DEFAULT_SHAPES = tuple(x for x in SHAPES if not x.startswith(("cpu", "power", "tiny")))
 COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
     "speedup": ">8.2f", "tflops": ">7.0f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
@@ -103,7 +99,7 @@ def run(
         )
     machine = f"{describe(device, dtype, config)}, {inputs} inputs"
     print(machine)
-    print(" ".join(f"{name:{_alignment(form)}}" for name, form in COLUMNS.items()))
+    print(" ".join(f"{name:{alignment(form)}}" for name, form in COLUMNS.items()))
     rows: list[dict[str, Any]] = []
     for name in shapes:
         with torch.no_grad():
@@ -112,7 +108,7 @@ def run(
             shape_rows = case.run(densities)
         for row in shape_rows:
             if row["what"] not in PARTS:
-                print(_format_row(row))
+                print(format_row(row, COLUMNS))
         _print_parts(shape_rows)
         rows += shape_rows
         if output is not None:  # an interrupted run keeps what it has measured
@@ -121,13 +117,14 @@ def run(
     return rows
 
 
-def describe(device: str, dtype: torch.dtype, config: uta_fx.Config) -> str:
-    """One line: device, versions, dtype, blocks."""
+def describe(device: str, dtype: torch.dtype, config: uta_fx.Config, *, tail: bool = True) -> str:
+    """One line: device, versions, dtype, and settings, of which ``tail`` may be left out."""
     on_gpu = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else device
     return (
         f"{name}, torch {torch.__version__}, {dtype}, blocks {config.block_q}x{config.block_kv},"
-        f" policy {config.policy}, tail {config.tail}, budget {config.budget}"
+        f" policy {config.policy}, budget {config.budget}"
+        + (f", tail {config.tail}" if tail else "")
     )
 
 
@@ -158,7 +155,7 @@ class _Case:
         """Check and time; rows of all candidates."""
         torch.compiler.reset()  # or the shapes before count towards the recompile limit
         candidates: Candidates = {
-            (f"dense {name}", None): call for name, call in _baselines(*self.inputs).items()
+            (f"dense {name}", None): call for name, call in baselines(*self.inputs).items()
         }
         candidates |= self._parts_before_attention()
         for density in densities:
@@ -170,7 +167,7 @@ class _Case:
     def _parts_before_attention(self) -> Candidates:
         config, grid = self.config, self.shape.grid
         arguments = LowDelta().arguments(self.selection)
-        _check_scores(arguments)
+        check_scores(arguments)
 
         def reorder(query: Tensor, key: Tensor, value: Tensor) -> Any:
             ordered, inverse = reorder_tokens(query, key, value, config, grid)
@@ -179,9 +176,9 @@ class _Case:
 
         _, key, value = self.ordered
         return {
-            ("reorder", None): _bind(self._compiled(reorder), *self.inputs),
-            ("statistics", None): _bind(ops.block_statistics, key, value, config.block_kv),
-            ("scores", None): _bind(ops.block_scores, *arguments),
+            ("reorder", None): bind(self._compiled(reorder), *self.inputs),
+            ("statistics", None): bind(ops.block_statistics, key, value, config.block_kv),
+            ("scores", None): bind(ops.block_scores, *arguments),
         }
 
     def _at_density(self, density: float) -> Candidates:
@@ -189,7 +186,7 @@ class _Case:
         config = dataclasses.replace(self.config, density=density)
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
-        _check_attention(arguments)
+        check_attention(arguments)
         blocks = -(-self.shape.length // config.block_kv)
         self.kept[density] = arguments[4].double().mean().item() / blocks
 
@@ -202,15 +199,15 @@ class _Case:
         no_tail = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
         no_list = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
         candidates: Candidates = {
-            ("kernels", density): _bind(ops.sparse_attention, *arguments),
-            ("operation", density): _bind(whole, *self.inputs),
-            ("before", density): _bind(self._compiled(before_attention), *self.ordered),
-            ("listed", density): _bind(ops.sparse_attention, *no_tail),
-            ("tail", density): _bind(ops.sparse_attention, *no_list),
+            ("kernels", density): bind(ops.sparse_attention, *arguments),
+            ("operation", density): bind(whole, *self.inputs),
+            ("before", density): bind(self._compiled(before_attention), *self.ordered),
+            ("listed", density): bind(ops.sparse_attention, *no_tail),
+            ("tail", density): bind(ops.sparse_attention, *no_list),
         }
         if not getattr(config.selection_policy(), "needs_grid", False):
             in_order = _operation(dataclasses.replace(config, reorder="none"), None)
-            candidates["in order", density] = _bind(self._compiled(in_order), *self.ordered)
+            candidates["in order", density] = bind(self._compiled(in_order), *self.ordered)
         if self.compile and torch.device(self.device).type == "cuda":
             flex = _flex_attention(arguments)
             output = flex()
@@ -224,7 +221,7 @@ class _Case:
         return torch.compile(function, dynamic=False) if self.compile else function
 
     def _note_error(self, what: str, density: float, output: Tensor) -> None:
-        self.errors[what, density] = _relative_error(output, *self.inputs, self.scale)
+        self.errors[what, density] = relative_error(output, *self.inputs, self.scale)
 
     def _memory(self, call: Callable[[], Any]) -> float | None:
         """The most that is allocated during a call beside its result, relative to q, k and v."""
@@ -309,12 +306,13 @@ def _time_cpu(call: Callable[[], Any]) -> float:
     return (perf_counter() - start) * 1e3
 
 
-def _bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """A call without arguments."""
     return lambda: function(*arguments)
 
 
-def _baselines(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Dense attention by each backend that takes these tensors."""
+def baselines(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Dense attention by each backend that takes these tensors, by name."""
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
     def call(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -364,135 +362,6 @@ def _operation(
     return operation
 
 
-def _sampled_rows(length: int, block: int) -> tuple[list[int], Tensor]:
-    """A few query blocks, the ragged last one among them, and their rows."""
-    blocks = -(-length // block)
-    chosen = sorted({0, blocks // 2, blocks - 1})[:SAMPLED_BLOCKS]
-    rows = torch.cat([torch.arange(n * block, min((n + 1) * block, length)) for n in chosen])
-    return chosen, rows
-
-
-def _check_attention(arguments: Sequence[Any]) -> None:
-    """Compare sampled query blocks with float64.
-
-    The kernels may err as much as the reference does in the same dtype, plus one unit in the last
-    place of the largest output: half for its rounding, half for that of the tail's part. Their
-    softmax rounds a logit in float32 a few times more: as much of itself of every value. On a GPU
-    the variance of the logits may be rounded too.
-
-    Raises:
-        ArithmeticError: They err more.
-    """
-    output, lse = ops.sparse_attention(*arguments)
-    query, block_q = arguments[0], arguments[12]
-    chosen, rows = _sampled_rows(query.shape[2], block_q)
-    for head in range(min(SAMPLED_HEADS, query.shape[1])):
-        part: list[Any] = [
-            x[:1, head : head + 1] if isinstance(x, Tensor) else x for x in arguments
-        ]  # one sample, one head
-        part[0] = part[0][:, :, rows.to(query.device)]
-        for i in (3, 4):
-            part[i] = part[i][:, :, chosen]
-        for i in (5, 6, 7):  # representatives of each query block
-            if arguments[5].dim() == 5:
-                part[i] = part[i][:, :, chosen]
-        if part[9].shape[2] > 1:
-            part[9] = part[9][:, :, chosen]
-        double: list[Any] = [
-            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in part
-        ]
-        exact, exact_lse = reference.sparse_attention(*double)
-        eager, eager_lse = reference.sparse_attention(*part)
-        got = output[:1, head : head + 1, rows.to(query.device)]
-        got_lse = lse[:1, head : head + 1, rows.to(query.device)]
-        logit = 2**-22 * exact_lse.abs().max()
-        unit = torch.finfo(query.dtype).eps * exact.abs().max()
-        more, more_lse = variance_roundings(part) if query.is_cuda else (0.0, 0.0)
-        _require("output", got, eager, exact, unit + logit * arguments[2].abs().max() + more)
-        _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit + more_lse)
-
-
-def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
-    """What rounding sigma2, as on Hopper, adds to the error of the output and of the log-sum-exp.
-
-    A mean of squares is rounded to the query's dtype and sigma2 to bfloat16: half a unit of each, a
-    share ``u`` of sigma2. A logit moves by ``u * weight / 2 * sigma2``, a weight by the share ``e``
-    that is its exponential's; the output by twice that of the largest value, and the slope's part,
-    whose damping moves by ``u`` too, by as much of the largest rise.
-
-    Args:
-        arguments: Of ``uta::sparse_attention``.
-    """
-    query, value, tail_value, variance, slope = (arguments[i].double() for i in (0, 2, 6, 8, 9))
-    scale, weight, block_q = arguments[10:13]
-    if not variance.shape[2]:
-        return 0.0, 0.0
-    u = torch.finfo(arguments[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
-    sigma2 = reference.pooled_variance(query, variance, scale, block_q).max().item()
-    e = math.expm1(u * weight / 2 * sigma2)
-    largest = max(value.abs().max().item(), tail_value.abs().max().item())
-    rise = 0.0
-    if slope.shape[2]:
-        rise = (query[:, :, None] * scale @ slope).abs().max().item()
-    return 2 * e * largest + (2 * e + u) * rise, e
-
-
-def _check_scores(arguments: Sequence[Any]) -> None:
-    """Compare sampled rows of scores with float64.
-
-    The mean query of a group and its mean of ``(s q)^2`` are rounded to the query's dtype: half a
-    unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
-    sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
-    a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
-
-    Raises:
-        ArithmeticError: A score is further away.
-    """
-    scores = ops.block_scores(*arguments)
-    query, block_q = arguments[0], arguments[-2]
-    chosen, rows = _sampled_rows(query.shape[2], block_q)
-    part: list[Any] = [
-        x[:1, :SAMPLED_HEADS].double() if isinstance(x, Tensor) else x for x in arguments
-    ]
-    part[0] = part[0][:, :, rows.to(query.device)]
-    exact = reference.block_scores(*part)
-    rows_q, mean, variance, log_size, scale, weight, power, _, group = part
-    sigma2 = reference.pooled_variance(rows_q, variance, scale, group)
-    groups = torch.cat([x.mean(3) for x in reference.split_blocks(rows_q * scale, group)], 2)
-    products = groups.abs() @ mean.abs().mT
-    logits = products + log_size[:, :, None] + weight / 2 * sigma2
-    unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
-    unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
-    _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
-
-
-def _require(name: str, got: Tensor, eager: Tensor, exact: Tensor, rounding: Tensor) -> None:
-    error = (got.double() - exact).abs().max()
-    allowed = (eager.double() - exact).abs().max() + rounding
-    if not error <= allowed:
-        raise ArithmeticError(
-            f"{name} differs from float64 by {error:.2e} where {allowed:.2e} is allowed:"
-            " nothing is timed"
-        )
-
-
-def _relative_error(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> float:
-    """Squared error relative to dense attention's squares, on sampled rows of every head."""
-    generator = torch.Generator().manual_seed(0)
-    length = query.shape[2]
-    rows = torch.randperm(length, generator=generator)[:128].to(query.device)
-    error = total = 0.0
-    for b in range(query.shape[0]):
-        for h in range(query.shape[1]):
-            logits = query[b, h, rows].double() @ key[b, h].double().T * scale
-            exact = logits.softmax(-1) @ value[b, h].double()
-            error += (output[b, h, rows].double() - exact).square().sum().item()
-            total += exact.square().sum().item()
-    return error / total
-
-
 def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
     """What a call spends on each part, density by density; they add up to about ``operation``."""
     once = {row["what"]: row["ms"] for row in rows if row["density"] is None}
@@ -502,13 +371,15 @@ def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{rows[0]['shape']:<15} {density:7.2f} parts in ms: {parts}")
 
 
-def _alignment(form: str) -> str:
+def alignment(form: str) -> str:
+    """Of a column's title: the format of its numbers without their precision."""
     return form.split(".")[0].rstrip("%fe")
 
 
-def _format_row(row: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any], columns: dict[str, str]) -> str:
+    """One line of a table whose columns have these formats; ``-`` where there is no number."""
     cells = []
-    for name, form in COLUMNS.items():
+    for name, form in columns.items():
         value = row[name]
-        cells.append(f"{'-':{_alignment(form)}}" if value is None else f"{value:{form}}")
+        cells.append(f"{'-':{alignment(form)}}" if value is None else f"{value:{form}}")
     return " ".join(cells)

@@ -54,6 +54,10 @@ SHAPES = {
         Shape(name="ltx-720p", batch=2, heads=32, grid=(21, 22, 40), dim=64),
         Shape(name="mochi-480p", batch=1, heads=24, grid=(28, 30, 53), dim=128),
         Shape(name="power-of-two", batch=1, heads=12, grid=(16, 32, 32), dim=128),
+        Shape(name="cpu-4k-64", batch=1, heads=4, grid=(4, 32, 32), dim=64),
+        Shape(name="cpu-4k-128", batch=1, heads=4, grid=(4, 32, 32), dim=128),
+        Shape(name="cpu-16k-64", batch=1, heads=2, grid=(16, 32, 32), dim=64),
+        Shape(name="cpu-16k-128", batch=1, heads=2, grid=(16, 32, 32), dim=128),
         Shape(name="tiny", batch=1, heads=2, grid=(4, 12, 10), dim=32),
     )
 }

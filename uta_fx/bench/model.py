@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -28,6 +30,7 @@ def run(
     *,
     size: str | None = None,
     config: uta_fx.Config | None = None,
+    whole: bool = False,
     layers: int | None = None,
     rounds: int = 3,
     device: str = "cuda",
@@ -36,34 +39,46 @@ def run(
     """Build each model, time one forward of one sample, and print a line for each variant.
 
     Every block is compiled by itself, by ``config.inner`` (dense) or with ``backend="uta"``: alike
-    blocks share their code, and what is around them runs eagerly in both.
+    blocks share their code, and what is around them runs eagerly in both. With ``whole`` the model
+    is one graph, in which tokens are reordered once. Each variant finds an empty cache of compiled
+    code, and what a process pays for its first compilation (imports, workers) is paid before;
+    Triton kernels of ours that an earlier density compiled are there for the next.
 
     Args:
         names: In ``uta_fx.study.real_models.REAL_MODELS``.
         densities: What to set ``config.density`` to.
         size: Of the clip, a name in the models' ``sizes``; None for the first.
-        config: Everything else; None for the defaults. The grid is the model's.
+        config: Everything else; None for the defaults. The grid is the model's, and masks, which
+            are ours and hide nothing, are trusted.
+        whole: Compile the model as a whole.
         layers: At most so many of each stack of layers; None for all.
         rounds: Timed forwards; the median is reported.
         device: A GPU, or the CPU for small numbers of layers.
         output: JSON file to write; None for none.
 
     Returns:
-        One entry for each variant: ``model``, ``size``, ``tokens``, ``density`` (None for dense),
-        ``seconds``, ``speedup`` over dense, ``compile_s``: what the first forward takes longer,
+        One entry for each variant: ``model``, ``size``, ``whole``, ``tokens``, ``density`` (None
+        for dense), ``seconds``, ``speedup`` over dense, ``compile_s``: what the first forward takes
+        longer,
         ``memory_gb``: the most that was allocated, ``attention``: the share of a forward's time
         that is attention (None without a GPU), and ``error``: of the model's output, relative to
         dense, in norm.
     """
     config = config or uta_fx.Config()
-    print(describe(device, DTYPE, config) + ", random weights, blocks compiled one by one")
+    how = "compiled as a whole" if whole else "blocks compiled one by one"
+    print(f"{describe(device, DTYPE, config)}, random weights, {how}")
+    if config.inner == "inductor":
+        _start_inductor(device)
     print(f"{'model':16} {'size':6} {'tokens':>7} {'density':>7} {'s':>8} {'speedup':>7}"
           f" {'compile s':>9} {'GB':>6} {'attention':>9} {'error':>8}")  # fmt: skip
     rows: list[dict[str, Any]] = []
     for name in names:
         real = find_model(name)
-        for row in _forwards(real, real.size(size), densities, config, layers, rounds, device):
-            row = {"model": name, "size": size or next(iter(real.sizes)), **row}
+        variants = _forwards(
+            real, real.size(size), densities, config, whole, layers, rounds, device
+        )
+        for row in variants:
+            row = {"model": name, "size": size or next(iter(real.sizes)), "whole": whole, **row}
             rows.append(row)
             print(_format(row), flush=True)
             if output is not None:
@@ -76,58 +91,68 @@ def _forwards(
     size: Any,
     densities: Sequence[float],
     config: uta_fx.Config,
+    whole: bool,
     layers: int | None,
     rounds: int,
     device: str,
 ) -> Any:
     grid = real.grid(size)
-    model = build(real, layers, device)
+    model = real.with_random_weights(layers, device)
     inputs = tree_map_only(Tensor, _values(device), real.inputs(real.latent(size), grid))
 
     def forward() -> Tensor:
         return model(**inputs, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    blocks = [
-        block for part in model.children() if isinstance(part, nn.ModuleList) for block in part
-    ]
-    torch.compiler.reset()
-    for block in blocks:
-        block.compile(fullgraph=True, backend=config.inner)
-    dense, expected = _measure(forward, rounds, device)
-    attention = _attention_seconds(forward, device)
+    parts = [model]
+    if not whole:
+        lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
+        parts = [block for part in lists for block in part]
+    fullgraph = not (whole and real.by_block)  # such a model breaks its graph itself
+    with _nothing_compiled():
+        for part in parts:
+            part.compile(fullgraph=fullgraph, backend=config.inner)
+        dense, expected = _measure(forward, rounds, device)
+        attention = _attention_seconds(forward, device)
     rest = None if attention is None else dense["seconds"] - attention
-    for block in blocks:
-        block._compiled_call_impl = None
+    for part in parts:
+        part._compiled_call_impl = None
     yield _row(dense, None, dense["seconds"], rest, grid, 0.0)
     for density in densities:
-        torch.compiler.reset()
-        uta_fx.enable(
-            model,
-            dataclasses.replace(config, density=density, grid=grid),
-            blocks=True,
-            fullgraph=True,
-        )
-        sparse, result = _measure(forward, rounds, device)
-        uta_fx.disable(model)
+        with _nothing_compiled():
+            uta_fx.enable(
+                model,
+                dataclasses.replace(config, density=density, grid=grid, trust_masks=True),
+                blocks=not whole,
+                fullgraph=fullgraph,
+            )
+            sparse, result = _measure(forward, rounds, device)
+            uta_fx.disable(model)
         error = ((result - expected).norm() / expected.norm()).item()
         yield _row(sparse, density, dense["seconds"], rest, grid, error)
 
 
-def build(real: RealModel, layers: int | None, device: str, seed: int = 0) -> nn.Module:
-    """The model with the random weights of its class, in ``DTYPE``.
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Dynamo has no code, Inductor and Triton an empty folder for theirs."""
+    from torch._inductor.utils import fresh_cache
 
-    Args:
-        real: Which.
-        layers: At most so many of each stack; None for all.
-        device: Where it is made; a moment in float32.
-        seed: Of the weights.
-    """
-    depth = real.depth()
-    cut = {name: min(layers or depth[x], depth[x]) for x, name in real.stacks.items()}
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model: nn.Module = real.model_class()(**{**real.settings, **cut})
-    return model.eval().to(DTYPE)
+    torch.compiler.reset()
+    with fresh_cache():
+        yield
+
+
+def _start_inductor(device: str) -> None:
+    """Import what compiles, start its workers, and load the device's libraries."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.wait_pool_ready()
+
+    @torch.compile
+    def some(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x @ x, x, x).relu()
+
+    with torch.no_grad():
+        some(torch.ones(1, 1, 64, 64, device=device, dtype=DTYPE))
 
 
 def _values(device: str) -> Callable[[Tensor], Tensor]:

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from uta_fx.clusters import Clusters
+from uta_fx.kernels.ops import select_blocks
 from uta_fx.order import Grid
 from uta_fx.statistics import BlockStatistics
 
@@ -99,32 +99,23 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     the best block of every row; ``budget="head"`` ``ceil(density * Nq * Nk)`` of each head of each
     sample. Samples of a batch never compete, so that a result does not depend on its neighbours.
 
+    Of equal scores the first are kept, in the order of heads, rows and blocks; NaN counts as
+    ``-inf``. The same scores keep the same blocks on every device.
+
     Args:
-        scores: ``[B, H, Nq, Nk]``, higher is kept; within a budget rows must be comparable.
+        scores: ``[B, H, Nq, Nk]``, higher is kept, compared in float32; within a budget rows must
+            be comparable.
         density: In (0, 1].
         budget: ``"site"``, ``"head"`` or ``"row"``.
 
     Returns:
         Boolean ``[B, H, Nq, Nk]``.
     """
-    batch, heads, rows, blocks = scores.shape
-    if budget == "row":
-        return _highest(scores, share_of(density, blocks))
-    best = torch.zeros_like(scores, dtype=torch.bool)
-    best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
-    lead = (batch, heads) if budget == "head" else (batch,)
-    all_rows = rows if budget == "head" else heads * rows
-    flat = scores.masked_fill(best, torch.inf).reshape(*lead, all_rows * blocks)
-    kept = max(all_rows, share_of(density, all_rows * blocks))
-    return _highest(flat, kept).view(scores.shape)
+    _, heads, blocks_q, blocks = scores.shape
+    rows = {"row": 1, "head": blocks_q, "site": heads * blocks_q}[budget]
+    return select_blocks(scores.float(), max(rows, share_of(density, rows * blocks)), rows)
 
 
 def share_of(density: float, total: int) -> int:
     """``ceil(density * total)``, at least 1; a product that misses an integer by rounding is it."""
     return min(total, max(1, math.ceil(density * total * (1 - 1e-12))))
-
-
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """True at the ``count`` highest scores along the last dimension."""
-    chosen = scores.topk(count, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)

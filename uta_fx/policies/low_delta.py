@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from uta_fx.kernels.ops import block_scores
@@ -49,12 +50,20 @@ class LowDelta:
             raise ValueError(f"rows must be a power of two, got {self.rows}")
 
     def arguments(self, selection: Selection) -> tuple[Any, ...]:
-        """The arguments of ``uta::block_scores``."""
+        """The arguments of ``uta::block_scores``, with nu in the variance where that is the same.
+
+        Relative to the largest nu of a sample, which changes no order, so that float16 holds it.
+        """
         statistics, query = selection.statistics, selection.query
+        variance = statistics.key_variance
+        if self._spread_in_variance:
+            spread = statistics.value_variance ** (self.value_power / (2 * self.power))
+            largest = spread.amax((1, 2), keepdim=True).clamp_min(torch.finfo(spread.dtype).tiny)
+            variance = variance * (spread / largest)[..., None]
         return (
             query,
             statistics.key_mean.to(query.dtype),
-            statistics.key_variance.to(query.dtype),
+            variance.to(query.dtype),
             statistics.log_size,
             selection.scale,
             self.variance_weight,
@@ -63,10 +72,15 @@ class LowDelta:
             self.rows,
         )
 
+    @property
+    def _spread_in_variance(self) -> bool:
+        """Whether the variance is but a factor of the score, to the power of ``power``."""
+        return self.value_power > 0 and self.power > 0 and self.variance_weight == 0
+
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
         scores = block_scores(*self.arguments(selection))
-        if self.value_power:
+        if self.value_power and not self._spread_in_variance:
             spread = selection.statistics.value_variance ** (self.value_power / 2)
             scores = scores * spread[:, :, None]
         return spend_budget(scores, selection.density, selection.budget)

@@ -1,0 +1,279 @@
+"""Which kernels ONNX Runtime's plugin runs for a node, compiled ahead of time without a GPU.
+
+They are those of ``triton_attention``, and on Hopper those of ``gluon_attention`` where PyTorch's
+operator takes them too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from onnx import TensorProto
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from uta_fx.kernels import triton_attention
+from uta_fx.kernels.triton_attention import (
+    ID_CHUNK,
+    dot_precision,
+    fit_tile,
+    gluon_attention,
+    gluon_tail,
+)
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory of one program by architecture, as NVIDIA's programming guide gives it."""
+
+_HOPPER = 90
+_DTYPES = {
+    TensorProto.FLOAT: (torch.float32, "fp32"),
+    TensorProto.FLOAT16: (torch.float16, "fp16"),
+    TensorProto.BFLOAT16: (torch.bfloat16, "bf16"),
+}
+_POINTERS = {
+    "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
+    "ids": "i32", "counts": "i32", "order": "i32", "plan": "i32",
+}  # fmt: skip
+_HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
+# what the C source calls a parameter, where a kernel of gluon_attention has another name for it
+_NAMES = {
+    "_paired_kernel": {
+        "ids_ptr": "order_ptr", "size_ptr": "tail_size_ptr", "size_sb": "tail_size_sb",
+        "size_sh": "tail_size_sh", "representatives": "blocks_kv",
+    },
+    "_pair_lists_kernel": {"ids_out_ptr": "order_ptr"},
+    "_pooled_variance_kernel": {
+        "var_ptr": "tail_var_ptr", "var_sb": "tail_var_sb", "var_sh": "tail_var_sh",
+        "var_sr": "tail_var_sr",
+    },
+}  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """For which nodes and shapes a set of kernels is compiled; fields as in the C source."""
+
+    dtype: int
+    dim: int
+    dim_v: int
+    block_q: int
+    block_kv: int
+    sign: int
+    has_tail: bool
+    per_block: bool
+    has_variance: bool
+    slopes: int  # 0, 1 (one a head) or 2 (one a query block)
+    even: bool
+    representatives: int  # bounds the tile of the tail
+
+
+class Map(NamedTuple):
+    """How the copy engine cuts a tensor that a kernel has a map of."""
+
+    parameter: str
+    swizzle: int
+    box: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        name: Of its entry.
+        cubin: Machine code.
+        shared: Bytes of shared memory.
+        threads: Of one program.
+        programs: How many there are for ``blocks`` query blocks.
+        blocks: See ``programs``.
+        parameters: Their names in the C source, in order.
+        maps: Of the parameters that are tensor maps, in order.
+    """
+
+    name: str
+    cubin: bytes
+    shared: int
+    threads: int
+    programs: int
+    blocks: int
+    parameters: tuple[str, ...]
+    maps: tuple[Map, ...]
+
+
+def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
+    """The kernels of a variant by their place in the C source, in the order in which they run.
+
+    Raises:
+        RuntimeError: Triton could not compile one of them.
+    """
+    dtype = _DTYPES[variant.dtype][0]
+    sizes = (variant.dim, variant.dim_v, variant.block_q, variant.block_kv)
+    paired = paired_tail = False
+    if architecture == _HOPPER and gluon_attention is not None:
+        paired = gluon_attention.takes_sizes(dtype, *sizes)
+        paired_tail = paired and gluon_attention.takes_tail_sizes(
+            variant.per_block, variant.has_variance, variant.slopes
+        )
+    kernels = {}
+    if variant.per_block or paired:
+        kernels["MARK"] = _compile(
+            triton_attention._mark_listed_kernel, variant, architecture, {"CHUNK": ID_CHUNK}
+        )
+    if variant.has_tail and not paired_tail:
+        kernels["TAIL"] = _compile_tail(variant, architecture)
+    if not paired:
+        kernels["LISTED"] = _compile_listed(variant, architecture)
+        return kernels
+    kernels["ORDER"] = _compile(
+        gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
+        blocks=2,
+    )  # fmt: skip
+    if paired_tail:
+        kernels["VARIANCE"] = _compile(
+            gluon_tail._pooled_variance_kernel, variant, architecture,
+            gluon_tail.variance_options(variant.dim, variant.block_q), blocks=gluon_tail.MANY_Q,
+        )  # fmt: skip
+    options = gluon_attention.paired_options(
+        variant.dim, variant.sign, variant.even, paired_tail, variant.has_tail and not paired_tail
+    )
+    kernels["PAIRED"] = _compile(
+        gluon_attention._paired_kernel, variant, architecture, options,
+        blocks=gluon_attention.blocks_of_program(variant.dim),
+    )  # fmt: skip
+    return kernels
+
+
+def _compile_tail(variant: Variant, architecture: int) -> Kernel:
+    dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
+    block = max(16, triton.next_power_of_2(variant.representatives))
+    sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
+    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 1, 2, limit)
+    options = {
+        "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,
+        "HAS_SLOPE": variant.slopes > 0, **_dims(variant),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    return _compile(
+        triton_attention._tail_kernel, variant, architecture, options,
+        programs=variant.block_q // tile.block_m,
+    )  # fmt: skip
+
+
+def _compile_listed(variant: Variant, architecture: int) -> Kernel:
+    dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
+    sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
+    tile = fit_tile(triton_attention._LISTED_TILES, *sizes, variant.block_kv, 1, 2, limit)
+    options = {
+        "BLOCK_Q": variant.block_q, "BLOCK_KV": variant.block_kv, "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "EVEN": variant.even, "RESUME": variant.has_tail,
+        "CHUNK": ID_CHUNK, "RECTIFY": False, "gain_ptr": None, "offset_ptr": None,
+        "COUNTED": False, "key_counts_ptr": None, **_dims(variant),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    return _compile(
+        triton_attention._listed_kernel, variant, architecture, options,
+        programs=variant.block_q // tile.block_m,
+    )  # fmt: skip
+
+
+def _dims(variant: Variant) -> dict[str, Any]:
+    return {
+        "D": variant.dim, "D_PADDED": triton.next_power_of_2(variant.dim),
+        "DV": variant.dim_v, "DV_PADDED": triton.next_power_of_2(variant.dim_v),
+        "SIGN": variant.sign, "PRECISION": dot_precision(_DTYPES[variant.dtype][0]), "o_sd": 1,
+    }  # fmt: skip
+
+
+def _compile(
+    function: JITFunction[Any],
+    variant: Variant,
+    architecture: int,
+    options: Mapping[str, Any],
+    *,
+    programs: int = 1,
+    blocks: int = 1,
+) -> Kernel:
+    constants = {name: x for name, x in options.items() if name in function.arg_names}
+    renamed = _NAMES.get(function.__name__, {})
+    parameters = {
+        name: renamed.get(name, name) for name in function.arg_names if name not in constants
+    }
+    mapped = [name for name in parameters if name.endswith("_desc")]
+    signature = dict.fromkeys(function.arg_names, "constexpr")
+    for name, known_as in parameters.items():
+        signature[name] = _parameter_type(known_as, variant)
+    source: type[ASTSource] = ASTSource
+    if mapped:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
+        signature |= _map_types(mapped, variant, constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(function.arg_names)
+        if name in parameters and _is_divisible(parameters[name], variant)
+    }
+    try:
+        compiled = triton.compile(
+            source(function, signature, constants, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options={name: x for name, x in options.items() if name not in constants},
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"Triton could not compile {function.__name__} for sm_{architecture}: {error}"
+        ) from error
+    metadata = compiled.metadata
+    assert metadata.global_scratch_size == metadata.profile_scratch_size == 0
+    cuts = metadata.tensordesc_meta if mapped else ()
+    return Kernel(
+        name=metadata.name,
+        cubin=compiled.asm["cubin"],
+        shared=metadata.shared,
+        threads=32 * metadata.num_warps,
+        programs=programs,
+        blocks=blocks,
+        parameters=tuple(parameters.values()),
+        maps=tuple(
+            Map(name, cut["swizzle"], tuple(cut["block_size"]))
+            for name, cut in zip(mapped, cuts, strict=True)
+        ),
+    )
+
+
+def _parameter_type(name: str, variant: Variant) -> str:
+    if name.endswith("_ptr"):
+        return "*" + _POINTERS.get(name.removesuffix("_ptr"), _DTYPES[variant.dtype][1])
+    if name in ("scale", "scale_log2", "half_weight_log2"):
+        return "fp32"
+    return "i64" if name.endswith(_HEADERS_OF_ROW) else "i32"
+
+
+def _map_types(
+    names: Iterable[str], variant: Variant, constants: Mapping[str, Any]
+) -> dict[str, str]:
+    """Types of tensor maps: of blocks of rows, or of a whole slope where there is a tail."""
+    rows = dict.fromkeys(names, gluon_attention.BLOCK)
+    if constants["TAIL"]:
+        rows["slope_desc"] = variant.dim
+    dtype, layout = _DTYPES[variant.dtype][1], gluon_attention.MAP_LAYOUT
+    return {
+        name: f"tensordesc<{dtype}[1, 1, {count}, {variant.dim}],{layout!r}>"
+        for name, count in rows.items()
+    }
+
+
+def _is_divisible(name: str, variant: Variant) -> bool:
+    """Whether 16 divides a parameter: the plugin checks pointers, and tensors are contiguous."""
+    if name.endswith("_ptr"):
+        return True
+    tensor, _, stride = name.rpartition("_s")
+    if len(stride) != 1 or tensor in ("ids", "counts", "tail_size"):
+        return False
+    dims = {"q": variant.dim, "k": variant.dim, "tail_k": variant.dim, "tail_var": variant.dim}
+    return dims.get(tensor, variant.dim_v) % 16 == 0

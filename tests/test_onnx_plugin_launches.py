@@ -1,0 +1,185 @@
+"""ONNX Runtime's plugin launches what PyTorch's operator launches, on a stand-in for a GPU."""
+
+import ctypes
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import Case
+
+pytest.importorskip("onnx")
+pytest.importorskip("triton")
+
+import plugin_runtime  # need onnx, Triton
+
+from uta_fx.export import onnx_functions, onnxruntime_kernels, onnxruntime_plugin
+from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
+
+LIMITS = {90: 227 * 1024, 86: 99 * 1024}
+KERNELS = {
+    triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
+    gluon_attention: ("_pair_lists_kernel", "_paired_kernel"),
+    gluon_tail: ("_pooled_variance_kernel",),
+}
+UNREAD = {  # what a kernel does not read where a constant of it is false
+    "TAIL": ("tail_", "slope_desc", "size_", "sigma2_"),
+    "HAS_VARIANCE": ("tail_var_",),
+    "HAS_SLOPE": ("slope_",),
+    "PER_BLOCK": ("listed_",),
+}
+
+WHOLE = "_mark_listed_kernel _pair_lists_kernel _pooled_variance_kernel _paired_kernel"
+LISTS = "_mark_listed_kernel _pair_lists_kernel _paired_kernel"
+RESUMED = "_mark_listed_kernel _tail_kernel _pair_lists_kernel _paired_kernel"
+PLAIN = "_mark_listed_kernel _tail_kernel _listed_kernel"
+HOPPER = Case(
+    length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64, dtype=torch.bfloat16
+)
+CASES = {
+    "everything": (HOPPER, WHOLE),
+    "even": (replace(HOPPER, length_q=256, length_kv=512), WHOLE),
+    "one_block": (replace(HOPPER, length_q=60, length_kv=60), WHOLE),
+    "head_dim_64": (replace(HOPPER, dim=64, dim_v=64), WHOLE),
+    "float16": (replace(HOPPER, dtype=torch.float16), WHOLE),
+    "long": (replace(HOPPER, batch=1, heads=1, length_q=70 * 64, length_kv=8200), WHOLE),
+    "no_tail": (replace(HOPPER, tail="none"), LISTS),
+    "tail_of_each_query_block": (replace(HOPPER, tail="row"), RESUMED),
+    "no_slope": (replace(HOPPER, slopes="none"), RESUMED),
+    "slope_of_each_query_block": (replace(HOPPER, slopes="row"), RESUMED),
+    "float32": (replace(HOPPER, dtype=torch.float32), PLAIN),
+    "other_blocks": (replace(HOPPER, block_kv=32), PLAIN),
+    "other_head_dim": (replace(HOPPER, dim=96, dim_v=96), PLAIN),
+    "no_tail_plain": (Case(tail="none"), "_listed_kernel"),
+    "rows_plain": (Case(tail="row", slopes="row"), "_tail_kernel _listed_kernel"),
+}
+
+
+class Recorder:
+    """Stands in for a Triton kernel; keeps its launches, arguments by name."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            names = [name for name in self.kernel.arg_names if name not in options]
+            given = dict(zip(names, args, strict=True)) | options
+            self.launches.append((self.kernel.__name__, grid, given))
+
+        return launch
+
+
+class Compiler:
+    """Stands in for ``triton.compile``; keeps signature, constants and options by kernel."""
+
+    def __init__(self):
+        self.given = {}
+
+    def __call__(self, source, target, options):
+        names, signature = source.fn.arg_names, source.signature
+        constants = {names[index]: x for (index,), x in source.constants.items()}
+        self.given[source.fn.__name__] = (signature, constants, options)
+        maps = [kind for kind in signature.values() if kind.startswith("tensordesc")]
+        metadata = SimpleNamespace(
+            name=source.fn.__name__, shared=60000, num_warps=options.get("num_warps", 4),
+            global_scratch_size=0, profile_scratch_size=0,
+            tensordesc_meta=[{"swizzle": 3, "block_size": [1, 1, 64, 32]}] * len(maps),
+        )  # fmt: skip
+        return SimpleNamespace(asm={"cubin": b"none"}, metadata=metadata)
+
+
+def as_map(x):
+    """A descriptor of Triton's as the driver is told, in the boxes of ``Compiler``."""
+    dtype = {torch.float16: "fp16", torch.bfloat16: "bf16"}[x.base.dtype]
+    return plugin_runtime.TensorMap(
+        x.base.data_ptr(), dtype, tuple(x.shape), tuple(x.strides), (1, 1, 64, 32), 3
+    )
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return plugin_runtime.build_driver(tmp_path_factory.mktemp("driver"))
+
+
+def prepare(path, case, architecture, driver, monkeypatch):
+    """A plugin's runtime for a case; what its kernels were compiled with; the operator's launches.
+
+    The latter end with its outputs.
+    """
+    monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
+    monkeypatch.setattr(triton_attention, "shared_limit", lambda x: LIMITS[architecture])
+    compiler = Compiler()
+    monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
+    args = case.inputs()
+    model, inputs = onnx_functions.node_model(args)
+    variants = onnxruntime_plugin.variants_of(model)
+    compiled = [onnxruntime_kernels.compile_variant(x, architecture) for x in variants]
+    onnxruntime_plugin.link_plugin(variants, compiled, architecture, path, driver=str(driver))
+    launches = []
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    outputs = triton_attention.sparse_attention(*args)
+    signatures = {name: signature for name, (signature, *_) in compiler.given.items()}
+    runtime = plugin_runtime.Runtime(
+        path, driver, model.graph.node[0], inputs.values(), outputs, signatures
+    )
+    return runtime, compiler.given, launches
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_launches_are_the_operator_s(tmp_path, architecture, name, driver, monkeypatch):
+    """The same kernels with the same constants, grids, tensors and numbers, in the same order."""
+    case, kernels = CASES[name]
+    runtime, compiled, expected = prepare(
+        tmp_path / "plugin.so", case, architecture, driver, monkeypatch
+    )
+    runtime.run()
+    assert not runtime.scratch  # all workspace is given back
+    if architecture == 90:
+        assert " ".join(name for name, *_ in expected) == kernels
+    same = {x.data_ptr(): x.data_ptr() for x in runtime.tensors}  # others are workspace
+    ends = {}
+    for launch, (kernel, grid, arguments) in zip(runtime.launches, expected, strict=True):
+        assert (launch.kernel, launch.grid, launch.shared) == (kernel, grid, 60000)
+        assert launch.threads == 32 * arguments.get("num_warps", 4)
+        _, constants, options = compiled[kernel]
+        for name, value in (constants | options).items():
+            assert value == arguments.pop(name), (kernel, name)
+        unread = tuple(
+            x for name, prefixes in UNREAD.items() if constants.get(name) is False for x in prefixes
+        )
+        assert arguments.keys() == launch.arguments.keys()
+        for name, value in arguments.items():
+            got = launch.arguments[name]
+            if torch.is_tensor(value):
+                ends[got] = max(ends.get(got, 0), got + value.nbytes)
+                got, value = same.setdefault(got, value.data_ptr()), value.data_ptr()
+            elif isinstance(value, float):
+                value = ctypes.c_float(value).value
+            elif not isinstance(value, int):
+                value = as_map(value)
+            assert got == value or name.startswith(unread), (kernel, name)
+    starts = sorted(ends)
+    assert all(ends[start] <= after for start, after in itertools.pairwise(starts))
+
+
+def test_bad_tensors_are_refused(tmp_path, driver, monkeypatch):
+    """By a sentence of ONNX Runtime's status; nothing is launched, no workspace kept."""
+    runtime, *_ = prepare(tmp_path / "plugin.so", HOPPER, 90, driver, monkeypatch)
+    query, key = runtime.tensors[:2]
+    shifted = key.new_zeros(key.numel() + 1)[1:].view(key.shape)
+    narrow, shorter = query[..., :120].contiguous(), key[:, :, :-64].contiguous()
+    for wrong, message in (
+        ((query, shifted), "input 1 must begin at a multiple of 16 bytes"),
+        ((query, shorter), "one representative for each of 8 key blocks, got 1 x 9"),
+        ((narrow, key), "was not built for this node"),
+        ((query, key[0]), "input 1 must have 4 dimensions, got 3"),
+    ):
+        runtime.tensors[:2] = wrong
+        with pytest.raises(RuntimeError, match=message):
+            runtime.run()
+        assert not runtime.launches and not runtime.scratch

@@ -1,0 +1,147 @@
+"""Before the benchmarks of attention time anything: do sampled rows agree with float64.
+
+And how far is an output from dense attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uta_fx.kernels import ops, reference
+
+SAMPLED_HEADS = 2
+SAMPLED_BLOCKS = 3  # query blocks of each sampled head: the first, one in the middle, the last
+
+
+def check_attention(arguments: Sequence[Any]) -> None:
+    """Compare sampled query blocks with float64.
+
+    The kernels may err as much as the reference does in the same dtype, plus one unit in the last
+    place of the largest output: half for its rounding, half for that of the tail's part. Their
+    softmax rounds a logit in float32 a few times more: as much of itself of every value. On a GPU
+    the variance of the logits may be rounded too.
+
+    Raises:
+        ArithmeticError: They err more.
+    """
+    output, lse = ops.sparse_attention(*arguments)
+    query, block_q = arguments[0], arguments[12]
+    chosen, rows = _sampled_rows(query.shape[2], block_q)
+    for head in range(min(SAMPLED_HEADS, query.shape[1])):
+        part: list[Any] = [
+            x[:1, head : head + 1] if isinstance(x, Tensor) else x for x in arguments
+        ]  # one sample, one head
+        part[0] = part[0][:, :, rows.to(query.device)]
+        for i in (3, 4):
+            part[i] = part[i][:, :, chosen]
+        for i in (5, 6, 7):  # representatives of each query block
+            if arguments[5].dim() == 5:
+                part[i] = part[i][:, :, chosen]
+        if part[9].shape[2] > 1:
+            part[9] = part[9][:, :, chosen]
+        double: list[Any] = [
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in part
+        ]
+        exact, exact_lse = reference.sparse_attention(*double)
+        eager, eager_lse = reference.sparse_attention(*part)
+        got = output[:1, head : head + 1, rows.to(query.device)]
+        got_lse = lse[:1, head : head + 1, rows.to(query.device)]
+        logit = 2**-22 * exact_lse.abs().max()
+        unit = torch.finfo(query.dtype).eps * exact.abs().max()
+        more, more_lse = variance_roundings(part) if query.is_cuda else (0.0, 0.0)
+        _require("output", got, eager, exact, unit + logit * arguments[2].abs().max() + more)
+        _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit + more_lse)
+
+
+def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
+    """What rounding sigma2, as on Hopper, adds to the error of the output and of the log-sum-exp.
+
+    A mean of squares is rounded to the query's dtype and sigma2 to bfloat16: half a unit of each, a
+    share ``u`` of sigma2. A logit moves by ``u * weight / 2 * sigma2``, a weight by the share ``e``
+    that is its exponential's; the output by twice that of the largest value, and the slope's part,
+    whose damping moves by ``u`` too, by as much of the largest rise.
+
+    Args:
+        arguments: Of ``uta::sparse_attention``.
+    """
+    query, value, tail_value, variance, slope = (arguments[i].double() for i in (0, 2, 6, 8, 9))
+    scale, weight, block_q = arguments[10:13]
+    if not variance.shape[2]:
+        return 0.0, 0.0
+    u = torch.finfo(arguments[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
+    sigma2 = reference.pooled_variance(query, variance, scale, block_q).max().item()
+    e = math.expm1(u * weight / 2 * sigma2)
+    largest = max(value.abs().max().item(), tail_value.abs().max().item())
+    rise = 0.0
+    if slope.shape[2]:
+        rise = (query[:, :, None] * scale @ slope).abs().max().item()
+    return 2 * e * largest + (2 * e + u) * rise, e
+
+
+def check_scores(arguments: Sequence[Any]) -> None:
+    """Compare sampled rows of scores with float64.
+
+    The mean query of a group and its mean of ``(s q)^2`` are rounded to the query's dtype: half a
+    unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
+    sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
+    a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
+
+    Raises:
+        ArithmeticError: A score is further away.
+    """
+    scores = ops.block_scores(*arguments)
+    query, block_q = arguments[0], arguments[-2]
+    chosen, rows = _sampled_rows(query.shape[2], block_q)
+    part: list[Any] = [
+        x[:1, :SAMPLED_HEADS].double() if isinstance(x, Tensor) else x for x in arguments
+    ]
+    part[0] = part[0][:, :, rows.to(query.device)]
+    exact = reference.block_scores(*part)
+    rows_q, mean, variance, log_size, scale, weight, power, _, group = part
+    sigma2 = reference.pooled_variance(rows_q, variance, scale, group)
+    groups = torch.cat([x.mean(3) for x in reference.split_blocks(rows_q * scale, group)], 2)
+    products = groups.abs() @ mean.abs().mT
+    logits = products + log_size[:, :, None] + weight / 2 * sigma2
+    unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
+    unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
+    _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
+
+
+def relative_error(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> float:
+    """Squared error relative to dense attention's squares, on sampled rows of every head."""
+    generator = torch.Generator().manual_seed(0)
+    length = query.shape[2]
+    rows = torch.randperm(length, generator=generator)[:128].to(query.device)
+    error = total = 0.0
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            logits = query[b, h, rows].double() @ key[b, h].double().T * scale
+            exact = logits.softmax(-1) @ value[b, h].double()
+            error += (output[b, h, rows].double() - exact).square().sum().item()
+            total += exact.square().sum().item()
+    return error / total
+
+
+def _require(name: str, got: Tensor, eager: Tensor, exact: Tensor, rounding: Tensor) -> None:
+    error = (got.double() - exact).abs().max()
+    allowed = (eager.double() - exact).abs().max() + rounding
+    if not error <= allowed:
+        raise ArithmeticError(
+            f"{name} differs from float64 by {error:.2e} where {allowed:.2e} is allowed:"
+            " nothing is timed"
+        )
+
+
+def _sampled_rows(length: int, block: int) -> tuple[list[int], Tensor]:
+    """A few query blocks, the ragged last one among them, and their rows."""
+    blocks = -(-length // block)
+    chosen = sorted({0, blocks // 2, blocks - 1})[:SAMPLED_BLOCKS]
+    rows = torch.cat([torch.arange(n * block, min((n + 1) * block, length)) for n in chosen])
+    return chosen, rows
