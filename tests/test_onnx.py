@@ -392,6 +392,41 @@ def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
     np.testing.assert_array_equal(order, expected_order)
 
 
+class Factored(nn.Module):
+    """Directions from the QR factors of a weight, as Wan Animate has them."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(12, 5, generator=generator))
+
+    def forward(self, x):
+        basis, factor = torch.linalg.qr(self.weight + 1e-8)
+        return x @ basis.mT, factor
+
+
+def test_factors_are_written_as_reflections(tmp_path):
+    """With the signs that PyTorch has from LAPACK."""
+    model, path = Factored().eval(), tmp_path / "model.onnx"
+    export_onnx(model, (torch.ones(2, 5),), path)
+    results = run(path, {"x": np.ones((2, 5), np.float32)})
+    for got, expected in zip(results, model(torch.ones(2, 5)), strict=True):
+        np.testing.assert_allclose(got, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
+    """Large is here more than nothing; another export takes the place of both files."""
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    model = nn.Linear(64, 64).eval()
+    for _ in range(2):
+        export_onnx(model, (torch.ones(1, 64),), tmp_path / "model.onnx")
+        assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+    (output,) = run(tmp_path / "model.onnx", {"input": np.ones((1, 64), np.float32)})
+    np.testing.assert_allclose(output, model(torch.ones(1, 64)).detach(), rtol=1e-5, atol=1e-5)
+
+
 MEASURE = """
 import resource, sys
 import numpy as np, onnxruntime
