@@ -225,7 +225,9 @@ class Site:
             query = clusters.query.gather(query)
             key, value = clusters.key.gather(key), clusters.key.gather(value)
         grid = None if clusters else self.grid
-        selection = pool_blocks(query, key, value, config, None, grid, clusters=clusters)
+        blocks = clusters.key if clusters else None
+        selection = pool_blocks(query, key, value, config, None, grid, blocks=blocks)
+        selection = dataclasses.replace(selection, clusters=clusters)
         if inverse is not None:
             rows, columns = rows.index_select(2, inverse), columns.index_select(2, inverse)
         return policy.select(selection), rows, columns
