@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
