@@ -3,6 +3,7 @@
     python examples/generate_cogvideox.py --prompt "a red fox runs through snow" --out fox.mp4
     python examples/generate_cogvideox.py --density 0.1 --dense-until 0.3 --offload
     python examples/generate_cogvideox.py --tiny
+    python examples/generate_cogvideox.py --random --steps 10
 
 Text and video are one sequence here: the video's part becomes sparse, every text token stays exact.
 Guidance is a batch of two: each sample has its own budget of exact blocks.
@@ -15,26 +16,24 @@ from collections.abc import Sequence
 import torch
 from diffusers import CogVideoXPipeline
 
+import side_by_side
 import uta_fx
-from side_by_side import DTYPE, Clock, arguments, place, show, timed
-from uta_fx.study.pipelines import tiny_pipeline
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(
+    args = side_by_side.arguments(
         argv, __doc__, model="THUDM/CogVideoX-5b",
         height=480, width=720, frames=49, steps=50,
     )  # fmt: skip
 
     # The pipeline as its authors load it, its VAE in tiles to save memory.
-    if args.tiny:
-        pipe = tiny_pipeline("cogvideox")
-    else:
-        pipe = CogVideoXPipeline.from_pretrained(args.model, torch_dtype=DTYPE)
+    pipe = side_by_side.random_pipeline(args, "cogvideox")
+    if pipe is None:
+        pipe = CogVideoXPipeline.from_pretrained(args.model, torch_dtype=side_by_side.DTYPE)
     pipe.vae.enable_tiling()
-    place(pipe, args.offload)
+    side_by_side.place(pipe, args.offload)
 
-    def generate(clock: Clock) -> torch.Tensor:
+    def generate(clock: side_by_side.Clock) -> torch.Tensor:
         return pipe(
             prompt=args.prompt,
             height=args.height,
@@ -48,23 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             output_type="pt",
         ).frames[0]
 
-    # What we compare with: every step dense, compiled by Inductor.
-    uta_fx.enable(pipe, uta_fx.Config(dense_until=1, inner=args.inner), fullgraph=True)
-    dense = timed(generate)
-    uta_fx.disable(pipe)
+    dense = side_by_side.timed_dense(args, pipe, generate)
 
-    # The line that this is about. The first steps lay out the picture and stay dense.
-    config = uta_fx.Config(
-        density=args.density,
-        dense_until=args.dense_until,
-        min_tokens=args.min_tokens,
-        inner=args.inner,
-        strict=True,  # an error where a video self-attention would stay dense
-    )
-    uta_fx.enable(pipe, config, fullgraph=True)
-    sparse = timed(generate)
+    # The line that this is about.
+    uta_fx.enable(pipe, side_by_side.config_of(args), fullgraph=True)
+    sparse = side_by_side.timed(generate)
 
-    show(args, dense, sparse, frames_per_second=8)
+    side_by_side.show(args, dense, sparse, frames_per_second=8)
 
 
 if __name__ == "__main__":

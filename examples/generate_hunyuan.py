@@ -3,6 +3,7 @@
     python examples/generate_hunyuan.py --prompt "a red fox runs through snow" --out fox.mp4
     python examples/generate_hunyuan.py --height 544 --width 960 --frames 61 --offload
     python examples/generate_hunyuan.py --tiny
+    python examples/generate_hunyuan.py --random --steps 10
 
 Video and text are one sequence here: the video's part becomes sparse, every text token stays exact.
 The model knows its guidance from training, so a step is one call of the transformer.
@@ -15,26 +16,24 @@ from collections.abc import Sequence
 import torch
 from diffusers import HunyuanVideoPipeline
 
+import side_by_side
 import uta_fx
-from side_by_side import DTYPE, Clock, arguments, place, show, timed
-from uta_fx.study.pipelines import tiny_pipeline
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(
+    args = side_by_side.arguments(
         argv, __doc__, model="hunyuanvideo-community/HunyuanVideo",
         height=720, width=1280, frames=129, steps=50,
     )  # fmt: skip
 
     # The pipeline as its authors load it, its VAE in tiles: a whole clip would not fit a GPU.
-    if args.tiny:
-        pipe = tiny_pipeline("hunyuan_video")
-    else:
-        pipe = HunyuanVideoPipeline.from_pretrained(args.model, torch_dtype=DTYPE)
+    pipe = side_by_side.random_pipeline(args, "hunyuan_video")
+    if pipe is None:
+        pipe = HunyuanVideoPipeline.from_pretrained(args.model, torch_dtype=side_by_side.DTYPE)
     pipe.vae.enable_tiling()
-    place(pipe, args.offload)
+    side_by_side.place(pipe, args.offload)
 
-    def generate(clock: Clock) -> torch.Tensor:
+    def generate(clock: side_by_side.Clock) -> torch.Tensor:
         return pipe(
             prompt=args.prompt,
             height=args.height,
@@ -47,23 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             output_type="pt",
         ).frames[0]
 
-    # What we compare with: every step dense, compiled by Inductor.
-    uta_fx.enable(pipe, uta_fx.Config(dense_until=1, inner=args.inner), fullgraph=True)
-    dense = timed(generate)
-    uta_fx.disable(pipe)
+    dense = side_by_side.timed_dense(args, pipe, generate)
 
-    # The line that this is about. The first steps lay out the picture and stay dense.
-    config = uta_fx.Config(
-        density=args.density,
-        dense_until=args.dense_until,
-        min_tokens=args.min_tokens,
-        inner=args.inner,
-        strict=True,  # an error where a video self-attention would stay dense
-    )
-    uta_fx.enable(pipe, config, fullgraph=True)
-    sparse = timed(generate)
+    # The line that this is about.
+    uta_fx.enable(pipe, side_by_side.config_of(args), fullgraph=True)
+    sparse = side_by_side.timed(generate)
 
-    show(args, dense, sparse, frames_per_second=15)
+    side_by_side.show(args, dense, sparse, frames_per_second=15)
 
 
 if __name__ == "__main__":

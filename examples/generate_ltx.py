@@ -3,6 +3,7 @@
     python examples/generate_ltx.py --prompt "a red fox runs through snow" --out fox.mp4
     python examples/generate_ltx.py --height 704 --width 1216 --density 0.2
     python examples/generate_ltx.py --tiny
+    python examples/generate_ltx.py --random --steps 10
 
 Its VAE compresses 32 times in height and width: at the default size there are only 6930 tokens.
 Guidance is a batch of two: each sample has its own budget of exact blocks.
@@ -15,27 +16,25 @@ from collections.abc import Sequence
 import torch
 from diffusers import LTXPipeline
 
+import side_by_side
 import uta_fx
-from side_by_side import DTYPE, Clock, arguments, place, show, timed
-from uta_fx.study.pipelines import tiny_pipeline
 
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(
+    args = side_by_side.arguments(
         argv, __doc__, model="Lightricks/LTX-Video",
         height=480, width=704, frames=161, steps=50,
     )  # fmt: skip
 
     # The pipeline as its authors load it.
-    if args.tiny:
-        pipe = tiny_pipeline("ltx")
-    else:
-        pipe = LTXPipeline.from_pretrained(args.model, torch_dtype=DTYPE)
-    place(pipe, args.offload)
+    pipe = side_by_side.random_pipeline(args, "ltx")
+    if pipe is None:
+        pipe = LTXPipeline.from_pretrained(args.model, torch_dtype=side_by_side.DTYPE)
+    side_by_side.place(pipe, args.offload)
 
-    def generate(clock: Clock) -> torch.Tensor:
+    def generate(clock: side_by_side.Clock) -> torch.Tensor:
         return pipe(
             prompt=args.prompt,
             negative_prompt=NEGATIVE,
@@ -49,23 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             output_type="pt",
         ).frames[0]
 
-    # What we compare with: every step dense, compiled by Inductor.
-    uta_fx.enable(pipe, uta_fx.Config(dense_until=1, inner=args.inner), fullgraph=True)
-    dense = timed(generate)
-    uta_fx.disable(pipe)
+    dense = side_by_side.timed_dense(args, pipe, generate)
 
-    # The line that this is about. The first steps lay out the picture and stay dense.
-    config = uta_fx.Config(
-        density=args.density,
-        dense_until=args.dense_until,
-        min_tokens=args.min_tokens,
-        inner=args.inner,
-        strict=True,  # an error where a video self-attention would stay dense
-    )
-    uta_fx.enable(pipe, config, fullgraph=True)
-    sparse = timed(generate)
+    # The line that this is about.
+    uta_fx.enable(pipe, side_by_side.config_of(args), fullgraph=True)
+    sparse = side_by_side.timed(generate)
 
-    show(args, dense, sparse, frames_per_second=24)
+    side_by_side.show(args, dense, sparse, frames_per_second=24)
 
 
 if __name__ == "__main__":

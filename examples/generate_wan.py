@@ -3,6 +3,7 @@
     python examples/generate_wan.py --prompt "a red fox runs through snow" --out fox.mp4
     python examples/generate_wan.py --model Wan-AI/Wan2.1-T2V-14B-Diffusers --density 0.1
     python examples/generate_wan.py --tiny
+    python examples/generate_wan.py --random --steps 10
 
 Wan 2.2 works too (``--model Wan-AI/Wan2.2-T2V-A14B-Diffusers``): both of its transformers are
 enabled. Guidance is two calls of the transformer a step, with and without the prompt.
@@ -15,30 +16,28 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
+import side_by_side
 import uta_fx
-from side_by_side import DTYPE, Clock, arguments, place, show, timed
-from uta_fx.study.pipelines import tiny_pipeline
 
 NEGATIVE = "overexposed, static, blurred details, subtitles, worst quality, deformed, still picture"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(
+    args = side_by_side.arguments(
         argv, __doc__, model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         height=480, width=832, frames=81, steps=50,
     )  # fmt: skip
 
     # The pipeline as its authors load it: the VAE in float32.
-    if args.tiny:
-        pipe = tiny_pipeline("wan")
-    else:
+    pipe = side_by_side.random_pipeline(args, "wan")
+    if pipe is None:
         vae = AutoencoderKLWan.from_pretrained(
             args.model, subfolder="vae", torch_dtype=torch.float32
         )
-        pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=DTYPE)
-    place(pipe, args.offload)
+        pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=side_by_side.DTYPE)
+    side_by_side.place(pipe, args.offload)
 
-    def generate(clock: Clock) -> torch.Tensor:
+    def generate(clock: side_by_side.Clock) -> torch.Tensor:
         return pipe(
             prompt=args.prompt,
             negative_prompt=NEGATIVE,
@@ -52,23 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             output_type="pt",
         ).frames[0]
 
-    # What we compare with: every step dense, compiled by Inductor.
-    uta_fx.enable(pipe, uta_fx.Config(dense_until=1, inner=args.inner), fullgraph=True)
-    dense = timed(generate)
-    uta_fx.disable(pipe)
+    dense = side_by_side.timed_dense(args, pipe, generate)
 
-    # The line that this is about. The first steps lay out the picture and stay dense.
-    config = uta_fx.Config(
-        density=args.density,
-        dense_until=args.dense_until,
-        min_tokens=args.min_tokens,
-        inner=args.inner,
-        strict=True,  # an error where a video self-attention would stay dense
-    )
-    uta_fx.enable(pipe, config, fullgraph=True)
-    sparse = timed(generate)
+    # The line that this is about.
+    uta_fx.enable(pipe, side_by_side.config_of(args), fullgraph=True)
+    sparse = side_by_side.timed(generate)
 
-    show(args, dense, sparse, frames_per_second=16)
+    side_by_side.show(args, dense, sparse, frames_per_second=16)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the four ``generate_*.py`` share: arguments, a clock, and the video and table at the end."""
+"""What the ``generate_*.py`` share: arguments, random models, a clock, the video and the table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import uta_fx
 from uta_fx.enable import dense_steps
 from uta_fx.generate import psnr, ssim
 from uta_fx.pictures import VIDEO_SUFFIXES, comparison_rows, write_side_by_side
+from uta_fx.study.pipelines import real_size_pipeline, tiny_pipeline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -53,7 +55,12 @@ def arguments(
     option("--inner", help="what compiles the graphs (inductor)")
     option("--out", type=Path, default=Path("side_by_side.mp4"), help="an .mp4 or a .gif")
     option("--offload", action="store_true", help="keep on the GPU only the model that runs")
-    option("--tiny", action="store_true", help="small random models, seconds on a CPU: noise")
+    memory = parser.add_mutually_exclusive_group().add_argument
+    memory("--tiny", action="store_true", help="small random models, seconds on a CPU: noise")
+    memory(
+        "--random", action="store_true",
+        help="the transformer at its real size with random weights, all else small: noise",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     values = defaults | {"min_tokens": 4096, "inner": "inductor"} | (TINY if args.tiny else {})
     for name, value in values.items():
@@ -73,6 +80,24 @@ def place(pipeline: Any, offload: bool) -> None:
         pipeline.enable_model_cpu_offload(device=DEVICE)
     else:
         pipeline.to(DEVICE)
+
+
+def random_pipeline(args: argparse.Namespace, name: str) -> Any:
+    """What ``--tiny`` or ``--random`` asks for, made in memory; None where neither does."""
+    if args.tiny:
+        return tiny_pipeline(name)
+    return real_size_pipeline(name, DEVICE) if args.random else None
+
+
+def config_of(args: argparse.Namespace) -> uta_fx.Config:
+    """As the command line asks. The first steps lay out the picture and stay dense."""
+    return uta_fx.Config(
+        density=args.density,
+        dense_until=args.dense_until,
+        min_tokens=args.min_tokens,
+        inner=args.inner,
+        strict=True,  # an error where a video self-attention would stay dense
+    )
 
 
 class Clock:
@@ -100,11 +125,22 @@ class Run:
     seconds: list[float]
 
 
-def timed(generate: Callable[[Clock], Tensor]) -> Run:
+Generate = Callable[[Clock], Tensor]
+
+
+def timed(generate: Generate) -> Run:
     """Generate; ``generate`` hands the clock to its pipeline and returns ``[F, 3, H, W]``."""
     clock = Clock()
     video = generate(clock).float().cpu()
     return Run(video.transpose(0, 1)[None], clock.seconds)
+
+
+def timed_dense(args: argparse.Namespace, pipeline: Any, generate: Generate) -> Run:
+    """What we compare with: every step dense, compiled by Inductor."""
+    uta_fx.enable(pipeline, uta_fx.Config(dense_until=1, inner=args.inner), fullgraph=True)
+    run = timed(generate)
+    uta_fx.disable(pipeline)
+    return run
 
 
 def show(args: argparse.Namespace, dense: Run, sparse: Run, frames_per_second: int) -> None:

@@ -228,7 +228,8 @@ static Status *load(int variant, int which, int device, void **kernel) {
   const Kernel *source = &VARIANTS[variant].kernels[which];
   void **slot = &loaded[variant][which];
   int error = 0;
-  const char *what = "loading its kernel for sm_" ARCHITECTURE;
+  const char *what = "loading its kernel for sm_" ARCHITECTURE
+                     " (build the plugin for the architecture of this GPU)";
   pthread_mutex_lock(&lock);
   if (!*slot) {
     void *library = NULL;

@@ -1,11 +1,13 @@
 """The examples that generate videos, on small pipelines: in memory, and loaded from a folder."""
 
+import dataclasses
 import importlib
 
 import pytest
 from imageio import v2 as imageio
 
-from uta_fx.study.pipelines import tiny_pipeline
+from uta_fx.study.pipelines import REAL_SIZES, tiny_pipeline
+from uta_fx.study.real_models import REAL_MODELS
 
 EXAMPLES = {
     "generate_wan": "wan",
@@ -13,6 +15,13 @@ EXAMPLES = {
     "generate_cogvideox": "cogvideox",
     "generate_ltx": "ltx",
 }
+NARROW = {
+    "wan": {"num_attention_heads": 2, "ffn_dim": 32, "num_layers": 1},
+    "hunyuan_video": {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1},
+    "cogvideox": {"num_attention_heads": 2, "num_layers": 1},
+    "ltx": {"num_attention_heads": 2, "cross_attention_dim": 128, "num_layers": 1},
+}
+"""Settings with which a transformer of real size is a small one; its text and latents are real."""
 ROWS = ("density", "dense first steps", "time a step", "speed-up", "PSNR", "SSIM")
 EAGER = ["--inner", "eager", "--min-tokens", "260"]
 SMALL = ["--height", "96", "--width", "160", "--frames", "17", "--steps", "3"]
@@ -41,6 +50,25 @@ def test_an_example_runs_from_memory_and_from_a_folder(name, example, tmp_path, 
         assert reader.count_frames() == 17
         first = reader.get_data(0)
     assert first.shape == (96 + 18, 3 * 160 + 2 * 4, 3) and first.std() > 0
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_with_a_transformer_of_real_size(name, example, monkeypatch, tmp_path):
+    """Here a narrow one: what surrounds it fits the text and the latents of the released model."""
+    pipeline = EXAMPLES[name]
+    real = REAL_MODELS[REAL_SIZES[pipeline]]
+    narrow = dataclasses.replace(real, settings={**real.settings, **NARROW[pipeline]})
+    monkeypatch.setitem(REAL_MODELS, REAL_SIZES[pipeline], narrow)
+    video = tmp_path / "random.gif"
+    # LTX-Video compresses 32 times in height and width
+    size = ("384", "512") if name == "generate_ltx" else ("96", "160")
+    main = example(name).main
+    main([
+        "--random", "--height", size[0], "--width", size[1], "--frames", "17", "--steps", "2",
+        "--dense-until", "0", *EAGER, "--out", str(video),
+    ])  # fmt: skip
+    with imageio.get_reader(video) as reader:
+        assert reader.get_data(0).std() > 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from uta_fx.exporters import (
     build_tensorrt_engine,
     export_onnx,
     export_tensorrt,
+    onnx_schema,
     onnxruntime_session,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_tensorrt",
+    "onnx_schema",
     "onnxruntime_session",
     "sparse_attention",
 ]

@@ -41,8 +41,8 @@ def run(
     Every block is compiled by itself, by ``config.inner`` (dense) or with ``backend="uta"``: alike
     blocks share their code, and what is around them runs eagerly in both. With ``whole`` the model
     is one graph, in which tokens are reordered once. Each variant finds an empty cache of compiled
-    code, and what a process pays for its first compilation (imports, workers) is paid before; Triton
-    kernels of ours that an earlier density compiled are there for the next.
+    code, and what a process pays for its first compilation (imports, workers) is paid before;
+    Triton kernels of ours that an earlier density compiled are there for the next.
 
     Args:
         names: In ``uta_fx.study.real_models.REAL_MODELS``.
@@ -57,8 +57,9 @@ def run(
         output: JSON file to write; None for none.
 
     Returns:
-        One entry for each variant: ``model``, ``size``, ``whole``, ``tokens``, ``density`` (None for dense),
-        ``seconds``, ``speedup`` over dense, ``compile_s``: what the first forward takes longer,
+        One entry for each variant: ``model``, ``size``, ``whole``, ``tokens``, ``density`` (None
+        for dense), ``seconds``, ``speedup`` over dense, ``compile_s``: what the first forward takes
+        longer,
         ``memory_gb``: the most that was allocated, ``attention``: the share of a forward's time
         that is attention (None without a GPU), and ``error``: of the model's output, relative to
         dense, in norm.
@@ -96,7 +97,7 @@ def _forwards(
     device: str,
 ) -> Any:
     grid = real.grid(size)
-    model = build(real, layers, device)
+    model = real.with_random_weights(layers, device)
     inputs = tree_map_only(Tensor, _values(device), real.inputs(real.latent(size), grid))
 
     def forward() -> Tensor:
@@ -152,23 +153,6 @@ def _start_inductor(device: str) -> None:
 
     with torch.no_grad():
         some(torch.ones(1, 1, 64, 64, device=device, dtype=DTYPE))
-
-
-def build(real: RealModel, layers: int | None, device: str, seed: int = 0) -> nn.Module:
-    """The model with the random weights of its class, in ``DTYPE``.
-
-    Args:
-        real: Which.
-        layers: At most so many of each stack; None for all.
-        device: Where it is made; a moment in float32.
-        seed: Of the weights.
-    """
-    depth = real.depth()
-    cut = {name: min(layers or depth[x], depth[x]) for x, name in real.stacks.items()}
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model: nn.Module = real.model_class()(**{**real.settings, **cut})
-    return model.eval().to(DTYPE)
 
 
 def _values(device: str) -> Callable[[Tensor], Tensor]:

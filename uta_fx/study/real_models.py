@@ -134,15 +134,33 @@ class RealModel:
         Args:
             layers: At most so many of each stack; None for all.
         """
-        depth = self.depth()
-        cut = {name: min(layers or depth[x], depth[x]) for x, name in self.stacks.items()}
         with torch.device("meta"):
-            model: torch.nn.Module = self.model_class()(**{**self.settings, **cut}).eval()
+            model = self._model(layers)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(DTYPE)
         self.prepare(model)
         return model
+
+    def with_random_weights(
+        self, layers: int | None, device: torch.device | str, seed: int = 0
+    ) -> torch.nn.Module:
+        """The model with the random weights of its class, in ``DTYPE`` and evaluation mode.
+
+        Args:
+            layers: At most so many of each stack; None for all.
+            device: Where it is made; a moment in float32.
+            seed: Of the weights.
+        """
+        torch.manual_seed(seed)
+        with torch.device(device):
+            return self._model(layers).to(DTYPE)
+
+    def _model(self, layers: int | None) -> torch.nn.Module:
+        depth = self.depth()
+        cut = {name: min(layers or depth[x], depth[x]) for x, name in self.stacks.items()}
+        model: torch.nn.Module = self.model_class()(**{**self.settings, **cut})
+        return model.eval()
 
     def depth(self) -> dict[str, int]:
         """How many layers each stack has."""
