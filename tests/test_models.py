@@ -56,7 +56,6 @@ WITHOUT_GATHERS = {
 # what needs the model's order in between, or why each site reorders its own
 NOT_ONCE = {
     "Wan Animate": "in parts: unflatten in face_adapter.0 needs the model's order",
-    "AnyFlow": "here: there is more that runs along the tokens",
     "HunyuanVideo I2V, token replace": "in parts: getitem in transformer_blocks.0 needs",
     "HunyuanVideo Framepack": "here: getitem in transformer_blocks.0.attn needs the model's order",
 }

@@ -9,6 +9,7 @@ from uta_fx.config import Config
 from uta_fx.enable import disable, enable
 from uta_fx.explain import Explanation, explain
 from uta_fx.exporters import (
+    bind_tensors,
     build_onnxruntime_plugin,
     build_tensorrt_engine,
     export_onnx,
@@ -20,6 +21,7 @@ from uta_fx.exporters import (
 __all__ = [
     "Config",
     "Explanation",
+    "bind_tensors",
     "build_onnxruntime_plugin",
     "build_tensorrt_engine",
     "disable",

@@ -241,6 +241,30 @@ def onnxruntime_session(
     return open_session(Path(path), providers, library, options)
 
 
+def bind_tensors(
+    session: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> Any:
+    """Let a session read and write tensors of PyTorch where they lie, without a copy.
+
+    A session on a GPU has a stream of its own: what PyTorch still computes of the inputs has to be
+    waited for (``torch.cuda.synchronize()``). A run returns when the outputs are written.
+
+    Args:
+        session: ``onnxruntime.InferenceSession``.
+        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU.
+        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
+
+    Returns:
+        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps no tensor alive.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
+    """
+    from uta_fx.export.onnxruntime_session import bind
+
+    return bind(session, inputs, outputs)
+
+
 def build_onnxruntime_plugin(
     model: str | os.PathLike[str], path: str | os.PathLike[str], *, architecture: int
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,14 +278,19 @@ class _Case:
 def time_interleaved(
     candidates: dict[Any, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each call: in each round every candidate runs once, in turn."""
+    """Milliseconds of each call: in each round every candidate runs once.
+
+    Rounds differ in their order, the same in every run: what ran before decides how warm a GPU is.
+    """
     on_gpu = torch.device(device).type == "cuda"
     for _ in range(warmup):
         for call in candidates.values():
             call()
     times: dict[Any, list[float]] = {name: [] for name in candidates}
+    generator = random.Random(0)
     for _ in range(rounds):
-        for name, call in candidates.items():
+        for name in generator.sample(list(candidates), len(candidates)):
+            call = candidates[name]
             times[name].append(_time_gpu(call) if on_gpu else _time_cpu(call))
     return times
 

@@ -30,7 +30,6 @@ from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import SHAPES, structured_inputs
 from uta_fx.export.onnx_functions import node_model
-from uta_fx.export.onnxruntime_session import bind_tensors
 from uta_fx.kernels import ops
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -60,7 +59,7 @@ def bench_node(shape_name: str, density: float, rounds: int) -> None:
         model, inputs = node_model(arguments)
         onnx.save(model, Path(folder) / "node.onnx")
         session = uta_fx.onnxruntime_session(Path(folder) / "node.onnx", PROVIDERS)
-    binding = bind_tensors(session, inputs, {"output": output, "lse": lse})
+    binding = uta_fx.bind_tensors(session, inputs, {"output": output, "lse": lse})
     torch.cuda.synchronize()
     session.run_with_iobinding(binding)
     difference = (output.float() - expected.float()).abs().max() / expected.float().abs().max()
@@ -203,7 +202,7 @@ def time_whole(
             session = uta_fx.onnxruntime_session(path, providers, options=options)
             clock.say(f"{path.name} is loaded; {_placement(session, providers[0])}")
             outputs[name] = torch.empty_like(expected[name])
-            binding = bind_tensors(session, inputs, {"output": outputs[name]})
+            binding = uta_fx.bind_tensors(session, inputs, {"output": outputs[name]})
             calls[f"onnx {name}"] = _bound(session, binding)
             _synchronize(device)
             calls[f"onnx {name}"]()

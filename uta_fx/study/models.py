@@ -259,6 +259,7 @@ MODELS = (
             "self": c.num_layers,
             "cross": 2 * c.num_layers + c.num_layers // c.inject_face_latents_blocks,
         },
+        note="between layers, each frame attends to the face in it",
     ),
     Model(
         name="SkyReels V2",
@@ -285,7 +286,8 @@ MODELS = (
     Model(
         name="AnyFlow",
         class_name="AnyFlowTransformer3DModel",
-        settings=WAN | {"gate_value": 0.25, "deltatime_type": "r"},
+        # gathering a time for each token pays from three layers on
+        settings=WAN | {"gate_value": 0.25, "deltatime_type": "r", "num_layers": 3},
         inputs=lambda x: {
             "hidden_states": x(1, 4, 4, 12, 16),
             "timestep": torch.full((1, 4), 500.0),
@@ -348,6 +350,7 @@ MODELS = (
         settings=HUNYUAN | {"image_condition_type": "token_replace"},
         inputs=_hunyuan_inputs,
         sites=_hunyuan_sites,
+        note="each layer modulates the first frame apart from the others",
     ),
     Model(
         name="HunyuanVideo 1.5",
@@ -392,6 +395,7 @@ MODELS = (
             }
         ),
         sites=_hunyuan_sites,
+        note="with one sample, text is cut to a length that only a run knows",
     ),
     Model(
         name="CogVideoX 2B",

@@ -363,7 +363,8 @@ def timed_rows(
         config = fit(of_name[row.system], row.density, site.kept)
         if config is None:
             return row
-        sparse = functools.partial(_operation(config, inputs, shape.grid, compile), *inputs)
+        operation = _operation(config, inputs, shape.grid, compile)
+        sparse: Callable[[], Tensor] = functools.partial(operation, *inputs)
         output = sparse().index_select(2, chosen).double()
         if inputs[0].is_cuda and not compile:
             sparse = record(sparse)
