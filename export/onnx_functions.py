@@ -24,7 +24,7 @@ from torch import Tensor
 DOMAIN, VERSION = "uta", 1
 OPSET = 18  # of the standard operations, and the lowest of an exported file
 
-_SPARSE_ATTENTION = """
+SPARSE_ATTENTION_HEAD = """
 <domain: "uta", opset_import: ["" : OPSET]>
 SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     (query, key, value, block_ids, block_counts,
@@ -32,15 +32,14 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
 {
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
-    minus_one = Constant <value_ints = [-1]> ()
     zero_float = Constant <value_float = 0.0> ()
     minus_infinity = Constant <value_float = -inf> ()
     rows_of_block = Constant <value_int: int = @block_q> ()
     keys_of_block = Constant <value_int: int = @block_kv> ()
     block_q_size = Reshape (rows_of_block, one)
     block_kv_size = Reshape (keys_of_block, one)
-    batch_heads = Shape <start = 0, end = 2> (query)
-    heads = ReduceProd <keepdims = 1> (batch_heads)
+    lead = Shape <start = 0, end = 2> (query)
+    groups = ReduceProd <keepdims = 1> (lead)
     length_q = Shape <start = 2, end = 3> (query)
     length_kv = Shape <start = 2, end = 3> (key)
     dim = Shape <start = 3, end = 4> (query)
@@ -50,25 +49,31 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
 
     padded_q = Mul (blocks_q, block_q_size)
     missing_q = Sub (padded_q, length_q)
-    missing_q_shape = Concat <axis = 0> (batch_heads, missing_q, dim)
+    missing_q_shape = Concat <axis = 0> (lead, missing_q, dim)
+    almost = Sub (block_kv_size, one)
+    rounded_up = Add (length_kv, almost)
+    blocks_kv = Div (rounded_up, block_kv_size)
+    padded_kv = Mul (blocks_kv, block_kv_size)
+    missing_kv = Sub (padded_kv, length_kv)
+    missing_k_shape = Concat <axis = 0> (lead, missing_kv, dim)
+    missing_v_shape = Concat <axis = 0> (lead, missing_kv, dim_v)
+"""
+"""Begins each text of ``SparseAttention``: its sizes, and what its blocks lack of whole ones."""
+
+_SPARSE_ATTENTION = """
+    minus_one = Constant <value_ints = [-1]> ()
+
     missing_q_zeros = ConstantOfShape (missing_q_shape)
     missing_q_rows = CastLike (missing_q_zeros, query)
     padded_query = Concat <axis = 2> (query, missing_q_rows)
     query_shape = Concat <axis = 0> (minus_one, block_q_size, dim)
     query_blocks = Reshape (padded_query, query_shape)
 
-    almost = Sub (block_kv_size, one)
-    rounded_up = Add (length_kv, almost)
-    blocks_kv = Div (rounded_up, block_kv_size)
-    padded_kv = Mul (blocks_kv, block_kv_size)
-    missing_kv = Sub (padded_kv, length_kv)
-    missing_k_shape = Concat <axis = 0> (batch_heads, missing_kv, dim)
     missing_k_zeros = ConstantOfShape (missing_k_shape)
     missing_k_rows = CastLike (missing_k_zeros, key)
     padded_key = Concat <axis = 2> (key, missing_k_rows)
     key_shape = Concat <axis = 0> (minus_one, block_kv_size, dim)
     key_blocks = Reshape (padded_key, key_shape)
-    missing_v_shape = Concat <axis = 0> (batch_heads, missing_kv, dim_v)
     missing_v_zeros = ConstantOfShape (missing_v_shape)
     missing_v_rows = CastLike (missing_v_zeros, value)
     padded_value = Concat <axis = 2> (value, missing_v_rows)
@@ -81,7 +86,7 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     bias_blocks = Reshape (key_bias, bias_shape)
 
     tails = Shape <start = 2, end = 3> (tail_key)
-    tails_lead = Concat <axis = 0> (batch_heads, tails)
+    tails_lead = Concat <axis = 0> (lead, tails)
     tail_key_lead = Concat <axis = 0> (tails_lead, one, dim)
     sentinel_key_zeros = ConstantOfShape (tail_key_lead)
     sentinel_key = CastLike (sentinel_key_zeros, tail_key)
@@ -102,7 +107,7 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     tail_size_rows = Reshape (tail_sizes, tail_sizes_shape)
     variances = Shape <start = 2, end = 3> (tail_variance)
     missing_variances = Sub (representatives, variances)
-    missing_variance_shape = Concat <axis = 0> (batch_heads, missing_variances, dim)
+    missing_variance_shape = Concat <axis = 0> (lead, missing_variances, dim)
     missing_variance_zeros = ConstantOfShape (missing_variance_shape)
     missing_variance_rows = CastLike (missing_variance_zeros, tail_variance)
     padded_variance = Concat <axis = 2> (tail_variance, missing_variance_rows)
@@ -110,14 +115,14 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
     slopes = Shape <start = 2, end = 3> (tail_slope)
     slopes_or_one = Max (slopes, one)
     missing_slopes = Sub (slopes_or_one, slopes)
-    missing_slope_shape = Concat <axis = 0> (batch_heads, missing_slopes, dim, dim_v)
+    missing_slope_shape = Concat <axis = 0> (lead, missing_slopes, dim, dim_v)
     missing_slope_zeros = ConstantOfShape (missing_slope_shape)
     missing_slope = CastLike (missing_slope_zeros, tail_slope)
     padded_slope = Concat <axis = 2> (tail_slope, missing_slope)
     slope_shape = Concat <axis = 0> (minus_one, dim, dim_v)
     slope_rows = Reshape (padded_slope, slope_shape)
 
-    all_rows = Mul (heads, blocks_q)
+    all_rows = Mul (groups, blocks_q)
     zero_scalar = Squeeze (zero)
     one_scalar = Squeeze (one)
     all_rows_scalar = Squeeze (all_rows)
@@ -222,12 +227,12 @@ SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
         lse_row = Squeeze (lse_column, last_axis)
     }> (query_blocks, ids, counts, head, tail_row, slope_row, query_rows)
 
-    padded_output_shape = Concat <axis = 0> (batch_heads, padded_q, dim_v)
+    padded_output_shape = Concat <axis = 0> (lead, padded_q, dim_v)
     padded_output = Reshape (block_outputs, padded_output_shape)
     token_axis = Constant <value_ints = [2]> ()
     whole_output = Slice (padded_output, zero, length_q, token_axis)
     output = CastLike (whole_output, query)
-    padded_lse_shape = Concat <axis = 0> (batch_heads, padded_q)
+    padded_lse_shape = Concat <axis = 0> (lead, padded_q)
     padded_lse = Reshape (block_lses, padded_lse_shape)
     lse = Slice (padded_lse, zero, length_q, token_axis)
 }
@@ -404,7 +409,8 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
 
 def sparse_attention_function(opset: int) -> onnx.FunctionProto:
     """What a ``SparseAttention`` node computes, in standard operations of that opset."""
-    return onnx.parser.parse_function(_SPARSE_ATTENTION.replace("OPSET", str(opset)))
+    text = SPARSE_ATTENTION_HEAD + _SPARSE_ATTENTION
+    return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
 def block_statistics_function(opset: int) -> onnx.FunctionProto:

@@ -89,7 +89,7 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     dialect = dialect or Dialect(lower=keep_sparse_attention)
-    program = _without_complex_gaps(program)
+    program = _without_factors(_without_complex_gaps(program))
     try:
         with _without_its_own_worries():
             exported = torch.onnx.export(
@@ -104,7 +104,10 @@ def write_onnx(
         cause: BaseException = error
         while cause.__cause__ is not None:  # what the exporter wraps says which operation it is
             cause = cause.__cause__
-        raise ValueError(f"model cannot be written as ONNX: {cause}") from error
+        raise ValueError(
+            f"model cannot be written as ONNX: {cause}. Write this operation in others, or export a"
+            " module without it"
+        ) from error
     assert exported is not None
     model = exported.model
     fold_constants(model)
@@ -169,6 +172,35 @@ def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
         return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim - (dim < 0)))
 
     return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
+
+
+def _without_factors(program: ExportedProgram) -> ExportedProgram:
+    """QR factors of a matrix with more rows than columns, as many reflections as it has columns."""
+    qr = torch.ops.aten.linalg_qr.default
+    if not program.graph.find_nodes(op="call_function", target=qr):
+        return program
+    return program.run_decompositions({qr: _reduced_qr})
+
+
+def _reduced_qr(matrix: torch.Tensor, mode: str = "reduced") -> Any:
+    """Householder's reflections, with signs as LAPACK takes them."""
+    if mode != "reduced" or matrix.dim() != 2 or matrix.shape[0] <= matrix.shape[1]:
+        return NotImplemented
+    length, columns = matrix.shape
+    rows = torch.arange(length, device=matrix.device)
+    factor, reflections = matrix, []
+    for column in range(columns):
+        below = factor[:, column : column + 1] * (rows >= column)[:, None]
+        first = below[column]
+        size = below.square().sum().sqrt()
+        away = torch.where(first < 0, -size, size)
+        normal = below + away * (rows == column)[:, None]
+        reflections.append((normal, 2 / normal.square().sum()))
+        factor = factor - reflections[-1][1] * normal @ (normal.mT @ factor)
+    basis = torch.eye(length, columns, dtype=matrix.dtype, device=matrix.device)
+    for normal, weight in reversed(reflections):
+        basis = basis - weight * normal @ (normal.mT @ basis)
+    return basis, factor[:columns].triu()
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -267,7 +299,10 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )  # fmt: skip
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
-        """TopK, the best of the rows made higher than all: of equal scores it takes the first."""
+        """TopK, the best of the rows made higher than all: of equal scores it takes the first.
+
+        Infinity counts as the largest number below it.
+        """
         blocks = scores.shape[-1]
         column = opset18.Constant(value_ints=list(range(blocks)))
         best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)

@@ -228,7 +228,8 @@ static Status *load(int variant, int which, int device, void **kernel) {
   const Kernel *source = &VARIANTS[variant].kernels[which];
   void **slot = &loaded[variant][which];
   int error = 0;
-  const char *what = "loading its kernel for sm_" ARCHITECTURE;
+  const char *what = "loading its kernel for sm_" ARCHITECTURE
+                     " (build the plugin for the architecture of this GPU)";
   pthread_mutex_lock(&lock);
   if (!*slot) {
     void *library = NULL;
@@ -351,7 +352,7 @@ static Status *set_map(Value *values, const Map *map, const Tensor *x, int dtype
   static const uint32_t steps[4] = {1, 1, 1, 1};
   Value *value = &values[map->argument];
   int64_t stride = 1;
-  for (int i = 3; i >= 0; --i) { /* the driver begins with the last dimension, and knows its stride */
+  for (int i = 3; i >= 0; --i) { /* the driver begins with the last, and knows its stride */
     value[1 + i].integer = x->sizes[i];
     value[5 + i].integer = stride;
     stride *= x->sizes[i];
@@ -447,7 +448,7 @@ static void set_arguments(Run *run, const Node *node, const Tensor *x, const Ten
   values[ARG_half_weight_log2].number = node->variance_weight / 2.0 * M_LOG2E;
 }
 
-/* Maps of what the copy engine reads and writes; a tail that the kernel does not read is the keys. */
+/* Maps of what the copy engine reads and writes; for a tail that is not read, of the keys. */
 static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tensor *output) {
   const Kernel *kernels = VARIANTS[run->variant].kernels;
   int tailed = kernels[VARIANCE].code != NULL;

@@ -42,28 +42,19 @@ def open_session(
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
-def bind_tensors(
+def bind(
     session: onnxruntime.InferenceSession,
     inputs: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
 ) -> onnxruntime.IOBinding:
-    """Let a session read and write tensors where they lie, on the CPU or on a GPU.
-
-    Args:
-        session: The session.
-        inputs: By the names of the file's inputs, contiguous.
-        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
-
-    Returns:
-        What to give to ``session.run_with_iobinding``.
-    """
+    """See ``uta_fx.bind_tensors``."""
     binding = session.io_binding()
-    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+    for bind_one, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, x in tensors.items():
             if not x.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
             kind, place = ELEMENT_TYPES[x.dtype], x.device.index or 0
-            bind(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
+            bind_one(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
     return binding
 
 

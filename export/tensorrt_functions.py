@@ -13,57 +13,27 @@ from typing import NamedTuple
 
 import onnx
 
+from uta_fx.export.onnx_functions import SPARSE_ATTENTION_HEAD
+
 _FUNCTION = """
-<domain: "uta", opset_import: ["" : OPSET]>
-SparseAttention <scale, variance_weight, block_q, block_kv, per_block>
-    (query, key, value, block_ids, block_counts,
-     tail_key, tail_value, tail_log_size, tail_variance, tail_slope) => (output, lse)
-{
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    minus_one = Constant <value_ints = [-1]> ()
     two = Constant <value_ints = [2]> ()
     last_axis = Constant <value_ints = [-1]> ()
-    zero_float = Constant <value_float = 0.0> ()
-    minus_infinity = Constant <value_float = -inf> ()
     zero_scalar = Constant <value_int = 0> ()
     one_scalar = Constant <value_int = 1> ()
-    rows_of_block = Constant <value_int: int = @block_q> ()
-    keys_of_block = Constant <value_int: int = @block_kv> ()
-    block_q_size = Reshape (rows_of_block, one)
-    block_kv_size = Reshape (keys_of_block, one)
-    lead = Shape <start = 0, end = 2> (query)
-    groups = ReduceProd <keepdims = 1> (lead)
-    length_q = Shape <start = 2, end = 3> (query)
-    length_kv = Shape <start = 2, end = 3> (key)
-    dim = Shape <start = 3, end = 4> (query)
-    dim_v = Shape <start = 3, end = 4> (value)
-    blocks_q = Shape <start = 2, end = 3> (block_ids)
-    listed = Shape <start = 3, end = 4> (block_ids)
 
     query_float = Cast <to = 1> (query)
-    padded_q = Mul (blocks_q, block_q_size)
-    missing_q = Sub (padded_q, length_q)
-    missing_q_shape = Concat <axis = 0> (lead, missing_q, dim)
     missing_q_rows = Expand (zero_float, missing_q_shape)
     padded_query = Concat <axis = 2> (query_float, missing_q_rows)
     query_shape = Concat <axis = 0> (groups, blocks_q, block_q_size, dim)
     query_blocks = Reshape (padded_query, query_shape)
 
-    almost = Sub (block_kv_size, one)
-    rounded_up = Add (length_kv, almost)
-    blocks_kv = Div (rounded_up, block_kv_size)
-    padded_kv = Mul (blocks_kv, block_kv_size)
-    missing_kv = Sub (padded_kv, length_kv)
     key_float = Cast <to = 1> (key)
-    missing_k_shape = Concat <axis = 0> (lead, missing_kv, dim)
     missing_k_rows = Expand (zero_float, missing_k_shape)
     padded_key = Concat <axis = 2> (key_float, missing_k_rows)
     key_shape = Concat <axis = 0> (groups, padded_kv, dim)
     key_rows = Reshape (padded_key, key_shape)
     keys_by_channel = Transpose <perm = [0, 2, 1]> (key_rows)
     value_float = Cast <to = 1> (value)
-    missing_v_shape = Concat <axis = 0> (lead, missing_kv, dim_v)
     missing_v_rows = Expand (zero_float, missing_v_shape)
     padded_value = Concat <axis = 2> (value_float, missing_v_rows)
     value_shape = Concat <axis = 0> (groups, padded_kv, dim_v)
@@ -259,7 +229,7 @@ def static_attention_function(opset: int, form: Form) -> onnx.FunctionProto:
         inside += f"        logits = Concat <axis = 2> (exact_logits, {tail_logits})\n"
     else:
         inside = "logits = Identity (exact_logits)"
-    text = _FUNCTION.replace("OPSET", str(opset))
+    text = (SPARSE_ATTENTION_HEAD + _FUNCTION).replace("OPSET", str(opset))
     for place, part in (("OUTSIDE", outside), ("INSIDE", inside), ("OUTPUT", output)):
         text = text.replace(f"{place}\n", f"{part}\n")
     function = onnx.parser.parse_function(text)

@@ -290,7 +290,6 @@ def _narrow_by_parts(state, parts, PARTS: tl.constexpr, FOUND: tl.constexpr):
     shift = tl.load(state + _SHIFT)
     part = tl.arange(0, PARTS)
     count = tl.load(parts + part)  # [PARTS]
-    tl.store(parts + part, tl.zeros([PARTS], tl.int64))  # for the next pass
     inside = tl.sum(count)
     left = wanted - above  # of those inside
     from_here = inside - tl.cumsum(count, 0) + count  # blocks in this part and those above it
@@ -318,6 +317,8 @@ def _narrow_by_parts(state, parts, PARTS: tl.constexpr, FOUND: tl.constexpr):
     tl.store(state + _SHIFT, _shift(first, last, PARTS))
     tl.store(state + _ABOVE, 0)
     tl.store(state + _LAST, tl.cast(2**62, tl.int64))
+    # for the next pass; after the sums, which all threads have read for
+    tl.store(parts + part, tl.zeros([PARTS], tl.int64))
 
 
 @triton.jit

@@ -467,6 +467,72 @@ def test_bad_inputs_are_named():
         sparse_attention(q.requires_grad_(), k, v, grid=GRID).sum().backward()
 
 
+LENGTHS = torch.tensor([512, 70, 1, 300])
+
+
+def masked(lengths, tokens=512):
+    """The mask that the lengths stand for."""
+    return (torch.arange(tokens) < lengths[:, None])[:, None, None]
+
+
+@pytest.mark.parametrize("reorder", ["none", "tile"])
+@pytest.mark.parametrize("tail", [kind for kind in KINDS if kind != "rectified"])
+def test_density_one_is_dense_attention_of_the_tokens_that_exist(reorder, tail):
+    """As with all tokens; heads share keys, and padding of NaN is seen by nobody."""
+    q, k, v = fields(batch=4)
+    k, v = k[:, :1], v[:, :1]
+    config = Config(density=1.0, tail=tail, reorder=reorder, **SMALL)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=masked(LENGTHS), enable_gqa=True)
+    there = masked(LENGTHS).mT
+    q, k, v = (x.where(there, torch.nan) for x in (q, k, v))
+    output = sparse_attention(q, k, v, config=config, grid=GRID, lengths=LENGTHS)
+    torch.testing.assert_close(output, dense.where(there, 0.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["low_delta", "topk", "topp", "threshold"])
+@pytest.mark.parametrize("tail", ["single", "bins", "block", "first_order", "gaussian"])
+def test_equal_logits_aggregate_without_error_what_exists(tail, policy):
+    """The theorem of the paper, sample by sample, with lengths in the middle of blocks."""
+    q, _, v = fields(batch=4)
+    key = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(1)).expand_as(q)
+    config = Config(density=0.1, tail=tail, policy=policy, **SMALL)
+    dense = F.scaled_dot_product_attention(q, key, v, attn_mask=masked(LENGTHS))
+    output = sparse_attention(q, key, v, config=config, grid=GRID, lengths=LENGTHS)
+    there = masked(LENGTHS).mT
+    torch.testing.assert_close(output, dense.where(there, 0.0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_with_a_length_errs_as_by_itself():
+    """Density 0.3 of its blocks: within a tenth of the error of the sample that ends there."""
+    q, k, v = fields(batch=2)
+    lengths = torch.tensor([320, 512])
+    dense = F.scaled_dot_product_attention(*(x[:1, :, :320] for x in (q, k, v)))
+    alone = [x[:1, :, :320] for x in (q, k, v)]
+    wanted = sparse_attention(*alone, config=Config(density=0.3, reorder="none", **SMALL))
+    config = Config(density=0.3 * 10 / 17, reorder="none", **SMALL)  # of its blocks and of padding
+    output = sparse_attention(q, k, v, config=config, lengths=lengths)[:1, :, :320]
+    assert error(output, dense) < 1.1 * error(wanted, dense)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "wrong", "message"),
+    [
+        (LENGTHS[:3], {}, ValueError, r"lengths must have shape \(4,\), got \(3,\)"),
+        (LENGTHS.float(), {}, TypeError, "lengths must be int32 or int64, got torch.float32"),
+        (LENGTHS.to("meta"), {}, TypeError, "lengths must be on cpu as query is, got meta"),
+        (LENGTHS, {"text": (12, 0)}, ValueError, r"text must be \(0, 0\), got \(12, 0\)"),
+        (LENGTHS, {"policy": "window"}, ValueError, "lengths need a policy .* got window"),
+        (LENGTHS, {"tail": "rectified"}, ValueError, "lengths need a tail in the softmax"),
+    ],
+)
+def test_bad_lengths_are_named(lengths, options, wrong, message):
+    fields_of_config = {name: x for name, x in options.items() if name != "text"}
+    config = Config(reorder="none", **fields_of_config, **SMALL)
+    text = options.get("text", (0, 0))
+    with pytest.raises(wrong, match=message):
+        sparse_attention(*fields(batch=4), config=config, text=text, lengths=lengths)
+
+
 def repeated_fields(dim, batch=2):
     """Inputs whose blocks are alike in groups of four, so that scores tie, in bfloat16."""
     q, k, v = fields((2, 8, 8), dim=dim, batch=batch)

@@ -563,11 +563,41 @@ def test_clusters_are_as_many_for_each_token_as_published():
     assert SVG2().clusters_of(1) == (1, 1)
 
 
-def test_export_refuses_it_by_name():
+class Attention(torch.nn.Module):
+    """Self-attention whose input is cut into queries, keys and values."""
+
+    def forward(self, x):
+        q, k, v = x.unflatten(-1, (3, 2, 24)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("tail", ["single", "gaussian"])
+def test_an_onnx_file_computes_it(tmp_path, tail):
+    """K-means, padding and all, by standard operations and ``SparseAttention``."""
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    q, k, v = tokens_of()
+    x = torch.stack([q, k, v], 2).permute(0, 3, 2, 1, 4).flatten(2).contiguous()
+    config = Config(policy=FEW, tail=tail, min_tokens=16, grid=(1, 10, 15), **SMALL)
+    path = tmp_path / "model.onnx"
+    found = uta_fx.export_onnx(Attention().eval(), (x,), path, config=config)
+    assert [site.sparse for site in found.sites] == [True]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = sparse_attention(q, k, v, config=config)
+    error = (torch.from_numpy(output) - expected).norm() / expected.norm()
+    assert error <= 1e-5  # the goal of files is 1e-4
+
+
+def test_export_refuses_by_name_what_it_cannot_hold(tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    model, arguments = torch.nn.Identity().eval(), (randn(2),)
+    kept = Config(policy=SVG2(keep=True), min_tokens=16, **SMALL)
+    with pytest.raises(ValueError, match=r"keep=True of policy svg2 .* Take keep=False"):
+        uta_fx.export_onnx(model, arguments, tmp_path / "x.onnx", config=kept)
     config = Config(policy=FEW, min_tokens=16, **SMALL)
-    with pytest.raises(ValueError, match=r"policy svg2 cannot be exported: .* Take topp"):
-        uta_fx.export_onnx(torch.nn.Identity().eval(), (randn(2),), "x.onnx", config=config)
+    with pytest.raises(ValueError, match=r"policy svg2 cannot be exported to .* Take topp"):
+        uta_fx.export_tensorrt(model, arguments, tmp_path / "x.onnx", config=config)
 
 
 def test_operations_are_counted():

@@ -27,6 +27,7 @@ def test_a_clip_without_torch_is_the_clip_with_it(tmp_path, capsys):
     assert "8 of 16 sites sparse" in capsys.readouterr().out
     script = EXAMPLES / "export_onnx.py"
     subprocess.run([sys.executable, script, tmp_path, "2", "--generate-only"], check=True)
+    assert example.run_on_tensors(tmp_path) < 1e-6
     assert example.compare(tmp_path, 2, inner="eager") >= 45
     assert (tmp_path / "comparison.gif").stat().st_size > 0
 

@@ -22,7 +22,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from uta_fx.export import onnx_functions  # noqa: E402  # needs onnx
+from uta_fx.export import onnx_functions, onnx_model  # noqa: E402  # need onnx
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -392,6 +392,41 @@ def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
     np.testing.assert_array_equal(order, expected_order)
 
 
+class Factored(nn.Module):
+    """Directions from the QR factors of a weight, as Wan Animate has them."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(12, 5, generator=generator))
+
+    def forward(self, x):
+        basis, factor = torch.linalg.qr(self.weight + 1e-8)
+        return x @ basis.mT, factor
+
+
+def test_factors_are_written_as_reflections(tmp_path):
+    """With the signs that PyTorch has from LAPACK."""
+    model, path = Factored().eval(), tmp_path / "model.onnx"
+    export_onnx(model, (torch.ones(2, 5),), path)
+    results = run(path, {"x": np.ones((2, 5), np.float32)})
+    for got, expected in zip(results, model(torch.ones(2, 5)), strict=True):
+        np.testing.assert_allclose(got, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
+    """Large is here more than nothing; another export takes the place of both files."""
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    model = nn.Linear(64, 64).eval()
+    for _ in range(2):
+        export_onnx(model, (torch.ones(1, 64),), tmp_path / "model.onnx")
+        assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+    (output,) = run(tmp_path / "model.onnx", {"input": np.ones((1, 64), np.float32)})
+    np.testing.assert_allclose(output, model(torch.ones(1, 64)).detach(), rtol=1e-5, atol=1e-5)
+
+
 MEASURE = """
 import resource, sys
 import numpy as np, onnxruntime
@@ -429,3 +464,27 @@ def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
     command = [sys.executable, "-c", MEASURE, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) * 1024 < 0.75e9
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+@pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
+def test_a_file_selects_as_the_operators(tmp_path, kind, rows):
+    """The best of every row, then the highest, of equal ones the first; and lists of them."""
+
+    class Select(torch.nn.Module):
+        def forward(self, scores):
+            exact = torch.ops.uta.select_blocks.default(scores, 4 * rows, rows)
+            return exact, *torch.ops.uta.list_blocks.default(exact)
+
+    x = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0))
+    scores = {
+        "normal": x,
+        "ties": x.round(),
+        "infinite": x.masked_fill(x < 0, -torch.inf).masked_fill(x > 2, torch.inf),
+    }[kind]
+    path = tmp_path / "select.onnx"
+    program = torch.export.export(Select(), (scores,))
+    onnx_model.write_onnx(program, [], path, opset=18, metadata={})
+    results = run(path, {"scores": scores.numpy()})
+    for got, want in zip(results, Select()(scores), strict=True):
+        assert torch.equal(torch.from_numpy(got), want)

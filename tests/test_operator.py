@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, double
+from cases import Case, double, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,12 +60,22 @@ def test_agrees_with_the_reference(dtype, tail, slopes):
         tail=st.sampled_from(["none", "block", "row"]),
         slopes=st.sampled_from(["none", "head", "row"]),
         listed=st.sampled_from([0.0, 0.3, 1.0]),
+        dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 1000),
-    )
+    ),
+    st.sampled_from(["contiguous", "inside NaN", "tokens before heads"]),
 )
-def test_any_shape_agrees_with_the_reference(case):
-    """Lengths, head dims, blocks, tails and lists drawn at random."""
-    assert_as_accurate_as_eager(case.inputs())
+def test_any_shape_agrees_with_the_reference(case, layout):
+    """Lengths, head dims, dtypes, strides, blocks, tails and lists drawn at random."""
+    place = {
+        "contiguous": lambda x: x,
+        "inside NaN": poisoned,
+        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }[layout]
+    args = case.inputs()
+    assert_as_accurate_as_eager(
+        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    )
 
 
 @pytest.mark.parametrize("tail", ["none", "block", "row"])

@@ -132,6 +132,14 @@ def test_threshold_keeps_what_sol_attn_says_of_gaussian_logits():
         assert exact.double().mean().item() == pytest.approx(share, abs=0.005)
 
 
+def test_threshold_at_its_ends_keeps_neighbours_alone_or_all():
+    """Tau without bound: the golden values of Sol-Attn's rule."""
+    place = torch.arange(7)
+    near = (place[:, None] - place).abs() <= 1
+    assert select(Threshold(deviations=math.inf))[2].eq(near).all()
+    assert select(Threshold(deviations=-math.inf))[2].all()
+
+
 def test_random_is_the_same_at_every_call_and_another_with_another_seed():
     """And spends its budget evenly: counts of a row are those of a fair draw, to five sigma."""
     length, density = 128 * BLOCK, 0.25

@@ -19,7 +19,7 @@ from test_onnx_plugin import Attention
 
 import uta_fx
 from uta_fx import Config, build_tensorrt_engine, export_tensorrt
-from uta_fx.kernels import reference
+from uta_fx.kernels import ops, reference
 from uta_fx.kernels.constants import CONSTANTS
 
 onnx = pytest.importorskip("onnx")
@@ -135,6 +135,25 @@ def test_the_search_for_a_threshold_is_topk(numbers, k):
     assert all(len(set(row)) == k for row in indices.tolist())
     assert torch.equal(values, x.gather(-1, indices))
     assert torch.equal(values.sort(-1, descending=True).values, x.topk(k).values)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10])
+@pytest.mark.parametrize("numbers", ["small", "ties", "negative"])
+def test_a_selection_is_spelled_out(numbers, rows, limit_of_four):
+    """By the search for a threshold, which takes the first of equal scores as the operator does."""
+
+    class Select(torch.nn.Module):
+        def forward(self, scores):
+            exact = ops.select_blocks(scores, 5 * rows, rows)
+            return exact, *ops.list_blocks(exact)
+
+    scores = NUMBERS[numbers](torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0)))
+    program = torch.export.export(Select(), (scores,))
+    plain = tensorrt_program.spell_out(program, plugins=False)
+    called = {str(node.target) for node in plain.graph.nodes}
+    assert not [name for name in called if name.startswith("uta") or "topk" in name]
+    for got, want in zip(plain.module()(scores), Select()(scores), strict=True):
+        assert torch.equal(got, want)
 
 
 def small_wan():

@@ -9,16 +9,19 @@ from uta_fx.config import Config
 from uta_fx.enable import disable, enable
 from uta_fx.explain import Explanation, explain
 from uta_fx.exporters import (
+    bind_tensors,
     build_onnxruntime_plugin,
     build_tensorrt_engine,
     export_onnx,
     export_tensorrt,
+    onnx_schema,
     onnxruntime_session,
 )
 
 __all__ = [
     "Config",
     "Explanation",
+    "bind_tensors",
     "build_onnxruntime_plugin",
     "build_tensorrt_engine",
     "disable",
@@ -26,6 +29,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_tensorrt",
+    "onnx_schema",
     "onnxruntime_session",
     "sparse_attention",
 ]

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uta_fx.clusters import Centroids, Clusters
+from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
-from uta_fx.policies import SVG2, Selection
+from uta_fx.policies import SVG2, LowDelta, Selection, Threshold, TopK, TopP
 from uta_fx.statistics import block_statistics, for_heads
 
 
@@ -28,6 +28,7 @@ def sparse_attention(
     scale: float | None = None,
     text: tuple[int, int] = (0, 0),
     attn_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Self-attention over video tokens, sparse with the tail aggregated, in one eager call.
 
@@ -50,6 +51,11 @@ def sparse_attention(
             to ``[B, H, L, L]``. Its entries for video keys must leave them seen by all video
             queries, and all rows of video queries must be equal: of these the first is read. Rows
             of text queries are free. Needs text.
+        lengths: int32 or int64 ``[B]``, each from 1 to L: only so many tokens of a sample exist,
+            those at its start in the order in which they come. The others are padding, which no
+            token attends to whatever it holds; their output is zero. The density is a share of all
+            blocks, padding or not. None where all tokens exist; not with text, whose padding
+            ``attn_mask`` hides, in a row for each sample.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``.
@@ -61,6 +67,9 @@ def sparse_attention(
     """
     config = config or Config()
     grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    if lengths is not None:
+        _check_lengths(lengths, query, config, text)
+        return _attend_to_lengths(query, key, value, lengths, config, grid, scale)
     return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
 
 
@@ -161,6 +170,26 @@ def _checked(
     if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
     return grid, (text[0], tokens) if any(text) else None
+
+
+def _check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[int, int]) -> None:
+    if lengths.shape != query.shape[:1]:
+        raise ValueError(
+            f"lengths must have shape {tuple(query.shape[:1])}, got {tuple(lengths.shape)}"
+        )
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+    if lengths.device != query.device:
+        raise TypeError(f"lengths must be on {query.device} as query is, got {lengths.device}")
+    if any(text):
+        raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
+    if not isinstance(config.selection_policy(), (LowDelta, TopK, TopP, Threshold)):
+        raise ValueError(
+            "lengths need a policy low_delta, topk, topp or threshold, which know of blocks that"
+            f" are not full; got {config.policy}"
+        )
+    if config.tail_form().kind == "rectified":
+        raise ValueError("lengths need a tail in the softmax, got rectified")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +330,7 @@ def pool_blocks(
     grid: Grid | None = None,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
-    clusters: Clusters | None = None,
+    blocks: Blocks | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -314,14 +343,14 @@ def pool_blocks(
         grid: Frames, height and width of the tokens; None where nobody knows.
         text_key: ``[B, Hkv, Lt, D]``, keys beside the blocks that all queries see; None for none.
         text_bias: As in ``Selection``.
-        clusters: Where tokens lie in the blocks of clusters: these.
+        blocks: Where tokens were gathered into blocks that are not full: these.
     """
     heads = query.shape[1]
     text_key = key[:, :, :0] if text_key is None else text_key
     statistics = (
         block_statistics(key, value, config.block_kv, heads)
-        if clusters is None
-        else clusters.key.statistics(key, value)
+        if blocks is None
+        else blocks.statistics(key, value)
     )
     return Selection(
         query=query,
@@ -337,7 +366,6 @@ def pool_blocks(
         order="none" if grid is None else config.order,
         text_key=for_heads(text_key, heads),
         text_bias=text_bias,
-        clusters=clusters,
     )
 
 
@@ -365,14 +393,17 @@ def pool_tokens(
         text_bias: See there.
         centroids: Where clusters start; None for anew.
     """
-    policy, clusters = config.selection_policy(), None
+    policy = config.selection_policy()
+    clusters: Clusters | None = None
     if isinstance(policy, SVG2):
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         clusters = policy.cluster(query, key, config.block_q, config.block_kv, centroids)
         query = clusters.query.gather(query)
         key, value = clusters.key.gather(key), clusters.key.gather(value)
         grid = None  # tokens lie elsewhere
-    return pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, clusters)
+    blocks = clusters.key if clusters is not None else None
+    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, blocks)
+    return dataclasses.replace(selection, clusters=clusters)
 
 
 def operator_arguments(
@@ -538,6 +569,32 @@ def _attend_to_video(
     if inverse is not None:
         output, lse = output.index_select(2, inverse), lse.index_select(2, inverse)
     return output, lse, centroids
+
+
+def _attend_to_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    config: Config,
+    grid: Grid | None,
+    scale: float | None,
+) -> Tensor:
+    """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond."""
+    heads = query.shape[1]
+    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
+    place = torch.arange(query.shape[2], device=query.device)
+    if inverse is not None:  # where each token came from
+        place = torch.empty_like(place).scatter(0, inverse, place)
+    inside = (place < lengths[:, None])[:, None].expand(-1, heads, -1)
+    of_query, of_key = apart_from_padding(inside, config.block_q, config.block_kv)
+    query = of_query.gather(query)
+    key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
+    selection = pool_blocks(query, key, value, config, scale, blocks=of_key)
+    arguments = operator_arguments(selection, key, value, config)
+    output, _ = ops.clustered_attention(*arguments[:5], of_key.count, *arguments[5:])
+    output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
+    return output if inverse is None else output.index_select(2, inverse)
 
 
 def _attend_rectified(

@@ -79,7 +79,7 @@ class Blocks:
             size=size,
             key_variance=statistics.key_variance * share[..., None],
             value_variance=statistics.value_variance * share,
-            covariance=statistics.covariance * (key.shape[2] / self.place.shape[2]),
+            covariance=statistics.covariance * (key.shape[2] / size.sum(-1))[..., None, None],
         )
 
 
@@ -147,6 +147,28 @@ def sort_into_blocks(labels: Tensor, sizes: Tensor, block: int) -> Blocks:
     cluster = cluster.clamp(max=clusters - 1)
     count = wide.gather(-1, cluster) - (n - first_block.gather(-1, cluster)) * block
     return Blocks(rows, place, count.clamp(0, block).int(), cluster)
+
+
+def apart_from_padding(inside: Tensor, block_q: int, block_kv: int) -> tuple[Blocks, Blocks]:
+    """Blocks of the tokens that are there, then blocks of padding, which are empty.
+
+    As if these were two clusters.
+
+    Args:
+        inside: Boolean ``[B, H, L]``, which tokens are there.
+        block_q: Query rows in a block.
+        block_kv: Keys in a block.
+
+    Returns:
+        Of queries, and of keys.
+    """
+    size = inside.sum(-1, dtype=torch.int32)
+    sizes = torch.stack([size, inside.shape[2] - size], -1)
+    query, key = (sort_into_blocks((~inside).int(), sizes, x) for x in (block_q, block_kv))
+    query, key = (
+        dataclasses.replace(x, count=x.count.masked_fill(x.cluster == 1, 0)) for x in (query, key)
+    )
+    return query, key
 
 
 def first_centroids(tokens: Tensor, clusters: int, seed: int) -> Tensor:

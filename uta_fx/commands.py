@@ -418,7 +418,8 @@ def study_policies(
         key = (row.system, row.density)
         rows[key] = measured[key] = row
         found = study.in_order(rows.values())
-        about = {"machine": title, "shape": shape, "prompts": prompts, "steps": steps}
+        about = {"machine": title, "calls": len(seen), "shape": shape}
+        about |= {"prompts": prompts, "steps": steps}
         _publish(output, "policies.json", lambda path: report.write_json(path, about, found))
         table = f"{title}\n\n{report.markdown(found)}\n"
         _publish(output, "policies.md", lambda path: path.write_text(table))

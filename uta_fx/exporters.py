@@ -69,6 +69,7 @@ def export_onnx(
             translation.
     """
     require("onnxscript", extra="onnx")
+    from uta_fx.export.clusters import spell_out_clusters
     from uta_fx.export.onnx_model import write_onnx
 
     config, target = config or Config(), Path(path)
@@ -76,8 +77,15 @@ def export_onnx(
         raise ValueError(f"path must end in .onnx, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
+    policy = config.selection_policy()
+    if isinstance(policy, SVG2) and policy.keep:
+        raise ValueError(
+            "keep=True of policy svg2 cannot be exported: a file keeps nothing from one step to the"
+            " next. Take keep=False, with which each step clusters anew"
+        )
     opset = _opset(model, opset, 23)
     program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
+    program = spell_out_clusters(program)
     write_onnx(program, explanation.sites, target, opset=opset, metadata=_metadata(config))
     return explanation
 
@@ -130,6 +138,12 @@ def export_tensorrt(
         raise ValueError(f"path must end in {suffix} for form={form!r}, got {path}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
+    if isinstance(config.selection_policy(), SVG2):
+        raise ValueError(
+            "policy svg2 cannot be exported to TensorRT: it has no operation that adds up the"
+            " tokens of a cluster. Take topp, whose rule is the same over blocks of neighbouring"
+            " tokens, or export_onnx"
+        )
     if form == "engine":
         from uta_fx.export.tensorrt_torch import check_torch_tensorrt
 
@@ -227,6 +241,30 @@ def onnxruntime_session(
     return open_session(Path(path), providers, library, options)
 
 
+def bind_tensors(
+    session: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> Any:
+    """Let a session read and write tensors of PyTorch where they lie, without a copy.
+
+    A session on a GPU has a stream of its own: what PyTorch still computes of the inputs has to be
+    waited for (``torch.cuda.synchronize()``). A run returns when the outputs are written.
+
+    Args:
+        session: ``onnxruntime.InferenceSession``.
+        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU.
+        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
+
+    Returns:
+        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps no tensor alive.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
+    """
+    from uta_fx.export.onnxruntime_session import bind
+
+    return bind(session, inputs, outputs)
+
+
 def build_onnxruntime_plugin(
     model: str | os.PathLike[str], path: str | os.PathLike[str], *, architecture: int
 ) -> None:
@@ -257,6 +295,25 @@ def build_onnxruntime_plugin(
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
     build_plugin(Path(model), architecture, target)
+
+
+def onnx_schema() -> Any:
+    """The schema of ``uta::SparseAttention``, the node in the files of ``export_onnx``.
+
+    Inputs, outputs, types and attributes with what they mean, the version, and the inference of
+    shapes. Files need it nowhere, because each has the node's function; tools that are to know the
+    node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+
+    Returns:
+        ``onnx.defs.OpSchema``.
+
+    Raises:
+        ImportError: onnx is missing.
+    """
+    require("onnx", extra="onnx")
+    from uta_fx.export.onnx_schema import sparse_attention_schema
+
+    return sparse_attention_schema()
 
 
 def _opset(model: Any, opset: int | None, with_bfloat16: int) -> int:
@@ -293,11 +350,6 @@ def _sparse_program(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
             " second file with density=1 for the steps that run dense"
         )
-    if isinstance(config.selection_policy(), SVG2):
-        raise ValueError(
-            "policy svg2 cannot be exported: clusters have no form in ONNX or TensorRT. Take topp,"
-            " whose rule is the same over blocks of neighbouring tokens"
-        )
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
@@ -308,7 +360,10 @@ def _sparse_program(
             )
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"model cannot be traced by torch.export: {reason}") from error
+            raise ValueError(
+                f"model cannot be traced by torch.export: {reason}. Export a module that is one"
+                " graph: no branch on the values of tensors, no containers of its own as arguments"
+            ) from error
         try:
             program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host

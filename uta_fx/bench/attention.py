@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from uta_fx.policies import SVG2, LowDelta
 DEFAULT_SHAPES = tuple(x for x in SHAPES if not x.startswith(("cpu", "power", "tiny")))
 COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
-    "speedup": ">8.2f", "tflops": ">7.0f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
+    "speedup": ">8.2f", "tflops": ">7.1f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
 }  # fmt: skip
 PARTS = {
     "reorder": "tokens into the order of the blocks, and the output back",
@@ -120,7 +122,8 @@ def run(
 def describe(device: str, dtype: torch.dtype, config: uta_fx.Config, *, tail: bool = True) -> str:
     """One line: device, versions, dtype, and settings, of which ``tail`` may be left out."""
     on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else device
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{device}, threads {threads}"
     return (
         f"{name}, torch {torch.__version__}, {dtype}, blocks {config.block_q}x{config.block_kv},"
         f" policy {config.policy}, budget {config.budget}"
@@ -275,14 +278,19 @@ class _Case:
 def time_interleaved(
     candidates: dict[Any, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each call: in each round every candidate runs once, in turn."""
+    """Milliseconds of each call: in each round every candidate runs once.
+
+    Rounds differ in their order, the same in every run: what ran before decides how warm a GPU is.
+    """
     on_gpu = torch.device(device).type == "cuda"
     for _ in range(warmup):
         for call in candidates.values():
             call()
     times: dict[Any, list[float]] = {name: [] for name in candidates}
+    generator = random.Random(0)
     for _ in range(rounds):
-        for name, call in candidates.items():
+        for name in generator.sample(list(candidates), len(candidates)):
+            call = candidates[name]
             times[name].append(_time_gpu(call) if on_gpu else _time_cpu(call))
     return times
 
@@ -299,11 +307,11 @@ def _time_gpu(call: Callable[[], Any]) -> float:
 
 
 def _time_cpu(call: Callable[[], Any]) -> float:
-    from time import perf_counter
-
-    start = perf_counter()
+    # on one thread its own time counts: others on the machine are no part of it
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
+    start = clock()
     call()
-    return (perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

@@ -33,7 +33,7 @@ def draw(path: str | Path, rows: Sequence[dict[str, Any]], title: str = "") -> N
             )
             if not points:
                 continue
-            label = {"operation": shape, "flex": f"{shape}, FlexAttention"}.get(what)
+            label = {"operation": shape, "flex": f"{shape}, FlexAttention, no tail"}.get(what)
             look = {"color": colours[shape], "markersize": 4, "label": label}
             density = [row["density"] for row in points]
             speed.plot(density, [row["speedup"] for row in points], style, **look)
@@ -44,14 +44,18 @@ def draw(path: str | Path, rows: Sequence[dict[str, Any]], title: str = "") -> N
     speed.plot(densities, [1 / density for density in densities], "k-", lw=0.8, label="1 / density")
     speed.set(xlabel="density", ylabel="speed-up over the best dense kernel", xscale="log")
     speed.set_yscale("log")
-    for axis, values in ((speed.xaxis, densities), (speed.yaxis, (1, 2, 3, 4, 5, 7, 10, 20))):
-        axis.set_minor_locator(pyplot.NullLocator())
-        axis.set_ticks(values, [f"{value:g}" for value in values])
     speed.set_title(
         "whole operation; dotted: tokens in the order of the blocks already", fontsize=9
     )
     error.set(xlabel="time, in that of the best dense kernel", ylabel="relative squared error")
     error.set(xscale="log", yscale="log")
+    for axis, values in (
+        (speed.xaxis, densities),
+        (speed.yaxis, (1, 2, 3, 4, 5, 7, 10, 20)),
+        (error.xaxis, (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1)),
+    ):
+        axis.set_minor_locator(pyplot.NullLocator())
+        axis.set_ticks(values, [f"{value:g}" for value in values])
     for axes in (speed, error):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)

@@ -27,6 +27,7 @@ from uta_fx.bench.inputs import INPUTS, SHAPES
 from uta_fx.flops import sparse_cost
 from uta_fx.kernels import ops
 from uta_fx.policies import Selection
+from uta_fx.statistics import BlockStatistics
 from uta_fx.tails import Tail
 
 TAILS = {
@@ -142,14 +143,23 @@ class _Case:
         candidates = {("kernel", name, density): bind(ops.sparse_attention, *arguments)}
         if name not in self.making:
 
-            def make(exact: Tensor, selection: Selection) -> Any:
+            def make(exact: Tensor, query: Tensor, *pooled: Tensor) -> Any:
+                # a value of ours comes into being in here: torch 2.11 cannot take it as an argument
+                selection = Selection(query, key, value, BlockStatistics(*pooled), **settings)
                 return tail.representatives(selection, exact, key, value, config.block_kv)
 
+            settings = {
+                field.name: getattr(self.selection, field.name)
+                for field in dataclasses.fields(Selection)
+                if field.name not in ("query", "key", "value", "statistics")
+            }
             self.making[name] = torch.compile(make, dynamic=False) if self.compile else make
         if tail.kind != "none":
             exact = config.selection_policy().select(selection)
             # the same selection for every density: representatives do not ask for it
-            candidates["making", name, density] = bind(self.making[name], exact, self.selection)
+            pooled = vars(self.selection.statistics).values()
+            making = bind(self.making[name], exact, self.selection.query, *pooled)
+            candidates["making", name, density] = making
         return candidates
 
     def rows(self, densities: Sequence[float], ms: dict[Any, float]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from uta_fx.explain import FULL_CAPTURE
-from uta_fx.exporters import export_onnx
+from uta_fx.exporters import export_onnx, onnx_schema
 from uta_fx.study.models import MODELS, SMALL, Model
 
 HEADER = """# Models as ONNX files
@@ -35,8 +35,34 @@ diffusers {diffusers}, exported with density 0.3 by PyTorch {torch} and run by O
 |---|---|---|"""
 
 
-def table() -> str:
+def page() -> str:
     """The documentation's page, Markdown."""
+    return f"{table()}\n\n{node()}"
+
+
+def node() -> str:
+    """What the node of our domain takes and gives, Markdown."""
+    schema = onnx_schema()
+    lines = [
+        f"## The node `{schema.domain}::{schema.name}`, version {schema.since_version}\n",
+        f"{schema.doc} `uta_fx.onnx_schema()` is this as a schema of the onnx package, with"
+        " inference of shapes; every file has the node's function of standard operations too.\n",
+        "| | | type | |\n|---|---|---|---|",
+    ]
+    types = {
+        constraint.type_param_str: ", ".join(x[7:-1] for x in constraint.allowed_type_strs)
+        for constraint in schema.type_constraints  # tensor(float) and so on
+    }
+    for kind, formals in (("input", schema.inputs), ("output", schema.outputs)):
+        for x in formals:
+            lines.append(f"| {kind} | `{x.name}` | {types[x.type_str]} | {x.description} |")
+    for name, x in sorted(schema.attributes.items()):
+        lines.append(f"| attribute | `{name}` | {x.type.name.lower()} | {x.description} |")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """Which models export, Markdown."""
     import diffusers
 
     lines = [
@@ -99,4 +125,4 @@ def _tensors(structure: Any) -> list[Tensor]:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    print(table())
+    print(page())

@@ -225,7 +225,9 @@ class Site:
             query = clusters.query.gather(query)
             key, value = clusters.key.gather(key), clusters.key.gather(value)
         grid = None if clusters else self.grid
-        selection = pool_blocks(query, key, value, config, None, grid, clusters=clusters)
+        blocks = clusters.key if clusters else None
+        selection = pool_blocks(query, key, value, config, None, grid, blocks=blocks)
+        selection = dataclasses.replace(selection, clusters=clusters)
         if inverse is not None:
             rows, columns = rows.index_select(2, inverse), columns.index_select(2, inverse)
         return policy.select(selection), rows, columns
@@ -361,7 +363,8 @@ def timed_rows(
         config = fit(of_name[row.system], row.density, site.kept)
         if config is None:
             return row
-        sparse = functools.partial(_operation(config, inputs, shape.grid, compile), *inputs)
+        operation = _operation(config, inputs, shape.grid, compile)
+        sparse: Callable[[], Tensor] = functools.partial(operation, *inputs)
         output = sparse().index_select(2, chosen).double()
         if inputs[0].is_cuda and not compile:
             sparse = record(sparse)

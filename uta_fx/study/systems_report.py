@@ -140,7 +140,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> Non
 def read_json(path: Path) -> list[Row]:
     """The rows of a file of ``write_json``."""
     rows = json.loads(path.read_text())["rows"]
-    return [Row(**row | {"errors": row["errors"] and tuple(row["errors"])}) for row in rows]
+    return [Row(**row | {"errors": tuple(row.get("errors") or ()) or None}) for row in rows]
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -164,6 +164,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     names = list(dict.fromkeys(row.system for row in rows))
     families = list(dict.fromkeys(name.partition(" + ")[0] for name in names))
     styles = {"": "--x", "UTA": "-o", "gaussian": "-s"}
+    ticker = require("matplotlib.ticker", extra="demo")
     for axes, (x, y, x_label, y_label) in zip(several[0], panels, strict=True):
         for name in names:
             points = sorted(
@@ -172,10 +173,12 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
                 if row.system == name and None not in (getattr(row, x), getattr(row, y))
             )
             family, _, tail = name.partition(" + ")
-            width = 2.5 if name == "ours" else 1.2
+            style, color, width = styles[tail], f"C{families.index(family)}", 1.2
+            if name == "ours":
+                style, color, width = "-D", "black", 2.2
             axes.plot(
-                [point[0] for point in points], [point[1] for point in points], styles[tail],
-                color=f"C{families.index(family)}", lw=width, ms=4, label=name,
+                [point[0] for point in points], [point[1] for point in points], style,
+                color=color, lw=width, ms=4, label=name,
             )  # fmt: skip
             for row in rows:  # the density that was asked for, in percent
                 if x == "ms" and row.system == name == "ours" and row.ms and row.timed_error:
@@ -186,9 +189,12 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
         axes.set(xlabel=x_label, ylabel=y_label)
         if x == "ms":
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         if y != "psnr":
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    several[0][0].legend(fontsize=7)
+    figure.legend(*several[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
