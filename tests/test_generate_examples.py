@@ -16,9 +16,7 @@ EXAMPLES = {
     "generate_ltx": "ltx",
 }
 NARROW = {
-    "wan": {"num_attention_heads": 2, "ffn_dim": 32, "num_layers": 1},
     "hunyuan_video": {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1},
-    "cogvideox": {"num_attention_heads": 2, "num_layers": 1},
     "ltx": {"num_attention_heads": 2, "cross_attention_dim": 128, "num_layers": 1},
 }
 """Settings with which a transformer of real size is a small one; its text and latents are real."""
@@ -52,7 +50,7 @@ def test_an_example_runs_from_memory_and_from_a_folder(name, example, tmp_path, 
     assert first.shape == (96 + 18, 3 * 160 + 2 * 4, 3) and first.std() > 0
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ["generate_hunyuan", "generate_ltx"])
 def test_an_example_runs_with_a_transformer_of_real_size(name, example, monkeypatch, tmp_path):
     """Here a narrow one: what surrounds it fits the text and the latents of the released model."""
     pipeline = EXAMPLES[name]

@@ -49,7 +49,7 @@ def tiny_pipeline(name: str) -> Any:
         ValueError: There is none of that name.
         ImportError: diffusers or transformers are not installed.
     """
-    return _with_random_weights(name, lambda: Parts())
+    return _with_random_weights(name, Parts)
 
 
 def real_size_pipeline(name: str, device: torch.device | str) -> Any:
@@ -68,7 +68,7 @@ def real_size_pipeline(name: str, device: torch.device | str) -> Any:
 
 def _real_parts(name: str, device: torch.device | str) -> Parts:
     real = find_model(REAL_SIZES[name])
-    transformer = real.with_random_weights(None, device)
+    transformer: Any = real.with_random_weights(None, device)
     config = transformer.config
     names = ("text_dim", "text_embed_dim", "caption_channels")
     return Parts(
