@@ -56,7 +56,7 @@ def _written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def literal(like: Tensor, *arguments: Any) -> Tensor:
         with unset_fake_temporarily():
             made = function(*arguments)
-        return torch.tensor(made.tolist(), dtype=made.dtype, device=like.device)
+        return torch.ops.aten.lift_fresh_copy.default(made).to(like.device)
 
     return literal
 
