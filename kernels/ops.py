@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 BLOCK_SIZES = (16, 32, 64, 128)
 MIN_GROUPS = 4  # of rows in a query block
+MAX_HEADS = 65535  # of all samples together on a GPU: what a grid of programs holds along this axis
 
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
@@ -366,6 +367,11 @@ def _check_heads(name: str, tensor: Tensor) -> None:
     """A tensor ``[B, H, L, D]``."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    if tensor.is_cuda and tensor.shape[0] * tensor.shape[1] > MAX_HEADS:
+        raise ValueError(
+            f"{name} must have at most {MAX_HEADS} heads in all samples on a GPU,"
+            f" got {tensor.shape[0]} * {tensor.shape[1]}"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     _check_head_dim(name, tensor)

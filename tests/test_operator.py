@@ -327,3 +327,12 @@ def test_bad_arguments_of_block_statistics_are_named(change, error, message):
     arguments |= {name: alter(arguments[name]) for name, alter in change.items()}
     with pytest.raises(error, match=message):
         ops.block_statistics(**arguments)
+
+
+def test_more_heads_than_a_grid_holds_are_refused_on_a_gpu():
+    with torch._subclasses.FakeTensorMode():
+        cpu = torch.empty(2, 40000, 64, 16)
+        gpu = torch.empty(2, 40000, 64, 16, device="cuda")
+    ops.check_block_statistics(cpu, cpu, 64)
+    with pytest.raises(ValueError, match=r"key must have at most 65535 heads .* got 2 \* 40000"):
+        ops.check_block_statistics(gpu, gpu, 64)
