@@ -22,13 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from uta_fx.kernels.gluon_attention import is_addressable, on_hopper, tensor_map
+from uta_fx.kernels.gluon_attention import HEAD_DIMS, is_addressable, on_hopper, tensor_map
 from uta_fx.kernels.gluon_tail import LOG2_E, exp2
 
 TILE = 64  # key blocks of a step
 GROUPS = 128  # of query rows, that four warps score
 SLOTS = 3  # of the ring: tiles of means or variances
-HEAD_DIMS = (64, 128)
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that multiply and one that copies
 
 

@@ -20,7 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from uta_fx.kernels.gluon_attention import BLOCK, HEAD_DIMS, is_addressable, on_hopper, tensor_map
+from uta_fx.kernels.gluon_attention import (
+    BLOCK,
+    is_addressable,
+    on_hopper,
+    takes_sizes,
+    tensor_map,
+)
 
 STAGES = 4  # of the ring: pairs of a key and a value block
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that pool and one that copies
@@ -154,10 +160,7 @@ def takes(key: Tensor, value: Tensor, block_kv: int) -> bool:
     """
     return (
         on_hopper(key)
-        and key.dtype in (torch.bfloat16, torch.float16)
-        and key.shape[-1] in HEAD_DIMS
-        and key.shape[-1] == value.shape[-1]
-        and block_kv == BLOCK
+        and takes_sizes(key.dtype, key.shape[-1], value.shape[-1], block_kv, block_kv)
         and all(is_addressable(x) for x in (key, value))
     )
 

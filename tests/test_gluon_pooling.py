@@ -26,13 +26,12 @@ COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from uta_fx.kernels import gluon_scores, gluon_statistics
+from uta_fx.kernels.gluon_attention import MAP_LAYOUT
 
 dim = int(sys.argv[2])
-layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-tile = f"tensordesc<bf16[1, 1, 64, {dim}],{layout!r}>"
+tile = f"tensordesc<bf16[1, 1, 64, {dim}],{MAP_LAYOUT!r}>"
 if sys.argv[1] == "scores":
     module, function = gluon_scores, gluon_scores._scores_kernel
     constants = {
