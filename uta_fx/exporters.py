@@ -54,9 +54,9 @@ def export_onnx(
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
             its video tokens) is fixed in any case, and is refused here by name.
-        opset: Version of the standard operations, 18 or higher; None for 18, or 23 where weights
-            are bfloat16, which convolutions know only since 22. From 23 on dense attention is one
-            operation too.
+        opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
+            are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
+            reads from 1.23 on, dense attention is one operation too.
 
     Returns:
         What was decided about every attention call, and why.
@@ -83,7 +83,7 @@ def export_onnx(
             "keep=True of policy svg2 cannot be exported: a file keeps nothing from one step to the"
             " next. Take keep=False, with which each step clusters anew"
         )
-    opset = _opset(model, opset, 23)
+    opset = _opset(model, opset)
     program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
     program = spell_out_clusters(program)
     write_onnx(program, explanation.sites, target, opset=opset, metadata=_metadata(config))
@@ -152,7 +152,7 @@ def export_tensorrt(
         require("onnxscript", extra="onnx")
     from uta_fx.export.tensorrt_program import spell_out
 
-    opset = _opset(model, opset, 22)
+    opset = _opset(model, opset)
     program, explanation = _sparse_program(model, args, kwargs, None, config)
     program = spell_out(program, plugins=form != "standard")
     if form == "engine":
@@ -316,9 +316,9 @@ def onnx_schema() -> Any:
     return sparse_attention_schema()
 
 
-def _opset(model: Any, opset: int | None, with_bfloat16: int) -> int:
+def _opset(model: Any, opset: int | None) -> int:
     if opset is None:
-        return with_bfloat16 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
+        return 22 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
     return opset
