@@ -353,12 +353,23 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def sort(x: Any, dim: int = -1, descending: bool = False) -> Any:
+        """TopK of all: of equal values the one with the lower index comes first."""
+        dim %= len(x.shape)
+        ranked = opset18.Cast(x, to=ir.DataType.INT32) if x.dtype == ir.DataType.BOOL else x
+        values, order = opset18.TopK(
+            ranked,
+            opset18.Shape(x, start=dim, end=dim + 1),
+            axis=dim,
+            largest=int(descending),
+            sorted=1,
+        )
+        return opset18.CastLike(values, x) if x.dtype == ir.DataType.BOOL else values, order
+
     def stable_sort(
         x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
     ) -> Any:
-        """TopK of all: of equal values the one with the lower index comes first."""
-        size = opset18.Constant(value_ints=[x.shape[dim]])
-        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+        return sort(x, dim, descending)
 
     def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """An operator that returns a constant, as that constant."""
@@ -373,6 +384,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.sort.default: sort,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
         torch.ops.uta.rectified_attention.default: rectified_attention,
