@@ -150,7 +150,10 @@ def _without_its_own_worries() -> Iterator[None]:
 def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
     """What complex tensors go through, by operations that the exporter can write for them."""
     aten = torch.ops.aten
-    gaps = (aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default)
+    gaps = (
+        aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default,
+        aten.index_select.default,
+    )  # fmt: skip
     nodes = [x for gap in gaps for x in program.graph.find_nodes(op="call_function", target=gap)]
     if not any(node.args[0].meta["val"].is_complex() for node in nodes):
         return program
@@ -171,7 +174,14 @@ def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
             return NotImplemented
         return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim - (dim < 0)))
 
-    return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
+    def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        parts = torch.view_as_real(x).index_select(dim - (dim < 0), index)
+        return torch.view_as_complex(parts)
+
+    spelled = (split, expand, unsqueeze, index_select)
+    return program.run_decompositions(dict(zip(gaps, spelled, strict=True)))
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:
