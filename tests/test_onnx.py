@@ -447,7 +447,9 @@ def test_hunyuan_video_15_takes_every_prompt_and_one_kind_of_image(tmp_path):
         model, (), path, config=config, kwargs=arguments, decide_branches=True
     )
     sites = [site for site in explanation.sites if site.kind == "joint"]
-    assert [(site.sparse, site.grid) for site in sites] == [(True, entry.grid)] * 2
+    assert [(site.sparse, site.grid, site.text) for site in sites] == [
+        (True, entry.grid, (0, 18))  # a plugin and an engine need to know how much text there is
+    ] * 2
     options = {
         "inner": "eager", "density": 0.3, "grid": entry.grid, "min_tokens": 48, "block_q": 16,
         "block_kv": 16,
