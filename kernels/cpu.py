@@ -193,9 +193,10 @@ def _attend_listed(
             outside = torch.arange(block_kv) >= true[:, None]
             bias = query.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
             bias = bias.view(len(group), 1, 1, -1).expand(-1, -1, block_q, -1)
-        # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp
+        # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp;
+        # it reads rows as if they were contiguous
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows[group], k, v, attn_mask=bias, scale=scale
+            rows[group].contiguous(), k, v, attn_mask=bias, scale=scale
         )
         output[group], lse[group] = part.squeeze(1), part_lse.view(len(group), block_q)
         empty = group[true.view(len(group), count).amax(1) == 0]

@@ -38,6 +38,7 @@ from uta_fx.kernels.gluon_tail import (
     exp2,
     variances,
 )
+from uta_fx.kernels.launches import launcher
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
@@ -605,7 +606,7 @@ def attend(
     pairs = triton.cdiv(blocks_q, 2)
     ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.int32)
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
-    _pair_lists_kernel[(pairs, batch * heads)](
+    launcher(_pair_lists_kernel, (pairs, batch * heads))(
         ids, plan, listed, block_counts, *block_counts.stride()[:2],
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
@@ -621,7 +622,7 @@ def attend(
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
     sign = (scale > 0) - (scale < 0)
-    _paired_kernel[(triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads)](
+    launcher(_paired_kernel, (triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads))(
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],

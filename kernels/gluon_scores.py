@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from uta_fx.kernels.gluon_attention import HEAD_DIMS, is_addressable, on_hopper, tensor_map
 from uta_fx.kernels.gluon_tail import LOG2_E, exp2
+from uta_fx.kernels.launches import launcher
 
 TILE = 64  # key blocks of a step
 GROUPS = 128  # of query rows, that four warps score
@@ -274,7 +275,7 @@ def block_scores(
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = triton.cdiv(length_q, block_q), key_mean.shape[-2]
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.float32)
-    _scores_kernel[(triton.cdiv(length_q, 2 * GROUPS * rows), batch * heads)](
+    launcher(_scores_kernel, (triton.cdiv(length_q, 2 * GROUPS * rows), batch * heads))(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,

@@ -13,6 +13,7 @@ is absent has a dimension of size 0. The operators are forward-only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -585,6 +586,9 @@ def _refuse_gradient(*_: Any) -> NoReturn:
     )
 
 
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}
+"""What each operator calls on GPUs."""
+
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
@@ -610,3 +614,4 @@ for _name, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)
+    LAUNCHERS[getattr(torch.ops.uta, _name).default] = _cuda

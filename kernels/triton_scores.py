@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_tile, shared_limit
 
 try:
@@ -192,7 +193,7 @@ def block_scores(
     )  # fmt: skip
     of_program = max(tile.block_m * rows, block_q)  # rows
     with torch.cuda.device_of(query):
-        _scores_kernel[(triton.cdiv(length_q, of_program), batch * heads)](
+        launcher(_scores_kernel, (triton.cdiv(length_q, of_program), batch * heads))(
             query, key_mean, key_variance, log_size, scores,
             *query.stride()[:3], *key_mean.stride()[:3], *key_variance.stride()[:3],
             *log_size.stride()[:2],

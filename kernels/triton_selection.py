@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
+
 LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)  # below and above every key
 _INFINITY = tl.constexpr(0x7F800000)  # the key of +inf
 _MINUS_INFINITY = tl.constexpr(-0x7F800001)
@@ -505,7 +507,7 @@ def select_blocks(scores: Tensor, kept: int, rows: int, *, search: Search = SEAR
     bits, chosen = scores.contiguous().view(torch.int32), mask.view(torch.uint8)
     with torch.cuda.device_of(scores):
         if rows == 1:
-            _keep_in_row_kernel[(groups,)](
+            launcher(_keep_in_row_kernel, (groups,))(
                 bits, chosen, blocks, kept,
                 COLUMNS=min(search.row_columns, triton.next_power_of_2(blocks)),
                 num_warps=search.row_warps,
@@ -517,7 +519,7 @@ def select_blocks(scores: Tensor, kept: int, rows: int, *, search: Search = SEAR
         places = bits.new_empty((groups, search.found), dtype=torch.int64)
         best, ties = bits.new_empty((2, groups, rows)).unbind()
         samples, (upper, lower) = min(total, search.samples), _ranks(kept, rows, total, search)
-        _bracket_kernel[(groups,)](
+        launcher(_bracket_kernel, (groups,))(
             bits, state, rows, blocks, samples, upper, lower, kept - rows,
             SAMPLES=min(search.samples, triton.next_power_of_2(total)), PARTS=search.parts,
             ALL=total <= search.samples, num_warps=16,
@@ -526,15 +528,15 @@ def select_blocks(scores: Tensor, kept: int, rows: int, *, search: Search = SEAR
         grid = (triton.cdiv(rows, search.rows), groups)
         arguments = (bits, best, state, parts, keys, places, ties, rows, blocks)
         for number in range(search.passes):
-            _pass_kernel[grid](
+            launcher(_pass_kernel, grid)(
                 *arguments, FIRST=number == 0, PARTS=search.parts, FOUND=search.found,
                 ROWS=search.rows, COLUMNS=columns, num_warps=search.num_warps,
             )  # fmt: skip
-            _narrow_kernel[(groups,)](
+            launcher(_narrow_kernel, (groups,))(
                 *arguments, PARTS=search.parts, FOUND=search.found, ROWS=1024, COLUMNS=1024,
                 num_warps=8,
             )  # fmt: skip
-        _keep_kernel[grid](
+        launcher(_keep_kernel, grid)(
             bits, best, state, chosen, rows, blocks,
             ROWS=search.rows, COLUMNS=columns, num_warps=search.num_warps,
         )  # fmt: skip
@@ -562,7 +564,7 @@ def list_blocks(exact: Tensor, *, search: Search = SEARCH) -> tuple[Tensor, Tens
     ids = exact.new_empty(exact.shape, dtype=torch.int32)
     counts = exact.new_empty((batch, heads, blocks_q), dtype=torch.int32)
     with torch.cuda.device_of(exact):
-        _list_kernel[(triton.cdiv(counts.numel(), search.rows),)](
+        launcher(_list_kernel, (triton.cdiv(counts.numel(), search.rows),))(
             exact.contiguous().view(torch.uint8), ids, counts, counts.numel(), blocks,
             ROWS=search.rows, COLUMNS=min(search.columns, triton.next_power_of_2(blocks)),
             num_warps=search.num_warps,

@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(dtype, tail, slopes):
         dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 1000),
     ),
-    st.sampled_from(["contiguous", "inside NaN", "tokens before heads"]),
+    st.sampled_from(["contiguous", "inside NaN", "tokens before heads", "channels first"]),
 )
 def test_any_shape_agrees_with_the_reference(case, layout):
     """Lengths, head dims, dtypes, strides, blocks, tails and lists drawn at random."""
@@ -71,6 +71,7 @@ def test_any_shape_agrees_with_the_reference(case, layout):
         "contiguous": lambda x: x,
         "inside NaN": poisoned,
         "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "channels first": lambda x: x.mT.contiguous().mT,
     }[layout]
     args = case.inputs()
     assert_as_accurate_as_eager(
@@ -115,6 +116,16 @@ def test_strided_views_are_taken_as_they_come():
         args[place] = args[place].transpose(1, 2).contiguous().transpose(1, 2)
     output, _ = ops.sparse_attention(*args)
     assert output.stride() == torch.empty_like(args[0]).stride() != expected.stride()
+    torch.testing.assert_close(output, expected)
+
+
+def test_channels_may_lie_apart():
+    """One head, whose blocks are all full: nothing on the way to the kernel copies its queries."""
+    args = Case(batch=1, heads=1, length_q=128).inputs()
+    expected, _ = ops.sparse_attention(*args)
+    for place in range(3):
+        args[place] = args[place].mT.contiguous().mT
+    output, _ = ops.sparse_attention(*args)
     torch.testing.assert_close(output, expected)
 
 
