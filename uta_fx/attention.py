@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
@@ -292,10 +293,11 @@ class TokenIndex:
         """For a tensor: int64, as long as its dimension ``dim``."""
         index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
         tokens, length = math.prod(self.grid), x.shape[self.dim]
-        if length == tokens:
+        if statically_known_true(length == tokens):
             return index
-        around = torch.arange(length, device=x.device)
-        return torch.cat([around[: self.start], index + self.start, around[self.start + tokens :]])
+        before = torch.arange(self.start, device=x.device)
+        after = torch.arange(self.start + tokens, length, device=x.device)
+        return torch.cat([before, index + self.start, after])
 
 
 def reorder_tokens(
