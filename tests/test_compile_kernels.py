@@ -66,6 +66,7 @@ driver._active = Driver()
 torch.cuda.device_of = torch.cuda.device = lambda x: contextlib.nullcontext()
 compile_kernels.may_compile = lambda: True
 compile_kernels.device_of = lambda args: 0
+compile_kernels.load_driver = lambda indices: None
 for module in (gluon_attention, gluon_scores, gluon_statistics):
     module.on_hopper = lambda x: True
 before, launched = set(), set()
@@ -160,6 +161,7 @@ def on_gpu(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(compile_kernels, "may_compile", lambda: True)
     monkeypatch.setattr(compile_kernels, "device_of", lambda args: 0)
+    monkeypatch.setattr(compile_kernels, "load_driver", lambda indices: None)
 
 
 def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):

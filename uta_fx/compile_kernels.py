@@ -35,6 +35,7 @@ def kernels_compiled_beside(gm: GraphModule) -> Iterator[None]:
     if not launches:
         yield
         return
+    load_driver({index for _, index in launches})
     pool = ThreadPoolExecutor(WORKERS, "uta-compile")
     try:
         for (_, index), some in launches.items():
@@ -80,6 +81,14 @@ def may_compile() -> bool:
         and config.compile_threads != 1
         and config.worker_start_method != "fork"
     )
+
+
+def load_driver(indices: set[int]) -> None:
+    """Load Triton's driver, which threads that need it at the same time would load twice."""
+    from uta_fx.kernels.triton_attention import shared_limit
+
+    for index in indices:
+        shared_limit(torch.empty(0, device=f"cuda:{index}"))  # asks it
 
 
 def device_of(args: tuple[Any, ...]) -> int | None:
