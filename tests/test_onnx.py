@@ -416,7 +416,7 @@ def test_strict_writes_nothing_where_a_site_stays_dense(tmp_path):
 
 
 class Rotating(nn.Module):
-    """Positions as complex numbers, cut, widened and turned; and an order with equal keys."""
+    """Positions as complex numbers, cut, widened, gathered, turned; an order with equal keys."""
 
     def forward(self, x, angles):
         turns = torch.polar(torch.ones_like(angles), angles)
@@ -425,9 +425,12 @@ class Rotating(nn.Module):
             [low.unsqueeze(-2).expand(-1, 3, -1), high.unsqueeze(1).expand(-1, 3, -1)], -1
         )
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turns).flatten(-2)
+        turned = torch.view_as_real(pairs * turns.index_select(0, angles.argmax(-1) % 4)).flatten(
+            -2
+        )
         order = torch.sort(angles.round(), dim=-1, descending=True, stable=True)[1]
-        return turned, order
+        positive = torch.sort(angles > 0, descending=True)[0]
+        return turned, order, positive
 
 
 def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
@@ -436,10 +439,11 @@ def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
     inputs = (torch.randn(4, 3, 16, generator=generator), torch.randn(4, 8, generator=generator))
     path = tmp_path / "model.onnx"
     export_onnx(Rotating().eval(), inputs, path)
-    turned, order = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
-    expected, expected_order = Rotating()(*inputs)
+    turned, *orders = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
+    expected, *expected_orders = Rotating()(*inputs)
     np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(order, expected_order)
+    for order, expected in zip(orders, expected_orders, strict=True):
+        np.testing.assert_array_equal(order, expected)
 
 
 class Factored(nn.Module):
