@@ -23,6 +23,7 @@ from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import (
     listed_blocks,
     pooled_variance,
+    score_dtype,
     split_blocks,
     text_as_tail,
 )
@@ -337,7 +338,7 @@ def block_scores(
     for blocks, of_squares in zip(
         split_blocks(groups, of_block), split_blocks(squares, of_block), strict=True
     ):  # [B, H, Nq, of_block, D]
-        scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=torch.float32)
+        scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=score_dtype(query))
         for b, h, piece in _pieces(blocks.shape[:3], blocks.shape[3] * key_mean.shape[2]):
             logits = (blocks[b, h, piece] @ key_mean[b, h].float().mT).add_(log_size[b, h])
             sigma2 = of_squares[b, h, piece] @ key_variance[b, h].float().mT  # [N, of_block, Nk]

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from uta_fx.kernels.reference import text_as_tail
+from uta_fx.kernels.reference import score_dtype, text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -131,13 +131,13 @@ def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
 
 
 def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
-    """Call ``uta::select_blocks``; arguments and result as in ``reference``, scores in float32.
+    """Call ``uta::select_blocks``; arguments and result as in ``reference``.
 
-    The same on every device, to the bit.
+    Scores in float32 or bfloat16. The same on every device, to the bit.
 
     Raises:
         ValueError: The scores are not ``[B, H, Nq, Nk]``, or a number is outside the contract.
-        TypeError: The scores are not float32.
+        TypeError: The scores are neither float32 nor bfloat16.
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.select_blocks.default(scores, kept, rows)
@@ -336,7 +336,9 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
 
 def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("scores", scores, torch.float32)
+    _check_pairs("scores", scores)
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"scores must be float32 or bfloat16, got {scores.dtype}")
     _, heads, blocks_q, blocks = scores.shape
     if rows < 1 or heads * blocks_q % rows:
         raise ValueError(f"rows must divide the rows of a sample, {heads} * {blocks_q}, got {rows}")
@@ -348,14 +350,14 @@ def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
 
 def check_list_blocks(exact: Tensor) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("exact", exact, torch.bool)
+    _check_pairs("exact", exact)
+    _check_dtype("exact", exact, torch.bool)
 
 
-def _check_pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _check_pairs(name: str, tensor: Tensor) -> None:
     """A number for each pair of a query block and a key block."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, Nq, Nk], got {tensor.dim()} dimensions")
-    _check_dtype(name, tensor, dtype)
 
 
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
@@ -552,7 +554,7 @@ def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
     block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
-    return query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(shape, dtype=score_dtype(query))
 
 
 def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:

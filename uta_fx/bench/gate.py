@@ -90,6 +90,7 @@ def check_scores(arguments: Sequence[Any]) -> None:
     unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
     sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
     a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
+    Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of themselves.
 
     Raises:
         ArithmeticError: A score is further away.
@@ -109,6 +110,8 @@ def check_scores(arguments: Sequence[Any]) -> None:
     logits = products + log_size[:, :, None] + weight / 2 * sigma2
     unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
     unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
+    if scores.dtype == torch.bfloat16:
+        unit = (1 + unit) * (1 + torch.finfo(scores.dtype).eps / 2) - 1
     _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
 
 
