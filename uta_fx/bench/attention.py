@@ -1,7 +1,8 @@
 """The operation against dense attention: is it right, how fast is it, how much does it err.
 
 Nothing is timed before sampled rows agree with float64. Baselines, peers and candidates take turns
-in rounds and medians are reported, so that a clock that drifts does so for all of them.
+in rounds and medians are reported, so that a clock that drifts does so for all of them; turns last
+equally long, so that each is timed at the clock that it would hold by itself.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
     "speedup": ">8.2f", "tflops": ">7.1f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
 }  # fmt: skip
+TURN = 250.0  # milliseconds for which a candidate has a GPU before the next one does
 PARTS = {
     "reorder": "tokens into the order of the blocks, and the output back",
     "statistics": "means and variances of the blocks",
@@ -163,7 +165,8 @@ class _Case:
         candidates |= self._parts_before_attention()
         for density in densities:
             candidates |= self._at_density(density)
-        times = time_interleaved(candidates, self.rounds, self.device)
+        turn = TURN if torch.device(self.device).type == "cuda" else 0.0
+        times = time_interleaved(candidates, self.rounds, self.device, turn=turn)
         memory = {name: self._memory(call) for name, call in candidates.items()}
         return self._rows(times, memory)
 
@@ -276,11 +279,24 @@ class _Case:
 
 
 def time_interleaved(
-    candidates: dict[Any, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
+    candidates: dict[Any, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    warmup: int = 2,
+    turn: float = 0.0,
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each call: in each round every candidate runs once.
+    """Milliseconds of each call, one number a round: in each every candidate has its turn.
 
-    Rounds differ in their order, the same in every run: what ran before decides how warm a GPU is.
+    Rounds differ in their order, the same in every run.
+
+    Args:
+        candidates: Calls by name.
+        rounds: How many turns each has.
+        device: Where they run.
+        warmup: Calls of each before.
+        turn: Milliseconds for which a turn lasts at least, and at least one call: its number is
+            the median. Under load a GPU lowers its clock, and one short call would be timed at the
+            clock that the call before it left behind.
     """
     on_gpu = torch.device(device).type == "cuda"
     for _ in range(warmup):
@@ -291,7 +307,10 @@ def time_interleaved(
     for _ in range(rounds):
         for name in generator.sample(list(candidates), len(candidates)):
             call = candidates[name]
-            times[name].append(_time_gpu(call) if on_gpu else _time_cpu(call))
+            samples = [_time_gpu(call) if on_gpu else _time_cpu(call)]
+            while sum(samples) < turn:
+                samples.append(_time_gpu(call) if on_gpu else _time_cpu(call))
+            times[name].append(statistics.median(samples))
     return times
 
 
