@@ -578,9 +578,7 @@ def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) ->
     }  # fmt: skip
 
 
-def heads_at_a_time(
-    batch_heads: int, blocks_q: int, blocks_kv: int, dim: int, tail: bool
-) -> int:
+def heads_at_a_time(batch_heads: int, blocks_q: int, blocks_kv: int, dim: int, tail: bool) -> int:
     """For how many heads ``attend`` makes what it makes for pairs of blocks.
 
     Args:
@@ -634,8 +632,8 @@ def attend(
         variance_weight: As in the operator.
         resume: ``output`` and ``lse`` hold attention over the tail, to go on from.
     """
-    batch, heads, _, dim = query.shape
-    most = heads_at_a_time(batch * heads, *listed.shape[2:], dim, tail is not None)
+    batch, heads, blocks_q, blocks_kv = listed.shape
+    most = heads_at_a_time(batch * heads, blocks_q, blocks_kv, query.shape[3], tail is not None)
     samples = max(1, most // heads)
     for sample in range(0, batch, samples):
         for head in range(0, heads, most):

@@ -2,10 +2,10 @@
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
 ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
-``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` is the
-same from a mask of blocks. ``uta::rectified_attention`` attends to listed blocks and text, and
-scales and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention``
-attends to listed blocks that are not full.
+``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
+a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
+and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
+to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
