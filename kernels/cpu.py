@@ -69,6 +69,13 @@ def sparse_attention(
     return output, lse
 
 
+def block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.block_masked_attention`` for CPU tensors; as there."""
+    return sparse_attention(query, key, value, *list_blocks(exact), *rest)
+
+
 def rectified_attention(
     query: Tensor,
     key: Tensor,

@@ -211,6 +211,7 @@ def _scores_kernel(
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=2)  # the copy, and what is beside it
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()  # the copy engine sees them
     memory = (ring, column_ring, full, empty)
     first = gl.program_id(0) * (2 * GROUPS * ROWS)
     given = (

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -128,6 +129,7 @@ def _statistics_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()  # the copy engine sees them
     first = part * blocks_per_program
     count = gl.minimum(blocks_per_program, blocks - first)
     wide = batch_head.to(gl.int64)

@@ -2,9 +2,10 @@
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
 ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
-``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
-to listed blocks and text, and scales and shifts what comes of it. ``uta::kmeans`` groups tokens,
-and ``uta::clustered_attention`` attends to listed blocks that are not full.
+``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
+a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
+and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
+to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -33,6 +34,13 @@ _LIBRARY.define(
     " Tensor block_counts, Tensor tail_key, Tensor tail_value, Tensor tail_log_size,"
     " Tensor tail_variance, Tensor tail_slope, float scale, float variance_weight,"
     " int block_q, int block_kv) -> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "block_masked_attention(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor tail_key,"
+    " Tensor tail_value, Tensor tail_log_size, Tensor tail_variance, Tensor tail_slope,"
+    " float scale, float variance_weight, int block_q, int block_kv)"
+    " -> (Tensor output, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
@@ -88,6 +96,14 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.sparse_attention.default(*args, **options)
+
+
+def block_masked_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::block_masked_attention``; arguments and results as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``; there is no id that could lie outside.
+    """
+    return torch.ops.uta.block_masked_attention.default(*args, **options)
 
 
 def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -168,6 +184,32 @@ def check_sparse_attention(
     value: Tensor,
     block_ids: Tensor,
     block_counts: Tensor,
+    *rest: Any,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    blocks_q, _ = _check_attention(query, key, value, *rest)
+    lead = query.shape[:2]
+    _check_shape("block_ids", block_ids, (*lead, blocks_q, block_ids.shape[-1]))
+    _check_shape("block_counts", block_counts, (*lead, blocks_q))
+    for name, tensor in (("block_ids", block_ids), ("block_counts", block_counts)):
+        _check_dtype(name, tensor, torch.int32)
+        _check_device(name, tensor, query)
+
+
+def check_block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    blocks = _check_attention(query, key, value, *rest)
+    _check_shape("exact", exact, (*query.shape[:2], *blocks))
+    _check_dtype("exact", exact, torch.bool)
+    _check_device("exact", exact, query)
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     tail_key: Tensor,
     tail_value: Tensor,
     tail_log_size: Tensor,
@@ -177,8 +219,8 @@ def check_sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
-) -> None:
-    """Raise for whatever is outside the operator's contract, before anything is launched."""
+) -> tuple[int, int]:
+    """Raise for what does not concern which blocks are exact; how many blocks there are."""
     _check_blocked("query", query, "block_q", block_q)
     _check_block_size("block_kv", block_kv)
     batch, heads, length_q, dim = query.shape
@@ -197,8 +239,6 @@ def check_sparse_attention(
         raise ValueError("tail_variance needs a tail_key of rank 4 [B, H, Nk, D], got rank 5")
     _check_shape("key", key, (batch, heads, length_kv, dim))
     _check_shape("value", value, (batch, heads, length_kv, dim_v))
-    _check_shape("block_ids", block_ids, (batch, heads, blocks_q, block_ids.shape[-1]))
-    _check_shape("block_counts", block_counts, (batch, heads, blocks_q))
     _check_shape("tail_key", tail_key, (*lead, representatives, dim))
     _check_shape("tail_value", tail_value, (*lead, representatives, dim_v))
     _check_shape("tail_log_size", tail_log_size, (*lead, representatives))
@@ -223,14 +263,9 @@ def check_sparse_attention(
     for name, tensor in like_query.items():
         _check_dtype(name, tensor, query.dtype)
         _check_device(name, tensor, query)
-    others = {
-        "block_ids": (block_ids, torch.int32),
-        "block_counts": (block_counts, torch.int32),
-        "tail_log_size": (tail_log_size, torch.float32),
-    }
-    for name, (tensor, dtype) in others.items():
-        _check_dtype(name, tensor, dtype)
-        _check_device(name, tensor, query)
+    _check_dtype("tail_log_size", tail_log_size, torch.float32)
+    _check_device("tail_log_size", tail_log_size, query)
+    return blocks_q, blocks_kv
 
 
 def check_clustered_attention(*args: Any) -> None:
@@ -417,6 +452,13 @@ def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.sparse_attention(*args)
 
 
+def _cpu_block_masked_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_block_masked_attention(*args)
+    return cpu.block_masked_attention(*args)
+
+
 def _cpu_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import cpu
 
@@ -473,6 +515,13 @@ def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return triton_attention.sparse_attention(*args)
 
 
+def _cuda_block_masked_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_attention
+
+    check_block_masked_attention(*args)
+    return triton_attention.block_masked_attention(*args)
+
+
 def _cuda_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import triton_attention
 
@@ -526,6 +575,13 @@ def _fake_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     check_sparse_attention(query, key, value, *rest)
+    return empty_outputs(query, value)
+
+
+def _fake_block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_block_masked_attention(query, key, value, *rest)
     return empty_outputs(query, value)
 
 
@@ -594,6 +650,12 @@ LAUNCHERS: dict[Any, Callable[..., Any]] = {}
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
+    (
+        "block_masked_attention",
+        _cpu_block_masked_attention,
+        _cuda_block_masked_attention,
+        _fake_block_masked_attention,
+    ),
     (
         "clustered_attention",
         _cpu_clustered_attention,

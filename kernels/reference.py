@@ -6,6 +6,8 @@ they say how much error that dtype makes by itself. Memory is O(Lq * Lk): for te
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,24 @@ def sparse_attention(
         output = output + gain * (query[..., None, :] * scale @ slope).squeeze(-2)
     invalid = ~valid[:, :, rows]
     return output.masked_fill(invalid[..., None], torch.nan), lse.masked_fill(invalid, torch.nan)
+
+
+def block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention`` of the blocks of a mask.
+
+    Args:
+        query: As in ``sparse_attention``.
+        key: As in ``sparse_attention``.
+        value: As in ``sparse_attention``.
+        exact: Boolean ``[B, H, Nq, Nk]``: True where query block n attends to key block b exactly.
+        rest: As in ``sparse_attention``, from ``tail_key`` on.
+
+    Returns:
+        As ``sparse_attention``.
+    """
+    return sparse_attention(query, key, value, *list_blocks(exact), *rest)
 
 
 def rectified_attention(
