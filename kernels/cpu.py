@@ -345,7 +345,9 @@ def block_scores(
     for blocks, of_squares in zip(
         split_blocks(groups, of_block), split_blocks(squares, of_block), strict=True
     ):  # [B, H, Nq, of_block, D]
-        scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=score_dtype(query))
+        scores = query.new_empty(
+            (*blocks.shape[:3], key_mean.shape[2]), dtype=score_dtype(query.dtype)
+        )
         for b, h, piece in _pieces(blocks.shape[:3], blocks.shape[3] * key_mean.shape[2]):
             logits = (blocks[b, h, piece] @ key_mean[b, h].float().mT).add_(log_size[b, h])
             sigma2 = of_squares[b, h, piece] @ key_variance[b, h].float().mT  # [N, of_block, Nk]

@@ -610,7 +610,7 @@ def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
     block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
-    return query.new_empty(shape, dtype=score_dtype(query))
+    return query.new_empty(shape, dtype=score_dtype(query.dtype))
 
 
 def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:

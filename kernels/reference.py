@@ -270,7 +270,7 @@ def block_scores(
         rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
 
     Returns:
-        ``[B, H, ceil(Lq / block_q), Nk]``, not negative, in ``score_dtype(query)``.
+        ``[B, H, ceil(Lq / block_q), Nk]``, not negative, in ``score_dtype(query.dtype)``.
     """
     accumulator = _accumulator(query)
     scaled = query.to(accumulator) * scale
@@ -282,12 +282,12 @@ def block_scores(
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
     blocks = split_blocks(scores.square(), block_q // rows)
-    return torch.cat([x.mean(3) for x in blocks], 2).sqrt().to(score_dtype(query))
+    return torch.cat([x.mean(3) for x in blocks], 2).sqrt().to(score_dtype(query.dtype))
 
 
-def score_dtype(query: Tensor) -> torch.dtype:
-    """Of ``block_scores``: the query's, but bfloat16 for float16, whose range scores leave."""
-    return torch.bfloat16 if query.dtype == torch.float16 else query.dtype
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of ``block_scores`` of queries in ``dtype``: that, or bfloat16 for float16 and its range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def block_statistics(

@@ -188,7 +188,7 @@ def block_scores(
             return gluon_scores.block_scores(
                 query, key_mean, key_variance, log_size, scale, block_q, rows
             )
-    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query))
+    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query.dtype))
     tile = tile or fit_tile(
         _TILES, query.dtype, dim, MAX_BLOCK, max(16, triton.next_power_of_2(blocks)), 2, 2,
         shared_limit(query),

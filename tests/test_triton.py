@@ -344,7 +344,7 @@ def assert_scores_are_accurate(args):
     if args[0].dtype != torch.float32:
         cut = torch.finfo(torch.bfloat16).eps / (2 if scores.is_cuda else 1)
         allowed = (1 + allowed) * (1 + 1.5 * cut) - 1
-    assert scores.dtype == reference.score_dtype(args[0]) and (scores >= 0).all()
+    assert scores.dtype == reference.score_dtype(args[0].dtype) and (scores >= 0).all()
     assert ((scores.double() - exact).abs() <= allowed * exact).all()
 
 
