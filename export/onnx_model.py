@@ -150,7 +150,10 @@ def _without_its_own_worries() -> Iterator[None]:
 def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
     """What complex tensors go through, by operations that the exporter can write for them."""
     aten = torch.ops.aten
-    gaps = (aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default)
+    gaps = (
+        aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default,
+        aten.index_select.default,
+    )  # fmt: skip
     nodes = [x for gap in gaps for x in program.graph.find_nodes(op="call_function", target=gap)]
     if not any(node.args[0].meta["val"].is_complex() for node in nodes):
         return program
@@ -171,7 +174,14 @@ def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
             return NotImplemented
         return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim - (dim < 0)))
 
-    return program.run_decompositions(dict(zip(gaps, (split, expand, unsqueeze), strict=True)))
+    def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        parts = torch.view_as_real(x).index_select(dim - (dim < 0), index)
+        return torch.view_as_complex(parts)
+
+    spelled = (split, expand, unsqueeze, index_select)
+    return program.run_decompositions(dict(zip(gaps, spelled, strict=True)))
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:
@@ -353,12 +363,23 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset18.Identity(x)
         return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
 
+    def sort(x: Any, dim: int = -1, descending: bool = False) -> Any:
+        """TopK of all: of equal values the one with the lower index comes first."""
+        dim %= len(x.shape)
+        ranked = opset18.Cast(x, to=ir.DataType.INT32) if x.dtype == ir.DataType.BOOL else x
+        values, order = opset18.TopK(
+            ranked,
+            opset18.Shape(x, start=dim, end=dim + 1),
+            axis=dim,
+            largest=int(descending),
+            sorted=1,
+        )
+        return opset18.CastLike(values, x) if x.dtype == ir.DataType.BOOL else values, order
+
     def stable_sort(
         x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
     ) -> Any:
-        """TopK of all: of equal values the one with the lower index comes first."""
-        size = opset18.Constant(value_ints=[x.shape[dim]])
-        return opset18.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+        return sort(x, dim, descending)
 
     def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """An operator that returns a constant, as that constant."""
@@ -373,6 +394,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.sort.default: sort,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
         torch.ops.uta.rectified_attention.default: rectified_attention,

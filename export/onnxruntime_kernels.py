@@ -37,7 +37,7 @@ _DTYPES = {
 }
 _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
-    "ids": "i32", "counts": "i32", "order": "i32", "plan": "i32",
+    "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
 }  # fmt: skip
 _HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
 # what the C source calls a parameter, where a kernel of gluon_attention has another name for it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from uta_fx.export.flex_attention import spell_out_flex
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -24,7 +27,8 @@ def sparsify_program(
 
     Returns:
         A program in which each sparse site is pooling, selection and ``uta::sparse_attention``,
-        traced for the shapes of the original's example inputs; and the sites.
+        and FlexAttention other operations, traced for the shapes of the original's example inputs;
+        and the sites.
 
     Raises:
         ValueError: The program carries no example inputs to trace with, or a dynamic dimension
@@ -44,13 +48,39 @@ def sparsify_program(
             " attention depends on it, and what is sparse is decided for one number. Export one"
             " file for each size"
         )
-    sites = [site for _, site in pairs]
-    if not any(site.sparse for site in sites):
-        return program, sites
     rewrite(module, pairs, plan)
+    flex = spell_out_flex(module)
+    sites = [
+        dataclasses.replace(site, sparse=True, reason="the blocks that its own FlexAttention lists")
+        if flex.get(call.place)
+        else site
+        for call, site in pairs
+    ]
+    if not flex and not any(site.sparse for site in sites):
+        return program, sites
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    _list_masked_blocks(sparse)
     return sparse, sites
+
+
+def _list_masked_blocks(program: ExportedProgram) -> None:
+    """``uta::block_masked_attention`` as ``uta::list_blocks`` and ``uta::sparse_attention``.
+
+    The operator of files takes lists.
+    """
+    graph, masked = program.graph, torch.ops.uta.block_masked_attention.default
+    for node in graph.find_nodes(op="call_function", target=masked):
+        query, key, value, exact, *rest = node.args
+        fakes = torch.ops.uta.list_blocks.default(exact.meta["val"])
+        with graph.inserting_before(node):
+            lists = graph.call_function(torch.ops.uta.list_blocks.default, (exact,))
+            parts = [graph.call_function(operator.getitem, (lists, i)) for i in range(2)]
+        for made, fake in zip((lists, *parts), (fakes, *fakes), strict=True):
+            made.meta = node.meta | {"val": fake}
+        node.target = torch.ops.uta.sparse_attention.default
+        node.args = (query, key, value, *parts, *rest)
+    program.graph_module.recompile()
 
 
 def _dynamic_dims(program: ExportedProgram) -> set[tuple[str, int]]:

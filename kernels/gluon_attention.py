@@ -38,6 +38,7 @@ from uta_fx.kernels.gluon_tail import (
     exp2,
     variances,
 )
+from uta_fx.kernels.launches import launcher
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
@@ -664,8 +665,8 @@ def attend(
         variance_weight: As in the operator.
         resume: ``output`` and ``lse`` hold attention over the tail, to go on from.
     """
-    batch, heads, _, dim = query.shape
-    most = heads_at_a_time(batch * heads, *listed.shape[2:], dim, tail is not None)
+    batch, heads, blocks_q, blocks_kv = listed.shape
+    most = heads_at_a_time(batch * heads, blocks_q, blocks_kv, query.shape[3], tail is not None)
     samples = max(1, most // heads)
     for sample in range(0, batch, samples):
         for head in range(0, heads, most):
@@ -700,7 +701,7 @@ def _attend_part(
     ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.uint16)
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
     strides = (0, 0) if block_counts is None else block_counts.stride()[:2]
-    _pair_lists_kernel[(pairs, batch * heads)](
+    launcher(_pair_lists_kernel, (pairs, batch * heads))(
         ids, plan, listed, block_counts, *strides,
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
@@ -719,7 +720,7 @@ def _attend_part(
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
     sign = (scale > 0) - (scale < 0)
-    _paired_kernel[(triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads)](
+    launcher(_paired_kernel, (triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads))(
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],

@@ -28,6 +28,7 @@ from uta_fx.kernels.gluon_attention import (
     takes_sizes,
     tensor_map,
 )
+from uta_fx.kernels.launches import launcher
 
 STAGES = 4  # of the ring: pairs of a key and a value block
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that pool and one that copies
@@ -184,7 +185,7 @@ def block_statistics(
     key_mean, key_variance = empty(blocks, dim), empty(blocks, dim)
     value_mean, value_variance = empty(blocks, dim), empty(blocks)
     sums = empty(parts, dim, dim)
-    _statistics_kernel[(parts, batch * heads)](
+    launcher(_statistics_kernel, (parts, batch * heads))(
         tensor_map(key, BLOCK), tensor_map(value, BLOCK),
         key_mean, key_variance, value_mean, value_variance, sums,
         heads, length, blocks, triton.cdiv(blocks, parts),

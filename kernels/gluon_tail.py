@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from uta_fx.kernels.launches import launcher
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 MANY_Q, MANY_KV = 32, 64  # blocks whose variances one program computes at a time
 
@@ -215,7 +217,7 @@ def variances(query: Tensor, variance: Tensor, scale: float, block: int) -> Tens
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks_kv = triton.cdiv(length_q, block), variance.shape[2]
     sigma2 = query.new_empty((batch, heads, blocks_q, blocks_kv), dtype=torch.bfloat16)
-    _pooled_variance_kernel[(triton.cdiv(blocks_q, MANY_Q), batch * heads)](
+    launcher(_pooled_variance_kernel, (triton.cdiv(blocks_q, MANY_Q), batch * heads))(
         query, variance, sigma2,
         *query.stride()[:3], *variance.stride()[:3],
         heads, length_q, blocks_q, blocks_kv, scale,

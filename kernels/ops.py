@@ -2,10 +2,10 @@
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
 ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
-``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` is the
-same from a mask of blocks. ``uta::rectified_attention`` attends to listed blocks and text, and
-scales and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention``
-attends to listed blocks that are not full.
+``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
+a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
+and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
+to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -14,12 +14,13 @@ is absent has a dimension of size 0. The operators are forward-only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from uta_fx.kernels.reference import text_as_tail
+from uta_fx.kernels.reference import score_dtype, text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -146,13 +147,13 @@ def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
 
 
 def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
-    """Call ``uta::select_blocks``; arguments and result as in ``reference``, scores in float32.
+    """Call ``uta::select_blocks``; arguments and result as in ``reference``.
 
-    The same on every device, to the bit.
+    Scores in float32 or bfloat16. The same on every device, to the bit.
 
     Raises:
         ValueError: The scores are not ``[B, H, Nq, Nk]``, or a number is outside the contract.
-        TypeError: The scores are not float32.
+        TypeError: The scores are neither float32 nor bfloat16.
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.select_blocks.default(scores, kept, rows)
@@ -370,7 +371,9 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
 
 def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("scores", scores, torch.float32)
+    _check_pairs("scores", scores)
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"scores must be float32 or bfloat16, got {scores.dtype}")
     _, heads, blocks_q, blocks = scores.shape
     if rows < 1 or heads * blocks_q % rows:
         raise ValueError(f"rows must divide the rows of a sample, {heads} * {blocks_q}, got {rows}")
@@ -382,14 +385,14 @@ def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
 
 def check_list_blocks(exact: Tensor) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("exact", exact, torch.bool)
+    _check_pairs("exact", exact)
+    _check_dtype("exact", exact, torch.bool)
 
 
-def _check_pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _check_pairs(name: str, tensor: Tensor) -> None:
     """A number for each pair of a query block and a key block."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, Nq, Nk], got {tensor.dim()} dimensions")
-    _check_dtype(name, tensor, dtype)
 
 
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
@@ -607,7 +610,7 @@ def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
     block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
-    return query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(shape, dtype=score_dtype(query))
 
 
 def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
@@ -641,6 +644,9 @@ def _refuse_gradient(*_: Any) -> NoReturn:
     )
 
 
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}
+"""What each operator calls on GPUs."""
+
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
@@ -672,3 +678,4 @@ for _name, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)
+    LAUNCHERS[getattr(torch.ops.uta, _name).default] = _cuda

@@ -270,7 +270,7 @@ def block_scores(
         rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
 
     Returns:
-        ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs), not negative.
+        ``[B, H, ceil(Lq / block_q), Nk]``, not negative, in ``score_dtype(query)``.
     """
     accumulator = _accumulator(query)
     scaled = query.to(accumulator) * scale
@@ -282,7 +282,12 @@ def block_scores(
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
     blocks = split_blocks(scores.square(), block_q // rows)
-    return torch.cat([x.mean(3) for x in blocks], 2).sqrt()
+    return torch.cat([x.mean(3) for x in blocks], 2).sqrt().to(score_dtype(query))
+
+
+def score_dtype(query: Tensor) -> torch.dtype:
+    """Of ``block_scores``: the query's, but bfloat16 for float16, whose range scores leave."""
+    return torch.bfloat16 if query.dtype == torch.float16 else query.dtype
 
 
 def block_statistics(

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import text_as_tail
 from uta_fx.kernels.triton_selection import list_blocks
@@ -447,7 +448,7 @@ def sparse_attention(
             mapped = blocks_kv if per_block or paired else 0
             listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
             if mapped:
-                _mark_listed_kernel[(blocks_q, batch * heads)](
+                launcher(_mark_listed_kernel, (blocks_q, batch * heads))(
                     listed, block_ids, block_counts,
                     *block_ids.stride()[:3], *block_counts.stride()[:2],
                     heads, blocks_kv, block_ids.shape[-1],
@@ -469,7 +470,7 @@ def sparse_attention(
         if representatives and paired_tail is None:
             most = max(16, triton.next_power_of_2(representatives))
             tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 1, 2, limit)
-            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+            launcher(_tail_kernel, (blocks_q * (block_q // tail_tile.block_m), batch * heads))(
                 query, output, lse, listed,
                 tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
                 *query.stride()[:3], *output.stride(),
@@ -498,7 +499,7 @@ def sparse_attention(
             assert exact is not None
             block_ids, block_counts = list_blocks(exact)
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
-        _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
+        launcher(_listed_kernel, (blocks_q * (block_q // listed_tile.block_m), batch * heads))(
             query, key, value, output, lse, block_ids, block_counts,
             None if key_counts is None else key_counts.contiguous(),
             None if gain is None else gain.contiguous(),

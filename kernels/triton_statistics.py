@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.triton_attention import dot_precision
 
 try:
@@ -141,13 +142,13 @@ def block_statistics(
     value_mean, value_variance = empty(blocks, dim_v), empty(blocks)
     sums = empty(parts, dim, dim_v)
     with torch.cuda.device_of(key):
-        _pool_kernel[(blocks, batch * heads)](
+        launcher(_pool_kernel, (blocks, batch * heads))(
             key, value, key_mean, key_variance, value_mean, value_variance,
             *strides, heads, length, BLOCK_KV=block_kv,
             D=dim, D_PADDED=padded, DV=dim_v, DV_PADDED=padded_v,
             num_warps=max(2, block_kv * max(padded, padded_v) // 4096),
         )  # fmt: skip
-        _covariance_kernel[(parts, batch * heads, slices)](
+        launcher(_covariance_kernel, (parts, batch * heads, slices))(
             key, value, key_mean, sums,
             *strides, heads, length, blocks, per_program,
             BLOCK_KV=block_kv, ROWS=min(block_kv, ROWS[key.itemsize]), D=dim, DV=dim_v,

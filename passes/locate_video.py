@@ -32,7 +32,8 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
     Tokens are video where the graph flattens two (rows and columns of one frame) or three axes
     into theirs: after a patch embedding, or the positions of a rotary embedding that multiplies
     them. The longest such stretch is taken (a short one can be a conditioning image or history). A
-    grid is believed only when it has as many tokens and nothing else claims another for them.
+    grid is believed only when it has as many tokens and nothing else claims another for them, but
+    for one that merges two of its sides.
 
     Args:
         trace: The graph's axes.
@@ -53,6 +54,7 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
             " frames, rows and columns; give grid"
         )
     (start, end), claims = max(grids.items(), key=lambda item: math.prod(min(item[1])))
+    claims = {grid for grid in claims if not any(_merges(grid, other) for other in claims)}
     if len(claims) > 1:
         text = " and ".join(" x ".join(map(str, grid)) for grid in sorted(claims))
         return f"the graph claims {text} for its tokens; give grid"
@@ -85,6 +87,13 @@ def _grid(sides: tuple[Size, ...]) -> Grid | None:
     except RuntimeError:
         return None  # known only at run time
     return (frames[0] if frames else 1), height, width
+
+
+def _merges(coarse: Grid, fine: Grid) -> bool:
+    """Whether one is the other with two sides seen as one: frames by tokens of a frame, say."""
+    frames, height, width = fine
+    merged = {(1, frames, height * width), (1, frames * height, width)}
+    return coarse != fine and coarse in merged
 
 
 def _parts(axis: Axis) -> str:

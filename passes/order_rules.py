@@ -22,7 +22,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import Size, argument, index_entries, name_of, number_of, plain, same
+from uta_fx.passes.trace_axes import (
+    Size,
+    argument,
+    index_entries,
+    name_of,
+    number_of,
+    plain,
+    same,
+    written_by,
+)
 
 
 class Place(NamedTuple):
@@ -117,30 +126,6 @@ def discards(
         return _leaves_out(node, operand, place, tokens)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False
-
-
-def written_by(node: Node) -> Node | None:
-    """The tensor that an operation writes into, or None."""
-    target = node.target
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if isinstance(target, torch._ops.OpOverload):
-        for place, parameter in enumerate(target._schema.arguments):
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                return argument(node, place, parameter.name)
-        return None
-    if isinstance(node.kwargs.get("out"), Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_operator = getattr(target, "__module__", "") == "_operator"
-    if (
-        name == "setitem"
-        or (in_operator and name.strip("_") in _IN_PLACE)
-        or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
-        or argument(node, _INPLACE_ARGUMENT.get(name, len(node.args)), "inplace") is True
-    ):
-        return argument(node, 0, "input")
-    return None
 
 
 def may_alias(node: Node) -> list[Node]:
@@ -799,15 +784,6 @@ _CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty",
 }  # fmt: skip
 _SHAPES = {"size", "sym_size", "dim", "numel", "sym_numel", "stride", "ndimension", "len"}
-_IN_PLACE = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
-    "imatmul", "ilshift", "irshift",
-}  # fmt: skip
-# where torch.nn.functional takes it by its place
-_INPLACE_ARGUMENT = {
-    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "leaky_relu": 2, "elu": 2,
-    "dropout": 3,
-}  # fmt: skip
 # a cast to what a tensor is already returns it
 _VIEWS = {
     "transpose", "t", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",

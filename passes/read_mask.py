@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.count_selected import counted
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import argument, name_of, number_of
+from uta_fx.passes.trace_axes import argument, name_of, number_of, same
 
 
 def hides(mask: Node, start: int, stop: int, *, trusted: bool = False) -> str | None:
@@ -140,7 +141,7 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
         if along != dim:
             return [(x, start, stop) for x, _ in parts]
     else:
-        pads = [number_of(pad) for pad in argument(node, 1, "pad")]
+        pads = [counted(number_of(pad), node.graph) for pad in argument(node, 1, "pad")]
         if len(pads) != 2 or dim != -1:
             return None
         source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0
@@ -230,4 +231,4 @@ def _is_count(node: Any) -> bool:
 
 
 def _is(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a == b
+    return all(isinstance(size, (int, torch.SymInt)) for size in (a, b)) and same(a, b)

@@ -28,10 +28,9 @@ from uta_fx.passes.order_rules import (
     may_alias,
     needs,
     places_from,
-    written_by,
 )
 from uta_fx.passes.site import Grid, recorded, value_of
-from uta_fx.passes.trace_axes import Size, name_of, same
+from uta_fx.passes.trace_axes import Size, name_of, same, written_by
 
 TokenIndex = Callable[[Tensor], Tensor]
 MakeIndex = Callable[[Grid, Place, bool], TokenIndex]

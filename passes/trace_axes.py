@@ -247,6 +247,36 @@ def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
+def written_by(node: Node) -> Node | None:
+    """The tensor that an operation writes into, or None."""
+    target = node.target
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(target, torch._ops.OpOverload):
+        for place, parameter in enumerate(target._schema.arguments):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                return argument(node, place, parameter.name)
+        return None
+    if isinstance(node.kwargs.get("out"), Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_operator = getattr(target, "__module__", "") == "_operator"
+    if (
+        name == "setitem"
+        or (in_operator and name.strip("_") in _IN_PLACE)
+        or (
+            # operator.and_ is no more than a name that Python does not reserve
+            not in_operator
+            and name.endswith("_")
+            and not name.endswith("__")
+            and name != "requires_grad_"
+        )
+        or argument(node, _INPLACE_ARGUMENT.get(name, len(node.args)), "inplace") is True
+    ):
+        return argument(node, 0, "input")
+    return None
+
+
 def _all(node: Node) -> Any:
     """The positional arguments."""
     return node.args
@@ -788,6 +818,16 @@ _ALIASES = {
     "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
+}  # fmt: skip
+
+_IN_PLACE = {
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+    "imatmul", "ilshift", "irshift",
+}  # fmt: skip
+# where torch.nn.functional takes it by its place
+_INPLACE_ARGUMENT = {
+    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "leaky_relu": 2, "elu": 2,
+    "dropout": 3,
 }  # fmt: skip
 
 _RULES: dict[str, Rule] = {}

@@ -149,7 +149,7 @@ def test_calls_that_are_alike_are_traced_once():
         torch.compile(wan(), backend=backend, fullgraph=True)(**wan_inputs())
     assert len(modules) == 3 and len(set(modules)) == 1
     targets = [node.target for node in modules[0].graph.nodes if node.op == "call_function"]
-    assert torch.ops.uta.sparse_attention.default in targets
+    assert torch.ops.uta.block_masked_attention.default in targets
     assert all(isinstance(target, OpOverload) or target is getitem for target in targets)
 
 
@@ -312,6 +312,33 @@ def test_a_given_grid_or_no_reordering_makes_a_bare_attention_sparse():
         assert site.sparse
         output = compile_uta(module, density=1.0, **config)(x)
         torch.testing.assert_close(output, module(x), rtol=1e-4, atol=1e-5)
+
+
+class TwoTables(Attention):
+    """Video tokens to which a table of two sides is added."""
+
+    def __init__(self, *sides):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(*sides, 64))
+
+    def forward(self, clip):
+        return super().forward(clip.flatten(2).transpose(1, 2) + self.table.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("sides", "reason"),
+    [
+        ((4, 64), "self-attention over video tokens"),  # frames by tokens of a frame
+        ((32, 8), "self-attention over video tokens"),  # rows of all frames
+        ((8, 32), "the graph claims 1 x 8 x 32 and 4 x 8 x 8 for its tokens; give grid"),
+        ((64, 4), "the graph claims 1 x 64 x 4 and 4 x 8 x 8 for its tokens; give grid"),
+    ],
+)
+def test_two_sides_seen_as_one_are_no_other_grid(sides, reason):
+    """What contradicts the grid is named."""
+    clip = torch.randn(1, 64, 4, 8, 8)
+    (site,) = uta_fx.explain(TwoTables(*sides), clip, config=Config(**SMALL)).sites
+    assert site.reason == reason and (site.grid == (4, 8, 8)) == site.sparse
 
 
 @torch.no_grad()

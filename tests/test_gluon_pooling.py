@@ -38,7 +38,7 @@ if sys.argv[1] == "scores":
         "D": dim, "BLOCK_Q": 64, "ROWS": 2, "TILE": 64,
         "GROUPS": module.GROUPS, "SLOTS": module.SLOTS,
     }
-    types = {"q_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
+    types = {"q_ptr": "*bf16", "scores_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
 else:
     module, function = gluon_statistics, gluon_statistics._statistics_kernel

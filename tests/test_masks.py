@@ -222,6 +222,63 @@ def test_a_mask_that_differs_between_queries_is_not_trusted():
         assert site.reason == "its attention mask differs from query to query"
 
 
+class Sorted(Joint):
+    """Text that is valid before text that is not, as HunyuanVideo 1.5 sorts it."""
+
+    def forward(self, video, text, seen):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        text, mask = self.make_mask(text[0], seen[1])
+        x = self.qkv(torch.cat([video, text[None]], 1))
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in x.chunk(3, -1))
+        length = q.shape[2]
+        shown = F.pad(mask[None], (length - mask.shape[0], 0), value=True)
+        rows = shown.view(1, 1, 1, length).repeat(1, 1, length, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=rows & rows.transpose(2, 3))
+
+
+def by_a_mask_and_its_complement(text, seen):
+    return torch.cat([text[seen], text[~seen]]), torch.cat([seen[seen], seen[~seen]])
+
+
+def by_two_masks(text, seen):
+    other = seen & (text[:, 0] < 0)
+    return torch.cat([text[seen], text[~seen]]), torch.cat([seen[seen], seen[~other]])
+
+
+def by_a_mask_that_changes(text, seen):
+    seen = seen.clone()
+    chosen, mask = [text[seen]], [seen[seen]]
+    seen[0] = False
+    return torch.cat([*chosen, text[~seen]]), torch.cat([*mask, seen[~seen], seen[seen]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sort", "known"),
+    [
+        (by_a_mask_and_its_complement, True),
+        (by_two_masks, False),
+        (by_a_mask_that_changes, False),
+    ],
+)
+def test_text_that_is_sorted_by_its_mask_is_as_long_as_before(sort, known):
+    """Only where what is selected provably adds up is it known where the video ends."""
+    model, (video, text, seen) = Sorted(sort), inputs()
+    arguments = (video[:1], text, seen)
+    config = Config(**SETTINGS, grid=GRID)
+    (site,) = uta_fx.explain(model, *arguments, config=config).sites
+    assert site.sparse == known, site.reason
+    if not known:
+        assert site.reason.startswith("the graph does not show that its attention mask leaves")
+        return
+    options = {**SETTINGS, "density": 1.0, "inner": "aot_eager"}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    for words in (4, TEXT):  # of the prompt
+        arguments[2][1] = torch.arange(TEXT) < words
+        output, expected = (f(*arguments)[:, :, : VIDEO + words] for f in (compiled, model))
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
 def scattered(q, text):
     x = q.new_zeros(q.shape[0], LENGTH, q.shape[2])
     return x.index_copy(1, torch.arange(LENGTH), torch.cat([q, text], 1))

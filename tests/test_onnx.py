@@ -324,6 +324,9 @@ class Branching(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
+BRANCH = Branching.forward.__code__.co_firstlineno + 1  # its line
+
+
 @pytest.mark.parametrize(
     ("model", "options", "path", "message"),
     [
@@ -339,6 +342,7 @@ class Branching(nn.Module):
         ),
         (Untranslatable().eval(), {}, "model.onnx", "cannot be written as ONNX: No ONNX function"),
         (Branching().eval(), {}, "model.onnx", "model cannot be traced by torch.export: "),
+        (Branching().eval(), {}, "model.onnx", "unless decide_branches=True takes the way"),
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
@@ -346,6 +350,52 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
     with pytest.raises(ValueError, match=message):
         export_onnx(model, (torch.ones(4, 4),), tmp_path / path, **options)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_branch_may_be_decided_by_the_inputs(tmp_path, sign):
+    """The file says which way it takes, and answers NaN where another would be taken."""
+    model, path, x = Branching().eval(), tmp_path / "model.onnx", sign * torch.ones(4, 4)
+    explanation = export_onnx(model, (x,), path, decide_branches=True)
+    said = f"`return x + 1 if x.sum() > 0 else x` (test_onnx.py:{BRANCH}) is {sign > 0}"
+    assert explanation.notes == (f"decided by these inputs, others give NaN: {said}",)
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(metadata["uta_fx.branches"]) == [said]
+    for other in (x, 2 * x, -x):
+        (output,) = run(path, {"x": other.numpy()})
+        if torch.equal(other, -x):
+            assert np.isnan(output).all()
+        else:
+            np.testing.assert_array_equal(output, model(other))
+    assert "forward" not in vars(model)
+
+
+def test_hunyuan_video_15_takes_every_prompt_and_one_kind_of_image(tmp_path):
+    """It asks whether its image is empty; how much of the text is padding a run may change."""
+    pytest.importorskip("diffusers")
+    (entry,) = (entry for entry in MODELS if entry.name == "HunyuanVideo 1.5")
+    model, path = entry.build(), tmp_path / "model.onnx"
+    arguments = {**entry.arguments(), "return_dict": False}
+    config = dataclasses.replace(SMALL_MODEL, density=0.3)
+    explanation = export_onnx(
+        model, (), path, config=config, kwargs=arguments, decide_branches=True
+    )
+    sites = [site for site in explanation.sites if site.kind == "joint"]
+    assert [(site.sparse, site.grid) for site in sites] == [(True, entry.grid)] * 2
+    options = {
+        "inner": "eager", "density": 0.3, "grid": entry.grid, "min_tokens": 48, "block_q": 16,
+        "block_kv": 16,
+    }  # fmt: skip
+    arrays = {name: x.numpy() for name, x in arguments.items() if torch.is_tensor(x)}
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
+        compiled = torch.compile(model, backend="uta", options=options)
+        for words in (7, 3):
+            arrays["encoder_attention_mask"][:] = np.arange(11) < words  # and the tensor with it
+            (output,) = run(path, arrays)
+            expected = compiled(**arguments)[0].numpy()
+            assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+    (output,) = run(path, {**arrays, "image_embeds": np.ones_like(arrays["image_embeds"])})
+    assert np.isnan(output).all()
 
 
 def test_only_a_module_is_exported(tmp_path):
@@ -366,7 +416,7 @@ def test_strict_writes_nothing_where_a_site_stays_dense(tmp_path):
 
 
 class Rotating(nn.Module):
-    """Positions as complex numbers, cut, widened and turned; and an order with equal keys."""
+    """Positions as complex numbers, cut, widened, gathered, turned; an order with equal keys."""
 
     def forward(self, x, angles):
         turns = torch.polar(torch.ones_like(angles), angles)
@@ -375,9 +425,12 @@ class Rotating(nn.Module):
             [low.unsqueeze(-2).expand(-1, 3, -1), high.unsqueeze(1).expand(-1, 3, -1)], -1
         )
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turns).flatten(-2)
+        turned = torch.view_as_real(pairs * turns.index_select(0, angles.argmax(-1) % 4)).flatten(
+            -2
+        )
         order = torch.sort(angles.round(), dim=-1, descending=True, stable=True)[1]
-        return turned, order
+        positive = torch.sort(angles > 0, descending=True)[0]
+        return turned, order, positive
 
 
 def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
@@ -386,10 +439,11 @@ def test_complex_numbers_and_a_stable_order_are_written(tmp_path):
     inputs = (torch.randn(4, 3, 16, generator=generator), torch.randn(4, 8, generator=generator))
     path = tmp_path / "model.onnx"
     export_onnx(Rotating().eval(), inputs, path)
-    turned, order = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
-    expected, expected_order = Rotating()(*inputs)
+    turned, *orders = run(path, {"x": inputs[0].numpy(), "angles": inputs[1].numpy()})
+    expected, *expected_orders = Rotating()(*inputs)
     np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(order, expected_order)
+    for order, expected in zip(orders, expected_orders, strict=True):
+        np.testing.assert_array_equal(order, expected)
 
 
 class Factored(nn.Module):

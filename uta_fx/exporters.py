@@ -18,6 +18,7 @@ from uta_fx._optional import require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
+from uta_fx.export.branches import Branch, decided, find_branches
 from uta_fx.export.program import sparsify_program
 from uta_fx.policies import SVG2
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 TENSORRT_FORMS = ("plugin", "standard", "engine")
 VERSION_KEY, CONFIG_KEY = "uta_fx.version", "uta_fx.config"
+BRANCHES_KEY = "uta_fx.branches"
 
 
 def export_onnx(
@@ -36,6 +38,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    decide_branches: bool = False,
 ) -> Explanation:
     """Write a model as an ONNX file in which video attention is sparse.
 
@@ -43,7 +46,8 @@ def export_onnx(
     standard operations, and each sparse attention is one node ``uta::SparseAttention`` beside a
     function that says what it is in standard operations. ``uta_fx.onnxruntime_session`` runs the
     node by our own kernel instead. Metadata of the file: ``uta_fx.version``, ``uta_fx.config`` and
-    ``uta_fx.sites``, the last two as JSON.
+    ``uta_fx.sites``, the last two as JSON; and what was decided about branches, likewise as
+    ``uta_fx.branches``.
 
     Args:
         model: In eval mode, on any device; compiled or not.
@@ -54,9 +58,13 @@ def export_onnx(
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
             its video tokens) is fixed in any case, and is refused here by name.
-        opset: Version of the standard operations, 18 or higher; None for 18, or 23 where weights
-            are bfloat16, which convolutions know only since 22. From 23 on dense attention is one
-            operation too.
+        opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
+            are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
+            reads from 1.23 on, dense attention is one operation too.
+        decide_branches: Where the model asks whether a tensor is true (HunyuanVideo 1.5: whether
+            its image is empty), write the way that these inputs take; it is run once to find out.
+            The file then answers NaN where its inputs would take another. False refuses such a
+            model.
 
     Returns:
         What was decided about every attention call, and why.
@@ -83,10 +91,13 @@ def export_onnx(
             "keep=True of policy svg2 cannot be exported: a file keeps nothing from one step to the"
             " next. Take keep=False, with which each step clusters anew"
         )
-    opset = _opset(model, opset, 23)
-    program, explanation = _sparse_program(model, args, kwargs, dynamic_shapes, config)
+    opset = _opset(model, opset)
+    program, explanation, branches = _sparse_program(
+        model, args, kwargs, dynamic_shapes, config, decide_branches
+    )
     program = spell_out_clusters(program)
-    write_onnx(program, explanation.sites, target, opset=opset, metadata=_metadata(config))
+    metadata = _metadata(config, branches)
+    write_onnx(program, explanation.sites, target, opset=opset, metadata=metadata)
     return explanation
 
 
@@ -99,6 +110,7 @@ def export_tensorrt(
     kwargs: Mapping[str, Any] | None = None,
     form: str = "plugin",
     opset: int | None = None,
+    decide_branches: bool = False,
 ) -> Explanation:
     """Write a model for TensorRT, with sparse video attention inside.
 
@@ -121,6 +133,7 @@ def export_tensorrt(
         form: ``"plugin"``, ``"standard"`` or ``"engine"``.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
             are bfloat16.
+        decide_branches: As for ``export_onnx``.
 
     Returns:
         What was decided about every attention call, and why.
@@ -152,8 +165,10 @@ def export_tensorrt(
         require("onnxscript", extra="onnx")
     from uta_fx.export.tensorrt_program import spell_out
 
-    opset = _opset(model, opset, 22)
-    program, explanation = _sparse_program(model, args, kwargs, None, config)
+    opset = _opset(model, opset)
+    program, explanation, branches = _sparse_program(
+        model, args, kwargs, None, config, decide_branches
+    )
     program = spell_out(program, plugins=form != "standard")
     if form == "engine":
         from uta_fx.export.tensorrt_torch import write_engine
@@ -165,7 +180,7 @@ def export_tensorrt(
 
         dialect = plugin_dialect() if form == "plugin" else standard_dialect()
         write_onnx(
-            program, explanation.sites, target, opset=opset, metadata=_metadata(config),
+            program, explanation.sites, target, opset=opset, metadata=_metadata(config, branches),
             dialect=dialect,
         )  # fmt: skip
     return explanation
@@ -316,19 +331,22 @@ def onnx_schema() -> Any:
     return sparse_attention_schema()
 
 
-def _opset(model: Any, opset: int | None, with_bfloat16: int) -> int:
+def _opset(model: Any, opset: int | None) -> int:
     if opset is None:
-        return with_bfloat16 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
+        return 22 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
     return opset
 
 
-def _metadata(config: Config) -> dict[str, str]:
-    return {
+def _metadata(config: Config, branches: Sequence[Branch]) -> dict[str, str]:
+    metadata = {
         VERSION_KEY: __version__,
         CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
     }
+    if branches:
+        metadata[BRANCHES_KEY] = json.dumps([str(branch) for branch in branches])
+    return metadata
 
 
 def _parameters(model: Any) -> Iterator[torch.Tensor]:
@@ -341,7 +359,8 @@ def _sparse_program(
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
     config: Config,
-) -> tuple[ExportedProgram, Explanation]:
+    decide_branches: bool,
+) -> tuple[ExportedProgram, Explanation, tuple[Branch, ...]]:
     """Export and rewrite; what was decided is logged as the backend logs it."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -353,16 +372,18 @@ def _sparse_program(
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
+    args, kwargs = tuple(args), dict(kwargs or {})
+    branches = find_branches(model, args, kwargs) if decide_branches else ()
     with torch.no_grad():
         try:
-            program = torch.export.export(
-                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
-            )
+            with decided(model, branches):
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"model cannot be traced by torch.export: {reason}. Export a module that is one"
-                " graph: no branch on the values of tensors, no containers of its own as arguments"
+                " graph: no containers of its own as arguments, no branch on the values of tensors"
+                " unless decide_branches=True takes the way that these inputs take"
             ) from error
         try:
             program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
@@ -379,5 +400,7 @@ def _sparse_program(
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
     if refused and not any(site.sparse for site in sites):
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
-    note = note_on_layers(sites, config)
-    return program, Explanation(sites=tuple(sites), graphs=1, notes=(note,) if note else ())
+    notes = [f"decided by these inputs, others give NaN: {branch}" for branch in branches]
+    if note := note_on_layers(sites, config):
+        notes.append(note)
+    return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), branches

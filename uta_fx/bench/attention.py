@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
-from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.gate import check_attention, check_scores, relative_error
 from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
 from uta_fx.kernels import ops
@@ -39,7 +39,7 @@ PARTS = {
     "reorder": "tokens into the order of the blocks, and the output back",
     "statistics": "means and variances of the blocks",
     "scores": "what the policy ranks blocks by",
-    "routing": "from scores to lists and representatives: all before attention, less those two",
+    "routing": "from scores to a mask and representatives: all before attention, less those two",
     "listed": "attention to the listed blocks",
     "tail": "attention to the representatives",
 }
@@ -80,7 +80,8 @@ def run(
         allocated beside its output, relative to query, key and value (None on a CPU).
 
         ``what`` is ``dense cudnn``, ``dense flash`` or ``dense math``; ``flex``: FlexAttention over
-        the same lists, without a tail; ``kernels``: attention with lists and tail given;
+        the same blocks, without a tail; ``kernels``: attention with a mask of blocks and a tail
+        given; ``from lists``: the same with lists in place of the mask, as in an ONNX file;
         ``operation``: everything; ``in order``: everything, of tokens that are in the order of the
         blocks already (where the policy does not ask where they lie); or a name in ``PARTS``.
 
@@ -193,29 +194,30 @@ class _Case:
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
         check_attention(arguments)
-        blocks = -(-self.shape.length // config.block_kv)
-        self.kept[density] = arguments[4].double().mean().item() / blocks
+        self.kept[density] = arguments[3].double().mean().item()
 
         def before_attention(query: Tensor, key: Tensor, value: Tensor) -> Any:
             selection = pool_blocks(query, key, value, config, None, self.shape.grid)
-            return operator_arguments(selection, key, value, config)[3:10]
+            return operator_arguments(selection, key, value, config)[3:9]
 
         whole = self._compiled(_operation(config, self.shape.grid))
         self._note_error("operation", density, whole(*self.inputs))
-        no_tail = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
-        no_list = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
+        lists = list_arguments(arguments)
+        no_tail = [x[:, :, :0] if i in range(4, 9) else x for i, x in enumerate(arguments)]
+        no_list = [torch.zeros_like(x) if i == 3 else x for i, x in enumerate(arguments)]
         candidates: Candidates = {
-            ("kernels", density): bind(ops.sparse_attention, *arguments),
+            ("kernels", density): bind(ops.block_masked_attention, *arguments),
+            ("from lists", density): bind(ops.sparse_attention, *lists),
             ("operation", density): bind(whole, *self.inputs),
             ("before", density): bind(self._compiled(before_attention), *self.ordered),
-            ("listed", density): bind(ops.sparse_attention, *no_tail),
-            ("tail", density): bind(ops.sparse_attention, *no_list),
+            ("listed", density): bind(ops.block_masked_attention, *no_tail),
+            ("tail", density): bind(ops.block_masked_attention, *no_list),
         }
         if not getattr(config.selection_policy(), "needs_grid", False):
             in_order = _operation(dataclasses.replace(config, reorder="none"), None)
             candidates["in order", density] = bind(self._compiled(in_order), *self.ordered)
         if self.compile and torch.device(self.device).type == "cuda":
-            flex = _flex_attention(arguments)
+            flex = _flex_attention(lists)
             output = flex()
             if self.inverse is not None:
                 output = output.index_select(2, self.inverse)

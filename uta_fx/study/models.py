@@ -372,8 +372,7 @@ MODELS = (
         },
         sites=lambda c: {"joint": c.num_layers, "self": c.num_refiner_layers},
         grid=GRID,
-        dense="the graph does not show that its attention mask leaves all video tokens seen",
-        note="sparse with `trust_masks`, or block by block; both with a grid given",
+        note="the class asks whether its image is empty: a graph before, and one after, all layers",
     ),
     Model(
         name="HunyuanVideo Framepack",

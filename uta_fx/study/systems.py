@@ -79,7 +79,7 @@ def _svg2(tail: str) -> Callable[[float], Config]:
 
 
 _TAILS = {"": "none", " + single": "single", " + gaussian": "gaussian"}
-"""Dropped, as published; UTA with one representative a query block, as its paper has it; and ours."""
+"""Dropped, as published; UTA with one representative a query block, as in its paper; and ours."""
 
 
 def _with_tails(

@@ -1,0 +1,123 @@
+"""Branches that a model takes by the values of tensors, decided by its example inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+
+class Branch(NamedTuple):
+    """A place where a model asks whether a tensor is true.
+
+    Attributes:
+        file: Of the model's code.
+        line: In it.
+        taken: The answer.
+    """
+
+    file: str
+    line: int
+    taken: bool
+
+    def __str__(self) -> str:
+        """The line of code, where it stands, and the answer."""
+        code = linecache.getline(self.file, self.line).strip()
+        return f"`{code}` ({Path(self.file).name}:{self.line}) is {self.taken}"
+
+
+def find_branches(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Branch, ...]:
+    """Run a model and note what it asks its tensors, in that order."""
+    with torch.no_grad(), _Listener() as listener:
+        model(*args, **kwargs)
+    return tuple(listener.heard)
+
+
+@contextlib.contextmanager
+def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None]:
+    """Have a model take these branches while it is traced, and answer NaN where a run would not.
+
+    Its floating-point outputs are NaN wherever a run of the graph finds another answer.
+    """
+    forward, branches = model.forward, tuple(branches)
+
+    @functools.wraps(forward)
+    def decided_forward(*args: Any, **kwargs: Any) -> Any:
+        with _Prompter(branches) as prompter:
+            outputs = forward(*args, **kwargs)
+        if not prompter.conditions:
+            return outputs
+        holds = torch.stack(prompter.conditions).all()
+
+        def guarded(x: Tensor) -> Tensor:
+            return torch.where(holds, x, torch.nan) if x.is_floating_point() else x
+
+        return tree_map_only(Tensor, guarded, outputs)
+
+    model.forward = decided_forward
+    try:
+        yield
+    finally:
+        del model.forward  # the class's own again
+
+
+class _Listener(TorchFunctionMode):
+    """Notes each answer of a tensor that is asked whether it is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Branch] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _asks(func, args):
+            self.heard.append(Branch(*_asked_from(), bool(result)))
+        return result
+
+
+class _Prompter(TorchFunctionMode):
+    """Gives the noted answers, and keeps whether they hold as tensors of the graph."""
+
+    def __init__(self, branches: Iterable[Branch]) -> None:
+        super().__init__()
+        self.conditions: list[Tensor] = []
+        self._answers: defaultdict[tuple[str, int], deque[bool]] = defaultdict(deque)
+        for branch in branches:
+            self._answers[branch.file, branch.line].append(branch.taken)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        answers = self._answers[_asked_from()] if _asks(func, args) else None
+        if not answers:
+            return func(*args, **(kwargs or {}))
+        taken = answers.popleft()
+        condition = args[0].reshape(()).bool()
+        self.conditions.append(condition if taken else ~condition)
+        return taken
+
+
+def _asks(func: Any, args: Sequence[Any]) -> bool:
+    if func is torch.Tensor.item:
+        return args[0].dtype == torch.bool
+    return func is torch.Tensor.__bool__
+
+
+def _asked_from() -> tuple[str, int]:
+    """File and line of the code that called a function of a tensor."""
+    frame = sys._getframe(2)
+    return frame.f_code.co_filename, frame.f_lineno

@@ -1,0 +1,168 @@
+"""FlexAttention in operations that a file can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from uta_fx.passes.match_operators import FLEX
+from uta_fx.passes.site import value_of
+
+
+def spell_out_flex(module: GraphModule) -> dict[Node, bool]:
+    """Put other operations in the place of FlexAttention, to be traced with the module.
+
+    Where its mask hides whole blocks alone it becomes ``uta::sparse_attention`` over the blocks
+    that it lists; otherwise attention written out, with a logit for every pair of tokens. A call
+    stays where its log-sum-exp or its maximum is asked for.
+
+    Args:
+        module: Changed in place.
+
+    Returns:
+        The calls in question, and whether each takes listed blocks.
+    """
+    found: dict[Node, bool] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") != FLEX:
+            continue
+        for user in [user for user in node.users if not user.users]:
+            module.graph.erase_node(user)
+        if all(user.args[1] == 0 for user in node.users):
+            found[node] = _takes_listed_blocks(module, node)
+            node.target = _listed_blocks if found[node] else _written_out
+    module.recompile()
+    return found
+
+
+def _takes_listed_blocks(module: GraphModule, node: Node) -> bool:
+    arguments: Any = node.args
+    query, key, value, score_mod, block_mask = arguments[:5]
+    return (
+        _changes_nothing(getattr(module, score_mod.target))
+        and _shows_all(getattr(module, block_mask[-1].target))
+        and bool(value_of(key).shape[2] > block_mask[-2])  # without a mask all are one block
+        and value_of(query).dtype in DTYPES
+        and all(MIN_HEAD_DIM <= value_of(x).shape[-1] <= MAX_HEAD_DIM for x in (query, value))
+    )
+
+
+def _listed_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: GraphModule,
+    block_mask: Sequence[Any],
+    scale: float,
+    *others: Any,
+) -> tuple[Tensor]:
+    """The output ``[B, H, L, Dv]`` over the blocks of both lists; no mask differs inside them."""
+    *_, block_q, block_kv, _ = block_mask
+    batch, heads, _, dim = query.shape
+    key, value = _for_heads(query, key), _for_heads(query, value)
+    parts = _masks(block_mask, key.shape[2])
+    exact = parts[0] if len(parts) == 1 else parts[0] | parts[1]
+    exact = exact.expand(batch, heads, *exact.shape[2:])
+    ids, counts = torch.ops.uta.list_blocks.default(exact)
+    none, sums = query.new_empty(batch, heads, 0, dim), torch.float32
+    return torch.ops.uta.sparse_attention.default(
+        query, key, value, ids, counts,
+        none, value[:, :, :0], query.new_empty(batch, heads, 0, dtype=sums), none,
+        query.new_empty(batch, heads, 0, dim, value.shape[-1]), scale, 0.0, block_q, block_kv,
+    )[:1]  # fmt: skip
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: GraphModule,
+    block_mask: Sequence[Any],
+    scale: float,
+    options: Any,
+    score_buffers: Sequence[Tensor] = (),
+    mask_buffers: Sequence[Tensor] = (),
+) -> tuple[Tensor]:
+    """The output ``[B, H, L, Dv]``; a row that sees nothing is zero."""
+    *_, block_q, block_kv, mask_mod = block_mask
+    key, value = _for_heads(query, key), _for_heads(query, value)
+    sizes = (*query.shape[:3], key.shape[2])
+    index = [torch.arange(size, device=query.device) for size in sizes]
+    logits = (query.float() @ key.float().mT) * scale
+    if not _changes_nothing(score_mod):
+        logits = _for_each_pair(score_mod, (logits,), index, score_buffers)
+    partly, *whole = (_of_tokens(x, block_q, block_kv, sizes) for x in _masks(block_mask, sizes[3]))
+    seen = _for_each_pair(mask_mod, (), index, mask_buffers) & partly
+    for mask in whole:
+        seen = seen | mask
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return (weights.to(query.dtype) @ value,)
+
+
+def _for_heads(query: Tensor, x: Tensor) -> Tensor:
+    """Keys or values for each head and sample of the queries."""
+    batch, heads = query.shape[:2]
+    return x.expand(batch, *x.shape[1:]).repeat_interleave(heads // x.shape[1], 1)
+
+
+def _masks(block_mask: Sequence[Any], length: int) -> list[Tensor]:
+    """Which blocks it lists: those with a mask inside and, where there are any, those without."""
+    blocks = -(-length // block_mask[-2])
+    lists = (block_mask[2:4], block_mask[4:6])  # each with how many count before which they are
+    return [_mask(counts, ids, blocks) for counts, ids in lists if counts is not None]
+
+
+def _mask(counts: Tensor, ids: Tensor, blocks: int) -> Tensor:
+    """Boolean ``[B, H, Nq, blocks]`` from lists of blocks ``[B, H, Nq, M]`` and their lengths."""
+    place = torch.arange(ids.shape[-1], device=ids.device)
+    target = torch.where(place < counts[..., None], ids, blocks).long()
+    mask = torch.zeros(*ids.shape[:-1], blocks + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter(-1, target, torch.ones_like(target, dtype=torch.bool))[..., :blocks]
+
+
+def _of_tokens(mask: Tensor, block_q: int, block_kv: int, sizes: Sequence[int]) -> Tensor:
+    """A mask of blocks as one of tokens."""
+    rows = mask.repeat_interleave(min(block_q, sizes[2]), 2)[:, :, : sizes[2]]
+    return rows.repeat_interleave(min(block_kv, sizes[3]), 3)[..., : sizes[3]]
+
+
+def _changes_nothing(score_mod: GraphModule) -> bool:
+    """Whether it returns the logit as it is."""
+    nodes = list(score_mod.graph.nodes)
+    return nodes[-1].args[0] is nodes[0]
+
+
+def _shows_all(mask_mod: GraphModule) -> bool:
+    """Whether it is true of every pair."""
+    result = next(iter(reversed(mask_mod.graph.nodes))).args[0]
+    return result.target in (torch.ops.aten.new_ones.default, torch.ops.aten.ones.default)
+
+
+def _for_each_pair(
+    function: GraphModule,
+    logits: tuple[Tensor, ...],
+    index: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> Tensor:
+    """A function of (a logit,) sample, head, query, key and buffers, for all: ``[B, H, L, Lk]``."""
+    run: Any = _Scalars(function).run
+    for axis in reversed(range(4)):
+        own = [0 if place == axis else None for place in range(4)]
+        run = torch.vmap(run, (*(0 for _ in logits), *own, *(None for _ in buffers)))
+    result: Tensor = run(*logits, *index, *buffers)
+    return result
+
+
+class _Scalars(Interpreter):
+    """Runs such a function; ``buffer[index]`` in it is an operation by a wrapped name."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "__name__", "") == "flat_apply":
+            _, _, _, buffer, *places = args
+            return torch.ops.aten.index.Tensor(buffer, places)
+        return super().call_function(target, args, kwargs)

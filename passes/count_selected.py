@@ -1,0 +1,72 @@
+"""Sizes that are numbers of selected tokens, as far as a graph shows what they add up to.
+
+``x[mask]`` has as many rows as the mask has true entries, and each such call a symbol of its own
+for that. Those of one mask are the same number; with those of its complement they are all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from uta_fx.passes.site import recorded
+from uta_fx.passes.trace_axes import Size, argument, name_of, written_by
+
+
+def counted(size: Size, graph: Graph) -> Size:
+    """A size as a number, where what masks and their complements select adds up to all.
+
+    Args:
+        size: Of a tensor in the graph, or computed from such sizes.
+        graph: Where tokens are selected.
+
+    Returns:
+        An int, or the size as it was.
+    """
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr.xreplace(_counts(graph))
+    return int(expression) if expression.is_number else size
+
+
+def _counts(graph: Graph) -> dict[sympy.Symbol, sympy.Expr]:
+    """Each symbol that counts what a mask selects, by one symbol for each mask."""
+    if any(_is_written_mask(node) for node in graph.nodes):
+        return {}
+    ones: dict[Node, sympy.Expr] = {}
+    counts: dict[sympy.Symbol, sympy.Expr] = {}
+    for node in graph.nodes:
+        mask = _mask_of(node)
+        if mask is None:
+            continue
+        symbol, total = recorded(node).shape[0].node.expr, recorded(mask).shape[0]
+        inverted = name_of(mask) in ("invert", "bitwise_not", "logical_not")
+        whole = argument(mask, 0, "input") if inverted else mask
+        count = ones.setdefault(whole, total - symbol if inverted else symbol)
+        counts[symbol] = total - count if inverted else count
+    return counts
+
+
+def _mask_of(node: Node) -> Node | None:
+    """What selects rows where a node is ``x[mask]``, of as many as only a run knows."""
+    if name_of(node) not in ("getitem", "index"):
+        return None
+    value, mask = recorded(node), argument(node, 1, "indices")
+    if isinstance(mask, (list, tuple)) and len(mask) == 1:
+        (mask,) = mask
+    known = isinstance(mask, Node) and isinstance(value, torch.Tensor) and value.dim() > 0
+    if not known or isinstance(value.shape[0], int) or not value.shape[0].node.expr.is_symbol:
+        return None
+    of: Any = recorded(mask)
+    return (
+        mask if of.dtype == torch.bool and of.dim() == 1 and isinstance(of.shape[0], int) else None
+    )
+
+
+def _is_written_mask(node: Node) -> bool:
+    """Whether it changes a mask, so that one name may stand for two of them."""
+    target = written_by(node)
+    return target is not None and recorded(target).dtype in (torch.bool, torch.uint8, torch.int8)
