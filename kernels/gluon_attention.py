@@ -706,7 +706,7 @@ def _attend_part(
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
     )  # fmt: skip
-    _longest_first_kernel[(triton.cdiv(pairs, RANKED), batch * heads)](
+    launcher(_longest_first_kernel, (triton.cdiv(pairs, RANKED), batch * heads))(
         plan, blocks_q, **TURN_OPTIONS
     )
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
