@@ -132,6 +132,10 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
         gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
         blocks=2,
     )  # fmt: skip
+    kernels["TURNS"] = _compile(
+        gluon_attention._longest_first_kernel, variant, architecture, gluon_attention.TURN_OPTIONS,
+        blocks=2 * gluon_attention.RANKED,
+    )  # fmt: skip
     if paired_tail:
         kernels["VARIANCE"] = _compile(
             gluon_tail._pooled_variance_kernel, variant, architecture,

@@ -207,7 +207,7 @@ typedef struct Kernel {
 } Kernel;
 
 /* in the order in which they run */
-enum { MARK, TAIL, LISTED, ORDER, VARIANCE, PAIRED, KERNELS };
+enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED, KERNELS };
 
 /* for which nodes and shapes the kernels were compiled */
 typedef struct Variant {

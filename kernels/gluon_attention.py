@@ -44,8 +44,12 @@ LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
-PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
+RANKED, COMPARED = 64, 256  # pairs that a program ranks, and with how many others at a time
+# numbers in a plan: alternating, count of each query block, bad rows, ragged rows, blocks in both
+# lists; then which pair of the head has its turn here
+PLAN = 8
 ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
+TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
@@ -127,6 +131,7 @@ def _pair_lists_kernel(
     tl.store(plan + 2, only_b + both)
     tl.store(plan + 3, bad)
     tl.store(plan + 4, ragged_a | ragged_b << 1)
+    tl.store(plan + 5, only_a + only_b + 2 * both + ragged_a + ragged_b)
     tl.store(ids_row, whole, mask=first != 0)
     seen_a, seen_b, seen_both = 0, 0, 0
     rest = alternating + both
@@ -144,6 +149,31 @@ def _pair_lists_kernel(
         seen_a += some_a
         seen_b += some_b
         seen_both += some_both
+
+
+@triton.jit
+def _longest_first_kernel(
+    plan_ptr,  # int32 [B, H, pairs, PLAN]
+    blocks_q,
+    PLAN: tl.constexpr, RANKED: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """Give the pairs of a head their turns, longest lists first.
+
+    So no long one is left for the end, and pairs that share a program are about as long.
+    """
+    pairs = tl.cdiv(blocks_q, 2)
+    plans = plan_ptr + tl.program_id(1).to(tl.int64) * pairs * PLAN
+    pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    length = tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)  # [RANKED]
+    rank = tl.zeros([RANKED], tl.int32)
+    for start in range(0, pairs, COMPARED):
+        other = start + tl.arange(0, COMPARED)
+        of_other = tl.load(plans + other * PLAN + 5, mask=other < pairs, other=-1)  # [COMPARED]
+        earlier = of_other[None, :] > length[:, None]
+        tied = of_other[None, :] == length[:, None]
+        earlier = earlier | (tied & (other[None, :] < pair[:, None]))
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(plans + rank * PLAN + 6, pair, mask=pair < pairs)
 
 
 @gluon.jit
@@ -391,8 +421,8 @@ def _pair_memory(
 
 
 @gluon.jit
-def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
-    """What the groups and the copying warp of one pair are given.
+def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
+    """What the groups and the copying warp are given of the pair whose turn it is.
 
     A pair, or a block of one, beyond the last reads the last one's lists and stores nothing.
     """
@@ -404,6 +434,8 @@ def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
     ) = given  # fmt: skip
     wide = batch_head.to(gl.int64)
     pairs = gl.cdiv(blocks_q, 2)
+    plans = plan_ptr + wide * pairs * PLAN
+    pair = gl.load(plans + turn * PLAN + 6, mask=turn < pairs, other=pairs)
     pair_at = wide * pairs + gl.minimum(pair, pairs - 1)
     plan = plan_ptr + pair_at * PLAN
     first_row = pair.to(gl.int64) * (2 * BLOCK)
@@ -614,7 +646,7 @@ def attend(
 ) -> None:
     """Launch the kernels for tensors that ``takes`` accepts; nothing waits for the host.
 
-    Two launches, three with a tail, for ``heads_at_a_time`` heads. Meanwhile there is a byte for
+    Three launches, four with a tail, for ``heads_at_a_time`` heads. Meanwhile there is a byte for
     each of their pairs of blocks, three with a tail.
 
     Args:
@@ -674,6 +706,9 @@ def _attend_part(
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
     )  # fmt: skip
+    launcher(_longest_first_kernel, (triton.cdiv(pairs, RANKED), batch * heads))(
+        plan, blocks_q, **TURN_OPTIONS
+    )
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
         tail_maps = (k_map, v_map, k_map)

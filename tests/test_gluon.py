@@ -14,7 +14,15 @@ from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
 from uta_fx.bench.gate import variance_roundings
 from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
-from uta_fx.kernels.gluon_attention import CHUNK, FIELD, PLAN
+from uta_fx.kernels.gluon_attention import (
+    CHUNK,
+    COMPARED,
+    FIELD,
+    ORDER_OPTIONS,
+    PLAN,
+    RANKED,
+    TURN_OPTIONS,
+)
 
 
 def on_hopper():
@@ -63,6 +71,25 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(lists, ragged, rows, share,
             assert set(order[: len(union)]) == union
             assert not first or order[0] == blocks - 1
             assert bad == (lists and head == 1 and pair == 0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 2 * COMPARED + 131])
+def test_longest_lists_have_their_turn_first(rows):
+    generator = torch.Generator().manual_seed(0)
+    pairs, blocks = -(-rows // 2), 40
+    listed = torch.rand(1, 2, rows, blocks, generator=generator) < torch.rand(
+        1, 2, rows, 1, generator=generator
+    )
+    ids = torch.empty(1, 2, pairs, blocks, dtype=torch.uint16, device=DEVICE)
+    plan = torch.full((1, 2, pairs, PLAN), -7, dtype=torch.int32, device=DEVICE)
+    gluon_attention._pair_lists_kernel[(pairs, 2)](
+        ids, plan, listed.to(DEVICE, torch.uint8), None, 0, 0,
+        2, rows, blocks, blocks - 1, blocks, **ORDER_OPTIONS,
+    )  # fmt: skip
+    gluon_attention._longest_first_kernel[(-(-pairs // RANKED), 2)](plan, rows, **TURN_OPTIONS)
+    lengths = torch.nn.functional.pad(listed.sum(-1), (0, rows % 2)).unflatten(-1, (-1, 2)).sum(-1)
+    wanted = torch.sort(lengths, dim=-1, descending=True, stable=True).indices
+    assert torch.equal(plan[..., 6].cpu().long(), wanted)
 
 
 COMPILE = """

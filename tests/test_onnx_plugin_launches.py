@@ -20,7 +20,7 @@ from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
     triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
-    gluon_attention: ("_pair_lists_kernel", "_paired_kernel"),
+    gluon_attention: ("_pair_lists_kernel", "_longest_first_kernel", "_paired_kernel"),
     gluon_tail: ("_pooled_variance_kernel",),
 }
 UNREAD = {  # what a kernel does not read where a constant of it is false
@@ -34,9 +34,9 @@ MADE = {  # in PyTorch in memory of its own each time, in the plugin in the same
     "_pooled_variance_kernel": ("sigma2_ptr",),
 }
 
-WHOLE = "_mark_listed_kernel _pair_lists_kernel _pooled_variance_kernel _paired_kernel"
-LISTS = "_mark_listed_kernel _pair_lists_kernel _paired_kernel"
-RESUMED = "_mark_listed_kernel _tail_kernel _pair_lists_kernel _paired_kernel"
+WHOLE = "_mark_listed_kernel _pair_lists_kernel _longest_first_kernel _pooled_variance_kernel _paired_kernel"
+LISTS = "_mark_listed_kernel _pair_lists_kernel _longest_first_kernel _paired_kernel"
+RESUMED = "_mark_listed_kernel _tail_kernel _pair_lists_kernel _longest_first_kernel _paired_kernel"
 PLAIN = "_mark_listed_kernel _tail_kernel _listed_kernel"
 HOPPER = Case(
     length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64, dtype=torch.bfloat16
