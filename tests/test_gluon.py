@@ -21,7 +21,8 @@ from uta_fx.kernels.gluon_attention import (
     ORDER_OPTIONS,
     PLAN,
     RANKED,
-    TURN_OPTIONS,
+    blocks_of_program,
+    turn_options,
 )
 
 
@@ -74,9 +75,10 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(lists, ragged, rows, share,
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 2 * COMPARED + 131])
-def test_longest_lists_have_their_turn_first(rows):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_longest_lists_have_their_turn_first(dim, rows):
     generator = torch.Generator().manual_seed(0)
-    pairs, blocks = -(-rows // 2), 40
+    pairs, blocks, of_program = -(-rows // 2), 40, blocks_of_program(dim)
     listed = torch.rand(1, 2, rows, blocks, generator=generator) < torch.rand(
         1, 2, rows, 1, generator=generator
     )
@@ -86,10 +88,17 @@ def test_longest_lists_have_their_turn_first(rows):
         ids, plan, listed.to(DEVICE, torch.uint8), None, 0, 0,
         2, rows, blocks, blocks - 1, blocks, **ORDER_OPTIONS,
     )  # fmt: skip
-    gluon_attention._longest_first_kernel[(-(-pairs // RANKED), 2)](plan, rows, **TURN_OPTIONS)
-    lengths = torch.nn.functional.pad(listed.sum(-1), (0, rows % 2)).unflatten(-1, (-1, 2)).sum(-1)
-    wanted = torch.sort(lengths, dim=-1, descending=True, stable=True).indices
-    assert torch.equal(plan[..., 6].cpu().long(), wanted)
+    grid = (-(-rows // (of_program * RANKED)), 2)
+    gluon_attention._longest_first_kernel[grid](plan, rows, **turn_options(dim))
+    programs = -(-rows // of_program)
+    missing = programs * of_program - rows
+    lengths = torch.nn.functional.pad(listed.sum(-1), (0, missing)).unflatten(-1, (programs, -1))
+    lengths = lengths.sum(-1)
+    if pairs % (of_program // 2):
+        lengths[..., -1] = -1  # a program that lacks a pair comes last
+    turns = torch.sort(lengths, dim=-1, descending=True, stable=True).indices * (of_program // 2)
+    turns = (turns[..., None] + torch.arange(of_program // 2)).flatten(-2)[..., :pairs]
+    assert torch.equal(plan[..., 6].cpu().long(), turns)
 
 
 COMPILE = """
