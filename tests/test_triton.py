@@ -384,15 +384,21 @@ def assert_statistics_are_accurate(key, value, block_kv):
 
     Float32 sums of n terms err by 2^-24 of the terms' absolute sum for each addition, and the
     division once more. A deviation carries the mean's error and is rounded; a variance squares it.
-    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values.
+    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values. What
+    is of the keys' dtype is rounded to it.
     """
     results = triton_statistics.block_statistics(key, value, block_kv)
     exact = reference.block_statistics(key.double(), value.double(), block_kv)
-    assert all(x.dtype == torch.float32 and not x.isnan().any() for x in results)
+    assert [x.dtype for x in results] == [key.dtype] * 3 + [torch.float32] * 2
+    assert not any(x.isnan().any() for x in results)
+    limits = torch.finfo(key.dtype)
     additions = 2**-24 * (block_kv + 2)
     largest_k, largest_v = (additions * x.double().abs().max() for x in (key, value))
 
     def assert_within(got, expected, allowed):
+        if got.dtype != torch.float32:  # half a unit, or half of the smallest number
+            rounded = limits.eps / 2 * (expected.abs() + allowed)
+            allowed = allowed + rounded.clamp(min=limits.smallest_normal * limits.eps / 2)
         assert ((got.double() - expected).abs() <= allowed).all()
 
     k_mean, k_var, v_mean, v_var, covariance = exact
