@@ -11,7 +11,7 @@ from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from cases import poisoned
+from cases import poisoned, with_mask
 
 from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
@@ -110,7 +110,7 @@ def double(args):
 
 
 def assert_as_accurate_as_eager(args, result=None, more=(0.0, 0.0)):
-    """The kernel errs no more than the reference in the same dtype, plus roundings of its own.
+    """From lists and from a mask: no worse than the reference in that dtype, plus own roundings.
 
     Both errors are measured against float64 on the same rounded inputs. On top of what eager errs:
     the output is rounded once, and so is the tail's part between the two kernels (half a unit each,
@@ -120,9 +120,21 @@ def assert_as_accurate_as_eager(args, result=None, more=(0.0, 0.0)):
     that share of the largest value; the log-sum-exp by that much and log2's two units. ``more`` is
     what a kernel's other roundings may add to the error of the output and of the log-sum-exp.
     """
-    output, lse = result or triton_attention.sparse_attention(*args)
-    exact, exact_lse = reference.sparse_attention(*double(args))
-    eager, eager_lse = reference.sparse_attention(*args)
+    results = (
+        [result]
+        if result
+        else [
+            triton_attention.sparse_attention(*args),
+            triton_attention.block_masked_attention(*with_mask(args)),
+        ]
+    )
+    exact = reference.sparse_attention(*double(args))
+    eager = reference.sparse_attention(*args)
+    for output, lse in results:
+        _assert_as_accurate(args, output, lse, *exact, *eager, more)
+
+
+def _assert_as_accurate(args, output, lse, exact, exact_lse, eager, eager_lse, more):
     seen = exact_lse != -torch.inf
     assert torch.equal(lse == -torch.inf, ~seen)
     assert output.dtype == args[0].dtype and lse.dtype == torch.float32
