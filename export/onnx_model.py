@@ -296,7 +296,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
 
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
-        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        statistics = nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        if key.dtype == ir.DataType.FLOAT:
+            return statistics
+        rounded = [opset18.Cast(x, to=key.dtype) for x in statistics[:3]]
+        return (*rounded, *statistics[3:])
 
     def block_scores(
         query: Any,
