@@ -512,7 +512,7 @@ def make_schema(
     Args:
         name: Of the node.
         doc: What it computes.
-        inputs: By name, type (T of the model, F float32, I int32) and meaning.
+        inputs: By name, type (T of the model, S of scores, F float32, I int32) and meaning.
         outputs: As inputs.
         attributes: By name, ``float`` or ``int`` and meaning.
     """
@@ -526,6 +526,7 @@ def make_schema(
         outputs=[OpSchema.FormalParameter(x, kind, text) for x, (kind, text) in outputs.items()],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "of the model"),
+            ("S", ["tensor(float)", "tensor(bfloat16)"], "of scores"),
             ("F", ["tensor(float)"], "of sums"),
             ("I", ["tensor(int32)"], "of lists"),
         ],

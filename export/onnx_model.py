@@ -296,7 +296,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
 
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
-        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        statistics = nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        if key.dtype == ir.DataType.FLOAT:
+            return statistics
+        rounded = [opset18.Cast(x, to=key.dtype) for x in statistics[:3]]
+        return (*rounded, *statistics[3:])
 
     def block_scores(
         query: Any,
@@ -309,18 +313,22 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         block_q: int,
         rows: int,
     ) -> Any:
-        return nodes["BlockScores"](
+        scores = nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
             rows=rows,
         )  # fmt: skip
+        if query.dtype == ir.DataType.FLOAT:
+            return scores
+        return opset18.Cast(scores, to=ir.DataType.BFLOAT16)
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
         """TopK, the best of the rows made higher than all: of equal scores it takes the first.
 
-        Infinity counts as the largest number below it.
+        Infinity counts as the largest number below it. Runtimes sort no bfloat16.
         """
         blocks = scores.shape[-1]
+        scores = opset18.Cast(scores, to=ir.DataType.FLOAT)
         column = opset18.Constant(value_ints=list(range(blocks)))
         best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)
         infinity, lowest, largest = (

@@ -37,7 +37,7 @@ _DTYPES = {
 }
 _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
-    "ids": "i32", "counts": "i32", "order": "i32", "plan": "i32",
+    "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
 }  # fmt: skip
 _HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
 # what the C source calls a parameter, where a kernel of gluon_attention has another name for it
@@ -131,6 +131,11 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
     kernels["ORDER"] = _compile(
         gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
         blocks=2,
+    )  # fmt: skip
+    kernels["TURNS"] = _compile(
+        gluon_attention._longest_first_kernel, variant, architecture,
+        gluon_attention.turn_options(variant.dim),
+        blocks=gluon_attention.blocks_of_program(variant.dim) * gluon_attention.RANKED,
     )  # fmt: skip
     if paired_tail:
         kernels["VARIANCE"] = _compile(

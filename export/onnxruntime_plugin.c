@@ -207,7 +207,7 @@ typedef struct Kernel {
 } Kernel;
 
 /* in the order in which they run */
-enum { MARK, TAIL, LISTED, ORDER, VARIANCE, PAIRED, KERNELS };
+enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED, KERNELS };
 
 /* for which nodes and shapes the kernels were compiled */
 typedef struct Variant {
@@ -217,7 +217,9 @@ typedef struct Variant {
   Kernel kernels[KERNELS];
 } Variant;
 
-#include "variants.h" /* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT, PLAN */
+/* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT; PLAN, MAX_BLOCKS, SHARE and FILL of
+ * gluon_attention */
+#include "variants.h"
 
 enum { MAX_DEVICES = 64 };
 static void *loaded[VARIANT_COUNT][KERNELS];
@@ -344,25 +346,38 @@ static Tensor without_third(const Tensor *x) {
   return (Tensor){x->data, {x->sizes[0], x->sizes[1], x->sizes[3], x->sizes[4]}};
 }
 
-/* A map of a contiguous tensor [B, H, L, D] of 16 bits; what lies beyond its end reads as zero. */
-static Status *set_map(Value *values, const Map *map, const Tensor *x, int dtype) {
+/* heads that are next to each other: those of some samples, or some of one sample's */
+typedef struct Part { int64_t first, samples, heads; } Part;
+
+/* where the heads of a part of a contiguous tensor begin */
+static char *part_data(const Tensor *x, int rank, int64_t first, int element) {
+  int64_t bytes = element;
+  for (int dim = 2; dim < rank; ++dim) bytes *= x->sizes[dim];
+  return (char *)x->data + first * bytes;
+}
+
+/* A map of a part of a contiguous tensor [B, H, L, D] of 16 bits; beyond its end are zeros. */
+static Status *set_map(Value *values, const Map *map, const Tensor *x, const Part *part,
+                       int dtype) {
   enum { TYPE_OF_FLOAT16 = 6, TYPE_OF_BFLOAT16 = 9, PROMOTION_128 = 2, SMALL = 128 * 1024 };
   uint64_t sizes[4], strides[4], bytes = 2;
   uint32_t box[4];
   static const uint32_t steps[4] = {1, 1, 1, 1};
   Value *value = &values[map->argument];
+  const int64_t of_part[4] = {part->samples, part->heads, x->sizes[2], x->sizes[3]};
   int64_t stride = 1;
   for (int i = 3; i >= 0; --i) { /* the driver begins with the last, and knows its stride */
-    value[1 + i].integer = x->sizes[i];
+    value[1 + i].integer = of_part[i];
     value[5 + i].integer = stride;
     stride *= x->sizes[i];
-    sizes[3 - i] = x->sizes[i];
-    strides[3 - i] = bytes *= x->sizes[i];
+    sizes[3 - i] = of_part[i];
+    strides[3 - i] = 2 * stride;
+    bytes *= of_part[i];
     box[3 - i] = map->box[i];
   }
   int error = cuTensorMapEncodeTiled(
-      value->map, dtype == TYPE_FLOAT16 ? TYPE_OF_FLOAT16 : TYPE_OF_BFLOAT16, 4, x->data, sizes,
-      strides, box, steps, 0, map->swizzle, PROMOTION_128, 0);
+      value->map, dtype == TYPE_FLOAT16 ? TYPE_OF_FLOAT16 : TYPE_OF_BFLOAT16, 4,
+      part_data(x, 4, part->first, 2), sizes, strides, box, steps, 0, map->swizzle, PROMOTION_128, 0);
   if (error) return driver_failure("describing a tensor", error);
   /* a driver up to 13.1 marks small tensors, and wrongly: CUTLASS and Triton 3.7 take that back */
   int version;
@@ -387,30 +402,35 @@ typedef struct Run {
   Value values[ARGUMENT_COUNT];
 } Run;
 
-static Status *launch_all(Run *run) {
-  const Kernel *kernels = VARIANTS[run->variant].kernels;
-  if (kernels[MARK].code) {
-    int error = cuMemsetD8Async(run->values[ARG_listed_ptr].pointer, 0,
-                                run->batch_heads * run->blocks_q * run->blocks_kv, run->stream);
-    if (error) return driver_failure("clearing the map of listed blocks", error);
-  }
-  for (int which = 0; which < KERNELS; ++which)
-    if (kernels[which].code)
-      TRY(launch(run->variant, which, run->device, run->blocks_q, run->batch_heads, run->values,
+static Status *launch_some(Run *run, int first, int last, int64_t batch_heads) {
+  for (int which = first; which <= last; ++which)
+    if (VARIANTS[run->variant].kernels[which].code)
+      TRY(launch(run->variant, which, run->device, run->blocks_q, batch_heads, run->values,
                  run->stream));
   return NULL;
+}
+
+/* Pointers to the heads from the first of a part on. */
+static void set_pointers(Run *run, const Node *node, const Tensor *x, const Tensor *output,
+                         const Tensor *lse, int64_t first) {
+  static const int pointers[INPUTS] = {
+      ARG_q_ptr,      ARG_k_ptr,      ARG_v_ptr,         ARG_ids_ptr,      ARG_counts_ptr,
+      ARG_tail_k_ptr, ARG_tail_v_ptr, ARG_tail_size_ptr, ARG_tail_var_ptr, ARG_slope_ptr};
+  int element = node->dtype == TYPE_FLOAT ? 4 : 2;
+  for (int i = 0; i < INPUTS; ++i) {
+    int four = i == IDS || i == COUNTS || i == TAIL_SIZE;
+    run->values[pointers[i]].pointer =
+        (uint64_t)part_data(&x[i], RANKS[i], first, four ? 4 : element);
+  }
+  run->values[ARG_o_ptr].pointer = (uint64_t)part_data(output, 4, first, element);
+  run->values[ARG_lse_ptr].pointer = (uint64_t)part_data(lse, 3, first, 4);
 }
 
 static void set_arguments(Run *run, const Node *node, const Tensor *x, const Tensor *output,
                           const Tensor *lse) {
   Value *values = run->values;
   memset(values, 0, sizeof run->values);
-  static const int pointers[INPUTS] = {
-      ARG_q_ptr,      ARG_k_ptr,      ARG_v_ptr,         ARG_ids_ptr,      ARG_counts_ptr,
-      ARG_tail_k_ptr, ARG_tail_v_ptr, ARG_tail_size_ptr, ARG_tail_var_ptr, ARG_slope_ptr};
-  for (int i = 0; i < INPUTS; ++i) values[pointers[i]].pointer = (uint64_t)x[i].data;
-  values[ARG_o_ptr].pointer = (uint64_t)output->data;
-  values[ARG_lse_ptr].pointer = (uint64_t)lse->data;
+  set_pointers(run, node, x, output, lse, 0);
 #define STRIDES(tensor, rank, ...)                                                                \
   do {                                                                                            \
     static const int places[] = {__VA_ARGS__};                                                    \
@@ -449,7 +469,8 @@ static void set_arguments(Run *run, const Node *node, const Tensor *x, const Ten
 }
 
 /* Maps of what the copy engine reads and writes; for a tail that is not read, of the keys. */
-static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tensor *output) {
+static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tensor *output,
+                        const Part *part) {
   const Kernel *kernels = VARIANTS[run->variant].kernels;
   int tailed = kernels[VARIANCE].code != NULL;
   Tensor tail_key = tailed ? without_third(&x[TAIL_KEY]) : x[KEY];
@@ -460,9 +481,54 @@ static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tenso
   for (int i = 0; i < kernels[PAIRED].map_count; ++i) {
     const Map *map = &kernels[PAIRED].maps[i];
     int which = (map->argument - ARG_q_desc) / MAP_ARGUMENTS;
-    TRY(set_map(run->values, map, mapped[which], node->dtype));
+    TRY(set_map(run->values, map, mapped[which], part, node->dtype));
   }
   return NULL;
+}
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* As gluon_attention.heads_at_a_time. */
+static int64_t heads_at_a_time(const Run *run, const Node *node, int64_t dim) {
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  int64_t made = divide_up(run->blocks_q, 2) * (2 * run->blocks_kv + 4 * PLAN);
+  if (kernels[VARIANCE].code) made += 2 * run->blocks_q * run->blocks_kv;
+  int64_t given = 2 * (run->blocks_q + 2 * run->blocks_kv) * node->block_kv * dim;
+  int64_t programs = divide_up(run->blocks_q, kernels[PAIRED].blocks) * run->batch_heads;
+  int64_t parts = smaller(divide_up(SHARE * made, given), programs / FILL);
+  return divide_up(run->batch_heads, parts < 1 ? 1 : parts);
+}
+
+/* As gluon_attention.attend: some of the heads at a time. */
+static Status *launch_parts(Run *run, const Node *node, const Tensor *x, const Tensor *output,
+                            const Tensor *lse, int64_t most) {
+  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1];
+  int64_t samples = most / heads < 1 ? 1 : most / heads;
+  uint64_t listed = run->values[ARG_listed_ptr].pointer;
+  for (int64_t sample = 0; sample < batch; sample += samples)
+    for (int64_t head = 0; head < heads; head += most) {
+      Part part = {sample * heads + head, smaller(samples, batch - sample),
+                   smaller(most, heads - head)};
+      set_pointers(run, node, x, output, lse, part.first);
+      run->values[ARG_listed_ptr].pointer = listed + part.first * run->blocks_q * run->blocks_kv;
+      run->values[ARG_heads].integer = part.heads;
+      TRY(set_maps(run, node, x, output, &part));
+      TRY(launch_some(run, ORDER, PAIRED, part.samples * part.heads));
+    }
+  return NULL;
+}
+
+static Status *launch_all(Run *run, const Node *node, const Tensor *x, const Tensor *output,
+                          const Tensor *lse, int64_t most) {
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  if (kernels[MARK].code) {
+    int error = cuMemsetD8Async(run->values[ARG_listed_ptr].pointer, 0,
+                                run->batch_heads * run->blocks_q * run->blocks_kv, run->stream);
+    if (error) return driver_failure("clearing the map of listed blocks", error);
+  }
+  TRY(launch_some(run, MARK, LISTED, run->batch_heads));
+  return kernels[PAIRED].code ? launch_parts(run, node, x, output, lse, most) : NULL;
 }
 
 static Status *compute(void *state, void *context) {
@@ -481,6 +547,11 @@ static Status *compute(void *state, void *context) {
                 "uta::SparseAttention: input %d must hold one representative for each of %lld key "
                 "blocks, got %lld x %lld", TAIL_KEY, (long long)run.blocks_kv,
                 (long long)x[TAIL_KEY].sizes[2], (long long)x[TAIL_KEY].sizes[3]);
+  const Kernel *kernels = VARIANTS[run.variant].kernels;
+  if (kernels[ORDER].code && run.blocks_kv > MAX_BLOCKS)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::SparseAttention: input %d must have at most %d blocks, got %lld", KEY,
+                MAX_BLOCKS, (long long)run.blocks_kv);
 
   Tensor output = {NULL, {batch, heads, length_q, x[VALUE].sizes[3]}};
   Tensor lse = {NULL, {batch, heads, length_q}};
@@ -505,18 +576,16 @@ static Status *compute(void *state, void *context) {
     return fail(STATUS_FAIL, "uta::SparseAttention: device %d", run.device);
 
   set_arguments(&run, node, x, &output, &lse);
-  TRY(set_maps(&run, node, x, &output));
-  const Kernel *kernels = VARIANTS[run.variant].kernels;
   size_t bytes = 0, listed = 0, order = 0, plan = 0, sigma2 = 0;
-  int64_t pairs = (run.blocks_q + 1) / 2;
+  int64_t pairs = divide_up(run.blocks_q, 2), most = 0;
   if (kernels[MARK].code)
     listed = reserve(&bytes, run.batch_heads * run.blocks_q * run.blocks_kv);
   if (kernels[ORDER].code) {
-    order = reserve(&bytes, run.batch_heads * pairs * run.blocks_kv * (int64_t)sizeof(int32_t));
-    plan = reserve(&bytes, run.batch_heads * pairs * PLAN * (int64_t)sizeof(int32_t));
+    most = heads_at_a_time(&run, node, x[QUERY].sizes[3]);
+    order = reserve(&bytes, most * pairs * run.blocks_kv * (int64_t)sizeof(uint16_t));
+    plan = reserve(&bytes, most * pairs * PLAN * (int64_t)sizeof(int32_t));
   }
-  if (kernels[VARIANCE].code)
-    sigma2 = reserve(&bytes, run.batch_heads * run.blocks_q * run.blocks_kv * 2);
+  if (kernels[VARIANCE].code) sigma2 = reserve(&bytes, most * run.blocks_q * run.blocks_kv * 2);
   void *memory = NULL;
   if (bytes) {
     const void *info = node->allocator->info(node->allocator);
@@ -526,7 +595,7 @@ static Status *compute(void *state, void *context) {
   run.values[ARG_order_ptr].pointer = (uint64_t)memory + order;
   run.values[ARG_plan_ptr].pointer = (uint64_t)memory + plan;
   run.values[ARG_sigma2_ptr].pointer = (uint64_t)memory + sigma2;
-  Status *status = launch_all(&run);
+  Status *status = launch_all(&run, node, x, &output, &lse, most);
   /* in the stream's order, like what ONNX Runtime's own kernels give back */
   if (memory) node->allocator->free(node->allocator, memory);
   return status;

@@ -243,10 +243,14 @@ def _write_variants(
         fields = ", ".join(str(int(value)) for value in variant[:-1])
         rows.append(f"  {{{fields}, {{{', '.join(cells)}}}}},")
     dtypes = sorted({variant.dtype for variant in variants})
-    plan = gluon_attention.PLAN if gluon_attention is not None else 0
+    numbers = {"VARIANT_COUNT": len(variants), "DTYPE_COUNT": len(dtypes)} | {
+        # without Gluon no kernel asks for them
+        name: 1 if gluon_attention is None else getattr(gluon_attention, name)
+        for name in ("PLAN", "MAX_BLOCKS", "SHARE", "FILL")
+    }
     lines = [
         f'#define ARCHITECTURE "{architecture}"',
-        f"enum {{ VARIANT_COUNT = {len(variants)}, DTYPE_COUNT = {len(dtypes)}, PLAN = {plan} }};",
+        f"enum {{ {', '.join(f'{name} = {x}' for name, x in numbers.items())} }};",
         f"static const int DTYPES[] = {{{', '.join(map(str, dtypes))}}};",
         *data,
         "static const Variant VARIANTS[] = {",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -61,7 +62,27 @@ def sparsify_program(
         return program, sites
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    _list_masked_blocks(sparse)
     return sparse, sites
+
+
+def _list_masked_blocks(program: ExportedProgram) -> None:
+    """``uta::block_masked_attention`` as ``uta::list_blocks`` and ``uta::sparse_attention``.
+
+    The operator of files takes lists.
+    """
+    graph, masked = program.graph, torch.ops.uta.block_masked_attention.default
+    for node in graph.find_nodes(op="call_function", target=masked):
+        query, key, value, exact, *rest = node.args
+        fakes = torch.ops.uta.list_blocks.default(exact.meta["val"])
+        with graph.inserting_before(node):
+            lists = graph.call_function(torch.ops.uta.list_blocks.default, (exact,))
+            parts = [graph.call_function(operator.getitem, (lists, i)) for i in range(2)]
+        for made, fake in zip((lists, *parts), (fakes, *fakes), strict=True):
+            made.meta = node.meta | {"val": fake}
+        node.target = torch.ops.uta.sparse_attention.default
+        node.args = (query, key, value, *parts, *rest)
+    program.graph_module.recompile()
 
 
 def _dynamic_dims(program: ExportedProgram) -> set[tuple[str, int]]:

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.export.tensorrt_ops import PLUGINS
 from uta_fx.kernels import triton_attention, triton_scores, triton_tensorrt
+from uta_fx.kernels.reference import score_dtype
 from uta_fx.kernels.triton_attention import ID_CHUNK, LOG2_E, dot_precision, fit_tile
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -166,7 +167,7 @@ def compile_layer(
     if not isinstance(layer.kernel, JITFunction):
         raise RuntimeError("kernels cannot be compiled in Triton's interpreter: unset it")
     names = layer.kernel.arg_names
-    types = {"T": _POINTERS[dtype], "F": "*fp32", "I": "*i32"}
+    types = {"T": _POINTERS[dtype], "S": _POINTERS[score_dtype(dtype)], "F": "*fp32", "I": "*i32"}
     kinds = "".join(PLUGINS[name])
     pointers = {name: types[kind] for name, kind in zip(names, kinds, strict=False)}
     assert len(pointers) == len(kinds) == len(names) - len(layer.constants)

@@ -29,7 +29,7 @@ _LIBRARY.define(
 
 
 class Kinds(NamedTuple):
-    """A letter for each tensor: T of the model's dtype, F float32, I int32."""
+    """A letter for each tensor: T of the model's dtype, S of its scores', F float32, I int32."""
 
     inputs: str
     outputs: str
@@ -38,7 +38,7 @@ class Kinds(NamedTuple):
 PLUGINS = {
     "attend_tail": Kinds("TITTFTT", "TF"),
     "attend_listed": Kinds("TTTIITF", "TF"),
-    "block_scores": Kinds("TTTF", "F"),
+    "block_scores": Kinds("TTTF", "S"),
 }
 """The operators that are plugins; each is one launch."""
 

@@ -28,7 +28,7 @@ _DTYPES = {
     trt.DataType.HALF: torch.float16,
     trt.DataType.BF16: torch.bfloat16,
 }
-_TYPE_NAMES = {"T": "FP32|FP16|BF16", "F": "FP32", "I": "INT32"}
+_TYPE_NAMES = {"T": "FP32|FP16|BF16", "S": "FP32|BF16|BF16", "F": "FP32", "I": "INT32"}
 _TUNED, _SMALL = 1, 2
 """Tactics, of which TensorRT takes the faster: the tuned tile, and one that needs no more than
 48 KB of shared memory."""
@@ -56,7 +56,8 @@ def _register(name: str) -> None:
     def describe(*descriptions: Any, **attributes: Any) -> Any:
         inputs = [*descriptions, *(attributes.pop(x) for x in tensors[len(descriptions) :])]
         shapes = _output_shapes(name, inputs, attributes)
-        dtypes = {"T": inputs[0].dtype, "F": trt.float32}
+        of_scores = trt.float32 if inputs[0].dtype == trt.float32 else trt.bfloat16
+        dtypes = {"T": inputs[0].dtype, "S": of_scores, "F": trt.float32}
         return tuple(
             trtp.from_shape_expr(shape, dtypes[kind])
             for shape, kind in zip(shapes, kinds.outputs, strict=True)

@@ -67,6 +67,7 @@ def _select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
     Which of equal scores are kept is TensorRT's choice up to ``MAX_K`` of them, and beyond that the
     operator's.
     """
+    scores = scores.float()
     best = torch.zeros_like(scores, dtype=torch.bool)
     best = best.scatter(-1, scores.argmax(-1, keepdim=True), True)
     flat = scores.masked_fill(best, torch.inf).reshape(-1, rows * scores.shape[-1])

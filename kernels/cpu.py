@@ -23,6 +23,7 @@ from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import (
     listed_blocks,
     pooled_variance,
+    score_dtype,
     split_blocks,
     text_as_tail,
 )
@@ -66,6 +67,13 @@ def sparse_attention(
     output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
     lse.copy_(exact_lse.flatten(2, 3)[:, :, : query.shape[2]])
     return output, lse
+
+
+def block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.block_masked_attention`` for CPU tensors; as there."""
+    return sparse_attention(query, key, value, *list_blocks(exact), *rest)
 
 
 def rectified_attention(
@@ -193,9 +201,10 @@ def _attend_listed(
             outside = torch.arange(block_kv) >= true[:, None]
             bias = query.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
             bias = bias.view(len(group), 1, 1, -1).expand(-1, -1, block_q, -1)
-        # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp
+        # the operator behind F.scaled_dot_product_attention, called by name for its log-sum-exp;
+        # it reads rows as if they were contiguous
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows[group], k, v, attn_mask=bias, scale=scale
+            rows[group].contiguous(), k, v, attn_mask=bias, scale=scale
         )
         output[group], lse[group] = part.squeeze(1), part_lse.view(len(group), block_q)
         empty = group[true.view(len(group), count).amax(1) == 0]
@@ -336,7 +345,9 @@ def block_scores(
     for blocks, of_squares in zip(
         split_blocks(groups, of_block), split_blocks(squares, of_block), strict=True
     ):  # [B, H, Nq, of_block, D]
-        scores = query.new_empty((*blocks.shape[:3], key_mean.shape[2]), dtype=torch.float32)
+        scores = query.new_empty(
+            (*blocks.shape[:3], key_mean.shape[2]), dtype=score_dtype(query.dtype)
+        )
         for b, h, piece in _pieces(blocks.shape[:3], blocks.shape[3] * key_mean.shape[2]):
             logits = (blocks[b, h, piece] @ key_mean[b, h].float().mT).add_(log_size[b, h])
             sigma2 = of_squares[b, h, piece] @ key_variance[b, h].float().mT  # [N, of_block, Nk]
@@ -416,6 +427,7 @@ def block_statistics(
     mean, variance, value_mean, value_variance, covariance = (
         torch.cat(results).unflatten(0, (batch, heads)) for results in zip(*of_heads, strict=True)
     )
+    mean, variance, value_mean = (x.to(key.dtype) for x in (mean, variance, value_mean))
     return mean, variance, value_mean, value_variance, covariance / length
 
 

@@ -1,4 +1,4 @@
-"""``uta::sparse_attention`` on Hopper: two query blocks share what they read.
+"""Attention to listed blocks and a tail on Hopper: two query blocks share what they read.
 
 A program takes a pair of neighbouring query blocks. One warp copies the representatives of the tail
 and then the key and value blocks of both lists into a ring of shared memory, a block that both list
@@ -38,17 +38,26 @@ from uta_fx.kernels.gluon_tail import (
     exp2,
     variances,
 )
+from uta_fx.kernels.launches import launcher
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
-PLAN = 8  # numbers in a plan: alternating, count of each query block, bad rows, ragged rows
+RANKED, COMPARED = 64, 256  # what a program ranks, and with how many others at a time
+# numbers in a plan: alternating, count of each query block, bad rows, ragged rows, blocks in both
+# lists; then which pair of the head has its turn here
+PLAN = 8
 ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
 STAGES = 5  # of the ring: pairs of a key and a value block
+MAX_BLOCKS = 1 << 16  # of keys: their order is kept in 16 bits
+# what is made for pairs of blocks takes one part in SHARE of query, key and value: it is made for
+# some of the heads at a time, but not for so few that a launch has less than FILL programs
+SHARE = 25
+FILL = 2048  # 15 on each multiprocessor, one after the other
 MAP_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -69,10 +78,10 @@ def _fields(word, FIELD: tl.constexpr):
 
 @triton.jit
 def _pair_lists_kernel(
-    ids_out_ptr,  # int32 [B, H, pairs, Nk]
+    ids_out_ptr,  # uint16 [B, H, pairs, Nk]
     plan_ptr,  # int32 [B, H, pairs, PLAN]
     listed_ptr,  # uint8 [B, H, Nq, Nk]
-    counts_ptr,
+    counts_ptr,  # how long lists are; None where the map is all there is
     counts_sb, counts_sh,
     heads, blocks_q, blocks_kv, whole, max_blocks,
     CHUNK: tl.constexpr, PLAN: tl.constexpr, FIELD: tl.constexpr,
@@ -86,7 +95,6 @@ def _pair_lists_kernel(
     """
     pair = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
-    batch, head = batch_head // heads, batch_head % heads
     offs = tl.arange(0, CHUNK)
     has_b = 2 * pair + 1 < blocks_q
     row_a = listed_ptr + (batch_head * blocks_q + 2 * pair) * blocks_kv
@@ -104,20 +112,25 @@ def _pair_lists_kernel(
     ragged_b = tl.load(row_b + whole, mask=is_ragged & has_b, other=0).to(tl.int32)
     first = ragged_a | ragged_b
     alternating = tl.minimum(only_a, only_b)
-    counts_row = counts_ptr + batch * counts_sb + head * counts_sh + 2 * pair
-    given_a = tl.minimum(tl.load(counts_row), max_blocks)
-    given_b = tl.minimum(tl.load(counts_row + 1, mask=has_b, other=0), max_blocks)
-    # ids are distinct: one that is missing from the map lies outside of it
-    bad_a = (given_a != only_a + both + ragged_a).to(tl.int32)
-    bad_b = (given_b != only_b + both + ragged_b).to(tl.int32)
+    bad = 0
+    if counts_ptr is not None:
+        batch, head = batch_head // heads, batch_head % heads
+        counts_row = counts_ptr + batch * counts_sb + head * counts_sh + 2 * pair
+        given_a = tl.minimum(tl.load(counts_row), max_blocks)
+        given_b = tl.minimum(tl.load(counts_row + 1, mask=has_b, other=0), max_blocks)
+        # ids are distinct: one that is missing from the map lies outside of it
+        bad_a = (given_a != only_a + both + ragged_a).to(tl.int32)
+        bad_b = (given_b != only_b + both + ragged_b).to(tl.int32)
+        bad = bad_a | bad_b << 1
 
     ids_row = ids_out_ptr + (batch_head * tl.num_programs(0) + pair) * blocks_kv
     plan = plan_ptr + (batch_head * tl.num_programs(0) + pair) * PLAN
     tl.store(plan, alternating)
     tl.store(plan + 1, only_a + both)
     tl.store(plan + 2, only_b + both)
-    tl.store(plan + 3, bad_a | bad_b << 1)
+    tl.store(plan + 3, bad)
     tl.store(plan + 4, ragged_a | ragged_b << 1)
+    tl.store(plan + 5, only_a + only_b + 2 * both + ragged_a + ragged_b)
     tl.store(ids_row, whole, mask=first != 0)
     seen_a, seen_b, seen_both = 0, 0, 0
     rest = alternating + both
@@ -135,6 +148,42 @@ def _pair_lists_kernel(
         seen_a += some_a
         seen_b += some_b
         seen_both += some_both
+
+
+@triton.jit
+def _lengths(plans, program, pairs, PLAN: tl.constexpr, PAIRS: tl.constexpr):
+    """How many blocks the lists of a program's pairs hold; -1 where a pair is missing."""
+    length = tl.zeros(program.shape, tl.int32)
+    for i in tl.static_range(PAIRS):
+        pair = program * PAIRS + i
+        length += tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)
+    return tl.where((program + 1) * PAIRS <= pairs, length, -1)
+
+
+@triton.jit
+def _longest_first_kernel(
+    plan_ptr,  # int32 [B, H, pairs, PLAN]
+    blocks_q,
+    PLAN: tl.constexpr,
+    PAIRS: tl.constexpr,  # neighbours that share a program
+    RANKED: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """Give the pairs of a head their turns, longest lists first: no long one comes at the end."""
+    pairs = tl.cdiv(blocks_q, 2)
+    plans = plan_ptr + tl.program_id(1).to(tl.int64) * pairs * PLAN
+    program = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    length = _lengths(plans, program, pairs, PLAN, PAIRS)  # [RANKED]
+    rank = tl.zeros([RANKED], tl.int32)
+    for start in range(0, tl.cdiv(pairs, PAIRS), COMPARED):
+        other = start + tl.arange(0, COMPARED)
+        of_other = _lengths(plans, other, pairs, PLAN, PAIRS)  # [COMPARED]
+        earlier = of_other[None, :] > length[:, None]
+        tied = of_other[None, :] == length[:, None]
+        earlier = earlier | (tied & (other[None, :] < program[:, None]))
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    for i in tl.static_range(PAIRS):
+        pair = program * PAIRS + i
+        tl.store(plans + (rank * PAIRS + i) * PLAN + 6, pair, mask=pair < pairs)
 
 
 @gluon.jit
@@ -156,9 +205,9 @@ def _copy_blocks(
     first = gl.minimum(ragged, 1)
     total = first + alternating + gl.maximum(count_a, count_b)
     shared_end = first + alternating + gl.minimum(count_a, count_b)
-    block = gl.load(ids_row, mask=total > 0, other=0)
+    block = gl.load(ids_row, mask=total > 0, other=0).to(gl.int32)
     for i in range(total):
-        following = gl.load(ids_row + i + 1, mask=i + 1 < total, other=0)
+        following = gl.load(ids_row + i + 1, mask=i + 1 < total, other=0).to(gl.int32)
         t = base + i
         stage = t % STAGES
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
@@ -377,12 +426,13 @@ def _pair_memory(
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(desk_full, count=1)
     mbarrier.init(desk_free, count=2)
+    fence_async_shared()  # the copy engine sees them
     return desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free
 
 
 @gluon.jit
-def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
-    """What the groups and the copying warp of one pair are given.
+def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
+    """What the groups and the copying warp are given of the pair whose turn it is.
 
     A pair, or a block of one, beyond the last reads the last one's lists and stores nothing.
     """
@@ -394,6 +444,8 @@ def _pair_arguments(given, pair, BLOCK: gl.constexpr, PLAN: gl.constexpr):
     ) = given  # fmt: skip
     wide = batch_head.to(gl.int64)
     pairs = gl.cdiv(blocks_q, 2)
+    plans = plan_ptr + wide * pairs * PLAN
+    pair = gl.load(plans + turn * PLAN + 6, mask=turn < pairs, other=pairs)
     pair_at = wide * pairs + gl.minimum(pair, pairs - 1)
     plan = plan_ptr + pair_at * PLAN
     first_row = pair.to(gl.int64) * (2 * BLOCK)
@@ -493,11 +545,12 @@ def takes(
     """Whether ``attend`` serves these tensors; last dimensions but the output's are contiguous.
 
     It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128 for keys and values,
-    blocks of 64, and tensors that the copy engine can address.
+    blocks of 64, no more than ``MAX_BLOCKS`` of keys, and tensors that the copy engine can address.
     """
     return (
         on_hopper(query)
         and takes_sizes(query.dtype, key.shape[-1], value.shape[-1], block_q, block_kv)
+        and key.shape[2] <= MAX_BLOCKS * BLOCK
         and output.stride(-1) == 1
         and all(is_addressable(x) for x in (query, key, value, output))
     )
@@ -551,6 +604,12 @@ def blocks_of_program(dim: int) -> int:
     return 4 if dim == 64 else 2
 
 
+def turn_options(dim: int) -> dict[str, int]:
+    """Constants of the kernel that gives pairs their turns, for D."""
+    pairs = blocks_of_program(dim) // 2
+    return {"PLAN": PLAN, "PAIRS": pairs, "RANKED": RANKED, "COMPARED": COMPARED}
+
+
 def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) -> dict[str, Any]:
     """Constants and compiler options of the paired kernel.
 
@@ -568,6 +627,25 @@ def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) ->
     }  # fmt: skip
 
 
+def heads_at_a_time(batch_heads: int, blocks_q: int, blocks_kv: int, dim: int, tail: bool) -> int:
+    """For how many heads ``attend`` makes what it makes for pairs of blocks.
+
+    Args:
+        batch_heads: Heads in all samples.
+        blocks_q: Nq.
+        blocks_kv: Nk.
+        dim: D.
+        tail: Whether it makes variances too.
+    """
+    made = triton.cdiv(blocks_q, 2) * (2 * blocks_kv + 4 * PLAN)  # bytes for each head
+    if tail:
+        made += 2 * blocks_q * blocks_kv
+    given = 2 * (blocks_q + 2 * blocks_kv) * BLOCK * dim
+    programs = triton.cdiv(blocks_q, blocks_of_program(dim)) * batch_heads
+    parts = max(1, min(triton.cdiv(SHARE * made, given), programs // FILL))
+    return triton.cdiv(batch_heads, parts)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -575,7 +653,7 @@ def attend(
     output: Tensor,
     lse: Tensor,
     listed: Tensor,
-    block_counts: Tensor,
+    block_counts: Tensor | None,
     max_blocks: int,
     tail: Tail | None,
     scale: float,
@@ -583,6 +661,9 @@ def attend(
     resume: bool,
 ) -> None:
     """Launch the kernels for tensors that ``takes`` accepts; nothing waits for the host.
+
+    Three launches, four with a tail, for ``heads_at_a_time`` heads. Meanwhile there is a byte for
+    each of their pairs of blocks, three with a tail.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -592,24 +673,59 @@ def attend(
         lse: float32 ``[B, H, Lq]``, contiguous: likewise.
         listed: uint8 ``[B, H, Nq, Nk]``, 1 where a query block lists a key block.
         block_counts: int32 ``[B, H, Nq]``, last dimension contiguous. A query block whose count is
-            not that of its ones in ``listed`` has an id outside: its rows become NaN.
+            not that of its ones in ``listed`` has an id outside: its rows become NaN. None where
+            there are no lists.
         max_blocks: Most blocks that a list can hold.
         tail: One that ``takes_tail`` accepts, or None for none.
         scale: s.
         variance_weight: As in the operator.
         resume: ``output`` and ``lse`` hold attention over the tail, to go on from.
     """
+    batch, heads, blocks_q, blocks_kv = listed.shape
+    most = heads_at_a_time(batch * heads, blocks_q, blocks_kv, query.shape[3], tail is not None)
+    samples = max(1, most // heads)
+    for sample in range(0, batch, samples):
+        for head in range(0, heads, most):
+            part = slice(sample, sample + samples), slice(head, head + most)
+            _attend_part(
+                query[part], key[part], value[part], output[part], lse[part], listed[part],
+                None if block_counts is None else block_counts[part], max_blocks,
+                None if tail is None else Tail(*(x[part] for x in tail)),
+                scale, variance_weight, resume,
+            )  # fmt: skip
+
+
+def _attend_part(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    listed: Tensor,
+    block_counts: Tensor | None,
+    max_blocks: int,
+    tail: Tail | None,
+    scale: float,
+    variance_weight: float,
+    resume: bool,
+) -> None:
+    """``attend`` at once; on its return what it made is free again, for the next part."""
     batch, heads, length_q, dim = query.shape
     length_kv = key.shape[2]
     blocks_q, blocks_kv = listed.shape[2:]
     pairs = triton.cdiv(blocks_q, 2)
-    ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.int32)
+    ids = listed.new_empty((batch, heads, pairs, blocks_kv), dtype=torch.uint16)
     plan = listed.new_empty((batch, heads, pairs, PLAN), dtype=torch.int32)
-    _pair_lists_kernel[(pairs, batch * heads)](
-        ids, plan, listed, block_counts, *block_counts.stride()[:2],
+    strides = (0, 0) if block_counts is None else block_counts.stride()[:2]
+    launcher(_pair_lists_kernel, (pairs, batch * heads))(
+        ids, plan, listed, block_counts, *strides,
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
     )  # fmt: skip
+    launcher(
+        _longest_first_kernel,
+        (triton.cdiv(blocks_q, blocks_of_program(dim) * RANKED), batch * heads),
+    )(plan, blocks_q, **turn_options(dim))
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
         tail_maps = (k_map, v_map, k_map)
@@ -621,7 +737,7 @@ def attend(
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
     sign = (scale > 0) - (scale < 0)
-    _paired_kernel[(triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads)](
+    launcher(_paired_kernel, (triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads))(
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],

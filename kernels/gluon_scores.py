@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from uta_fx.kernels.gluon_attention import HEAD_DIMS, is_addressable, on_hopper, tensor_map
 from uta_fx.kernels.gluon_tail import LOG2_E, exp2
+from uta_fx.kernels.launches import launcher
 
 TILE = 64  # key blocks of a step
 GROUPS = 128  # of query rows, that four warps score
@@ -155,7 +156,7 @@ def _add_up(
         block = first_block + gl.arange(0, MANY, gl.SliceLayout(0, OUT))
         ptrs = scores_base + block.to(gl.int64)[None, :] * blocks + column[:, None]
         mask = (block < blocks_q)[None, :] & (column < blocks)[:, None]
-        gl.store(ptrs, gl.sqrt(by_block), mask=mask)
+        gl.store(ptrs, gl.sqrt(by_block).to(scores_base.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -183,7 +184,7 @@ def _score(
 @gluon.jit
 def _scores_kernel(
     mean_desc, var_desc, q_ptr, size_ptr,
-    scores_ptr,  # float32 [B, H, Nq, Nk], contiguous
+    scores_ptr,  # bfloat16 [B, H, Nq, Nk], contiguous
     q_sb, q_sh, q_sm,
     size_sb, size_sh,
     heads, length_q, blocks_q, blocks,
@@ -210,6 +211,7 @@ def _scores_kernel(
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=2)  # the copy, and what is beside it
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()  # the copy engine sees them
     memory = (ring, column_ring, full, empty)
     first = gl.program_id(0) * (2 * GROUPS * ROWS)
     given = (
@@ -269,12 +271,13 @@ def block_scores(
 ) -> Tensor:
     """Launch the kernel for tensors that ``takes`` accepts; as ``reference.block_scores``.
 
-    The mean query and the mean of ``(s q)^2`` of a group are rounded to the query's dtype.
+    The mean query and the mean of ``(s q)^2`` of a group are rounded to the query's dtype, the
+    scores to bfloat16.
     """
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = triton.cdiv(length_q, block_q), key_mean.shape[-2]
-    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.float32)
-    _scores_kernel[(triton.cdiv(length_q, 2 * GROUPS * rows), batch * heads)](
+    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.bfloat16)
+    launcher(_scores_kernel, (triton.cdiv(length_q, 2 * GROUPS * rows), batch * heads))(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,

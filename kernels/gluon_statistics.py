@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -27,6 +28,7 @@ from uta_fx.kernels.gluon_attention import (
     takes_sizes,
     tensor_map,
 )
+from uta_fx.kernels.launches import launcher
 
 STAGES = 4  # of the ring: pairs of a key and a value block
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that pool and one that copies
@@ -108,8 +110,9 @@ def _pool_values(
 @gluon.jit
 def _statistics_kernel(
     k_desc, v_desc,
-    k_mean_ptr, k_var_ptr,  # float32 [B, H, Nk, D], contiguous
-    v_mean_ptr, v_var_ptr,  # float32 [B, H, Nk, D] and [B, H, Nk], contiguous
+    k_mean_ptr, k_var_ptr,  # [B, H, Nk, D], contiguous, of the keys' dtype
+    v_mean_ptr,  # likewise
+    v_var_ptr,  # float32 [B, H, Nk], contiguous
     cov_ptr,  # float32 [B, H, P, D, D], contiguous: one sum for each program
     heads, length, blocks, blocks_per_program,
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -127,6 +130,7 @@ def _statistics_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()  # the copy engine sees them
     first = part * blocks_per_program
     count = gl.minimum(blocks_per_program, blocks - first)
     wide = batch_head.to(gl.int64)
@@ -176,13 +180,12 @@ def block_statistics(
     batch, heads, length, dim = key.shape
     blocks = triton.cdiv(length, BLOCK)
 
-    def empty(*shape: int) -> Tensor:
-        return key.new_empty((batch, heads, *shape), dtype=torch.float32)
-
-    key_mean, key_variance = empty(blocks, dim), empty(blocks, dim)
-    value_mean, value_variance = empty(blocks, dim), empty(blocks)
-    sums = empty(parts, dim, dim)
-    _statistics_kernel[(parts, batch * heads)](
+    key_mean, key_variance, value_mean = (
+        key.new_empty((batch, heads, blocks, dim)) for _ in range(3)
+    )
+    value_variance = key.new_empty((batch, heads, blocks), dtype=torch.float32)
+    sums = key.new_empty((batch, heads, parts, dim, dim), dtype=torch.float32)
+    launcher(_statistics_kernel, (parts, batch * heads))(
         tensor_map(key, BLOCK), tensor_map(value, BLOCK),
         key_mean, key_variance, value_mean, value_variance, sums,
         heads, length, blocks, triton.cdiv(blocks, parts),

@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from uta_fx.kernels.launches import launcher
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 MANY_Q, MANY_KV = 32, 64  # blocks whose variances one program computes at a time
 
@@ -117,8 +119,14 @@ def copy_tail(
 
 
 @gluon.jit
-def _softmax_step(s, bias, damping, row_max, row_sum, gain, scale_log2):
-    """Weights of one step and the running softmax and gain after it."""
+def _softmax_step(s, column_ring, first, row_max, row_sum, gain, scale_log2, WHICH: gl.constexpr):
+    """Weights of one step and the running softmax and gain after it.
+
+    The step's lines of the column ring start at ``first``. Each is read when it is used: there are
+    no registers to spare.
+    """
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    bias = column_ring.index(first + WHICH).load(COLUMNS)  # [STEP]
     logits = s * scale_log2 + bias[None, :]
     new_max = gl.maximum(row_max, gl.max(logits, 1))
     # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
@@ -126,6 +134,7 @@ def _softmax_step(s, bias, damping, row_max, row_sum, gain, scale_log2):
     p = exp2(logits - base[:, None])
     shrink = exp2(row_max - base)
     row_sum = row_sum * shrink + gl.sum(p, 1)
+    damping = column_ring.index(first + 2 + WHICH).load(COLUMNS)  # [STEP]
     gain = gain * shrink + gl.sum(p * damping[None, :], 1)
     return p, shrink, new_max, row_sum, gain
 
@@ -144,7 +153,6 @@ def attend_tail(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     dtype: gl.constexpr = k_ring.dtype
     none = gl.zeros([STEP, STEP], gl.float32, S_LAYOUT)
     gain = gl.zeros([STEP], gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -152,11 +160,9 @@ def attend_tail(
     mbarrier.wait(full.index(0), 0)
     k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
     s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
-    bias = column_ring.index(WHICH).load(COLUMNS)  # [STEP]
-    damping = column_ring.index(2 + WHICH).load(COLUMNS)  # [STEP]
     s = warpgroup_mma_wait(0, deps=[s])
     p, shrink, row_max, row_sum, gain = _softmax_step(
-        s, bias, damping, row_max, row_sum, gain, scale_log2
+        s, column_ring, 0, row_max, row_sum, gain, scale_log2, WHICH
     )
     p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
     stage = 0
@@ -168,11 +174,9 @@ def attend_tail(
         s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
         v = v_ring.index(before).reshape([STEP, D])
         acc = warpgroup_mma(p16, v, acc, is_async=True)
-        bias = column_ring.index(4 * stage + WHICH).load(COLUMNS)
-        damping = column_ring.index(4 * stage + 2 + WHICH).load(COLUMNS)
         s = warpgroup_mma_wait(1, deps=[s])
         p, shrink, row_max, row_sum, gain = _softmax_step(
-            s, bias, damping, row_max, row_sum, gain, scale_log2
+            s, column_ring, 4 * stage, row_max, row_sum, gain, scale_log2, WHICH
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before))
@@ -213,7 +217,7 @@ def variances(query: Tensor, variance: Tensor, scale: float, block: int) -> Tens
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks_kv = triton.cdiv(length_q, block), variance.shape[2]
     sigma2 = query.new_empty((batch, heads, blocks_q, blocks_kv), dtype=torch.bfloat16)
-    _pooled_variance_kernel[(triton.cdiv(blocks_q, MANY_Q), batch * heads)](
+    launcher(_pooled_variance_kernel, (triton.cdiv(blocks_q, MANY_Q), batch * heads))(
         query, variance, sigma2,
         *query.stride()[:3], *variance.stride()[:3],
         heads, length_q, blocks_q, blocks_kv, scale,

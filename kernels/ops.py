@@ -2,9 +2,10 @@
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
 ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
-``uta::sparse_attention`` attends to listed blocks and a tail. ``uta::rectified_attention`` attends
-to listed blocks and text, and scales and shifts what comes of it. ``uta::kmeans`` groups tokens,
-and ``uta::clustered_attention`` attends to listed blocks that are not full.
+``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
+a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
+and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
+to listed blocks that are not full.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -13,12 +14,13 @@ is absent has a dimension of size 0. The operators are forward-only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from uta_fx.kernels.reference import text_as_tail
+from uta_fx.kernels.reference import score_dtype, text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -32,6 +34,13 @@ _LIBRARY.define(
     " Tensor block_counts, Tensor tail_key, Tensor tail_value, Tensor tail_log_size,"
     " Tensor tail_variance, Tensor tail_slope, float scale, float variance_weight,"
     " int block_q, int block_kv) -> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "block_masked_attention(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor tail_key,"
+    " Tensor tail_value, Tensor tail_log_size, Tensor tail_variance, Tensor tail_slope,"
+    " float scale, float variance_weight, int block_q, int block_kv)"
+    " -> (Tensor output, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
@@ -89,6 +98,14 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.uta.sparse_attention.default(*args, **options)
 
 
+def block_masked_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::block_masked_attention``; arguments and results as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``; there is no id that could lie outside.
+    """
+    return torch.ops.uta.block_masked_attention.default(*args, **options)
+
+
 def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
     """Call ``uta::clustered_attention``; arguments and results as in ``reference``.
 
@@ -130,13 +147,13 @@ def block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
 
 
 def select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:
-    """Call ``uta::select_blocks``; arguments and result as in ``reference``, scores in float32.
+    """Call ``uta::select_blocks``; arguments and result as in ``reference``.
 
-    The same on every device, to the bit.
+    Scores in float32 or bfloat16. The same on every device, to the bit.
 
     Raises:
         ValueError: The scores are not ``[B, H, Nq, Nk]``, or a number is outside the contract.
-        TypeError: The scores are not float32.
+        TypeError: The scores are neither float32 nor bfloat16.
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.select_blocks.default(scores, kept, rows)
@@ -167,6 +184,32 @@ def check_sparse_attention(
     value: Tensor,
     block_ids: Tensor,
     block_counts: Tensor,
+    *rest: Any,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    blocks_q, _ = _check_attention(query, key, value, *rest)
+    lead = query.shape[:2]
+    _check_shape("block_ids", block_ids, (*lead, blocks_q, block_ids.shape[-1]))
+    _check_shape("block_counts", block_counts, (*lead, blocks_q))
+    for name, tensor in (("block_ids", block_ids), ("block_counts", block_counts)):
+        _check_dtype(name, tensor, torch.int32)
+        _check_device(name, tensor, query)
+
+
+def check_block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    blocks = _check_attention(query, key, value, *rest)
+    _check_shape("exact", exact, (*query.shape[:2], *blocks))
+    _check_dtype("exact", exact, torch.bool)
+    _check_device("exact", exact, query)
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     tail_key: Tensor,
     tail_value: Tensor,
     tail_log_size: Tensor,
@@ -176,8 +219,8 @@ def check_sparse_attention(
     variance_weight: float,
     block_q: int,
     block_kv: int,
-) -> None:
-    """Raise for whatever is outside the operator's contract, before anything is launched."""
+) -> tuple[int, int]:
+    """Raise for what does not concern which blocks are exact; how many blocks there are."""
     _check_blocked("query", query, "block_q", block_q)
     _check_block_size("block_kv", block_kv)
     batch, heads, length_q, dim = query.shape
@@ -196,8 +239,6 @@ def check_sparse_attention(
         raise ValueError("tail_variance needs a tail_key of rank 4 [B, H, Nk, D], got rank 5")
     _check_shape("key", key, (batch, heads, length_kv, dim))
     _check_shape("value", value, (batch, heads, length_kv, dim_v))
-    _check_shape("block_ids", block_ids, (batch, heads, blocks_q, block_ids.shape[-1]))
-    _check_shape("block_counts", block_counts, (batch, heads, blocks_q))
     _check_shape("tail_key", tail_key, (*lead, representatives, dim))
     _check_shape("tail_value", tail_value, (*lead, representatives, dim_v))
     _check_shape("tail_log_size", tail_log_size, (*lead, representatives))
@@ -222,14 +263,9 @@ def check_sparse_attention(
     for name, tensor in like_query.items():
         _check_dtype(name, tensor, query.dtype)
         _check_device(name, tensor, query)
-    others = {
-        "block_ids": (block_ids, torch.int32),
-        "block_counts": (block_counts, torch.int32),
-        "tail_log_size": (tail_log_size, torch.float32),
-    }
-    for name, (tensor, dtype) in others.items():
-        _check_dtype(name, tensor, dtype)
-        _check_device(name, tensor, query)
+    _check_dtype("tail_log_size", tail_log_size, torch.float32)
+    _check_device("tail_log_size", tail_log_size, query)
+    return blocks_q, blocks_kv
 
 
 def check_clustered_attention(*args: Any) -> None:
@@ -335,7 +371,9 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
 
 def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("scores", scores, torch.float32)
+    _check_pairs("scores", scores)
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"scores must be float32 or bfloat16, got {scores.dtype}")
     _, heads, blocks_q, blocks = scores.shape
     if rows < 1 or heads * blocks_q % rows:
         raise ValueError(f"rows must divide the rows of a sample, {heads} * {blocks_q}, got {rows}")
@@ -347,14 +385,14 @@ def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
 
 def check_list_blocks(exact: Tensor) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_pairs("exact", exact, torch.bool)
+    _check_pairs("exact", exact)
+    _check_dtype("exact", exact, torch.bool)
 
 
-def _check_pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _check_pairs(name: str, tensor: Tensor) -> None:
     """A number for each pair of a query block and a key block."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, Nq, Nk], got {tensor.dim()} dimensions")
-    _check_dtype(name, tensor, dtype)
 
 
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
@@ -414,6 +452,13 @@ def _cpu_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.sparse_attention(*args)
 
 
+def _cpu_block_masked_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_block_masked_attention(*args)
+    return cpu.block_masked_attention(*args)
+
+
 def _cpu_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import cpu
 
@@ -468,6 +513,13 @@ def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_sparse_attention(*args)
     return triton_attention.sparse_attention(*args)
+
+
+def _cuda_block_masked_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_attention
+
+    check_block_masked_attention(*args)
+    return triton_attention.block_masked_attention(*args)
 
 
 def _cuda_clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -526,6 +578,13 @@ def _fake_sparse_attention(
     return empty_outputs(query, value)
 
 
+def _fake_block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_block_masked_attention(query, key, value, *rest)
+    return empty_outputs(query, value)
+
+
 def _fake_clustered_attention(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -551,16 +610,18 @@ def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
     block_q = rest[-2]
     shape = (*query.shape[:2], -(-query.shape[2] // block_q), key_mean.shape[-2])
-    return query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(shape, dtype=score_dtype(query.dtype))
 
 
 def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statistics:
     check_block_statistics(key, value, block_kv)
     (batch, heads, length, dim), dim_v = key.shape, value.shape[-1]
     blocks = -(-length // block_kv)
-    shapes = ((blocks, dim), (blocks, dim), (blocks, dim_v), (blocks,), (dim, dim_v))
-    mean, variance, value_mean, value_variance, covariance = (
-        key.new_empty((batch, heads, *shape), dtype=torch.float32) for shape in shapes
+    by_channel = ((blocks, dim), (blocks, dim), (blocks, dim_v))
+    mean, variance, value_mean = (key.new_empty((batch, heads, *shape)) for shape in by_channel)
+    value_variance, covariance = (
+        key.new_empty((batch, heads, *shape), dtype=torch.float32)
+        for shape in ((blocks,), (dim, dim_v))
     )
     return mean, variance, value_mean, value_variance, covariance
 
@@ -585,9 +646,18 @@ def _refuse_gradient(*_: Any) -> NoReturn:
     )
 
 
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}
+"""What each operator calls on GPUs."""
+
 # plain calls, not decorators: kernels and launchers stay callable without the dispatcher
 for _name, _cpu, _cuda, _fake in (
     ("sparse_attention", _cpu_sparse_attention, _cuda_sparse_attention, _fake_sparse_attention),
+    (
+        "block_masked_attention",
+        _cpu_block_masked_attention,
+        _cuda_block_masked_attention,
+        _fake_block_masked_attention,
+    ),
     (
         "clustered_attention",
         _cpu_clustered_attention,
@@ -610,3 +680,4 @@ for _name, _cpu, _cuda, _fake in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)
+    LAUNCHERS[getattr(torch.ops.uta, _name).default] = _cuda

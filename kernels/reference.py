@@ -6,6 +6,8 @@ they say how much error that dtype makes by itself. Memory is O(Lq * Lk): for te
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,24 @@ def sparse_attention(
         output = output + gain * (query[..., None, :] * scale @ slope).squeeze(-2)
     invalid = ~valid[:, :, rows]
     return output.masked_fill(invalid[..., None], torch.nan), lse.masked_fill(invalid, torch.nan)
+
+
+def block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention`` of the blocks of a mask.
+
+    Args:
+        query: As in ``sparse_attention``.
+        key: As in ``sparse_attention``.
+        value: As in ``sparse_attention``.
+        exact: Boolean ``[B, H, Nq, Nk]``: True where query block n attends to key block b exactly.
+        rest: As in ``sparse_attention``, from ``tail_key`` on.
+
+    Returns:
+        As ``sparse_attention``.
+    """
+    return sparse_attention(query, key, value, *list_blocks(exact), *rest)
 
 
 def rectified_attention(
@@ -250,7 +270,7 @@ def block_scores(
         rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
 
     Returns:
-        ``[B, H, ceil(Lq / block_q), Nk]``, float32 (float64 for float64 inputs), not negative.
+        ``[B, H, ceil(Lq / block_q), Nk]``, not negative, in ``score_dtype(query.dtype)``.
     """
     accumulator = _accumulator(query)
     scaled = query.to(accumulator) * scale
@@ -262,7 +282,12 @@ def block_scores(
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
     blocks = split_blocks(scores.square(), block_q // rows)
-    return torch.cat([x.mean(3) for x in blocks], 2).sqrt()
+    return torch.cat([x.mean(3) for x in blocks], 2).sqrt().to(score_dtype(query.dtype))
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of ``block_scores`` of queries in ``dtype``: that, or bfloat16 for float16 and its range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def block_statistics(
@@ -281,10 +306,11 @@ def block_statistics(
         block_kv: Keys in a block; the last one may be ragged.
 
     Returns:
-        ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]``, ``value_mean`` ``[B, H, Nk, Dv]``,
-        ``value_variance`` ``[B, H, Nk]`` and ``covariance`` ``[B, H, D, Dv]``, with
-        ``Nk = ceil(L / block_kv)``; float32 (float64 for float64 inputs).
+        ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]`` and ``value_mean`` ``[B, H, Nk, Dv]``
+        in the dtype of ``key``, rounded once; ``value_variance`` ``[B, H, Nk]`` and ``covariance``
+        ``[B, H, D, Dv]`` in float32 (float64 for float64 inputs). ``Nk = ceil(L / block_kv)``.
     """
+    dtype = key.dtype
     key, value = key.to(_accumulator(key)), value.to(_accumulator(value))
     pooled = []
     covariance = key.new_zeros((*key.shape[:2], key.shape[-1], value.shape[-1]))
@@ -298,7 +324,8 @@ def block_statistics(
         # deviations of keys sum to zero in a block: the values' means need not be taken off
         covariance = covariance + deviation.transpose(-1, -2) @ values.flatten(2, 3)
     means = (torch.cat(parts, 2) for parts in zip(*pooled, strict=True))
-    key_mean, key_variance, value_mean, value_variance = means
+    *by_channel, value_variance = means
+    key_mean, key_variance, value_mean = (x.to(dtype) for x in by_channel)
     return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
 
 

@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import text_as_tail
+from uta_fx.kernels.triton_selection import list_blocks
 
 try:
     from uta_fx.kernels import gluon_attention, gluon_tail
@@ -382,8 +384,8 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_ids: Tensor,
-    block_counts: Tensor,
+    block_ids: Tensor | None,
+    block_counts: Tensor | None,
     tail_key: Tensor,
     tail_value: Tensor,
     tail_log_size: Tensor,
@@ -396,6 +398,7 @@ def sparse_attention(
     *,
     listed_tile: Tile | None = None,
     tail_tile: Tile | None = None,
+    exact: Tensor | None = None,
     key_counts: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
@@ -406,9 +409,10 @@ def sparse_attention(
     with one of rank 4 a memset and three; nothing waits for the host. Besides the results, a tail
     of rank 4 takes one byte for each pair of a query block and a key block. In 16 bits the tail's
     part of a row is rounded once between the kernels. On Hopper, what ``gluon_attention`` accepts
-    goes to its kernels: a memset and four launches, and five bytes for each pair of blocks at most.
+    goes to its kernels: a memset and a launch, and then ``gluon_attention.attend``.
     ``listed_tile`` and ``tail_tile`` keep the kernels of this file and take the place of the tuned
-    tiles. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``,
+    tiles. ``exact``, the mask of ``block_masked_attention``, takes the place of the lists, which
+    are None then. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``,
     ``key_counts`` are those of ``clustered_attention``; they keep the listed kernel of this file.
     """
     output, lse = empty_outputs(query, value)
@@ -418,9 +422,7 @@ def sparse_attention(
     representatives = tail_key.shape[-2]
     limit = shared_limit(query)
     sizes = (query.dtype, max(dim, dim_v), block_q)
-    query, key, value, block_ids, block_counts = (
-        _last_contiguous(x) for x in (query, key, value, block_ids, block_counts)
-    )
+    query, key, value = (_last_contiguous(x) for x in (query, key, value))
     dims = {
         "D": dim, "D_PADDED": triton.next_power_of_2(dim),
         "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
@@ -429,7 +431,8 @@ def sparse_attention(
     }  # fmt: skip
     scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
-    tail_alone = representatives > 0 and block_ids.shape[-1] == 0 and gain is None
+    nothing_listed = block_ids is not None and block_ids.shape[-1] == 0
+    tail_alone = representatives > 0 and nothing_listed and gain is None
     paired = (
         gluon_attention is not None
         and not tail_alone
@@ -439,15 +442,20 @@ def sparse_attention(
         and gluon_attention.takes(query, key, value, output, block_q, block_kv)
     )
     with torch.cuda.device_of(query):
-        mapped = blocks_kv if per_block or paired else 0
-        listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
-        if mapped:
-            _mark_listed_kernel[(blocks_q, batch * heads)](
-                listed, block_ids, block_counts,
-                *block_ids.stride()[:3], *block_counts.stride()[:2],
-                heads, blocks_kv, block_ids.shape[-1],
-                CHUNK=ID_CHUNK,
-            )  # fmt: skip
+        if exact is None:
+            assert block_ids is not None and block_counts is not None
+            block_ids, block_counts = _last_contiguous(block_ids), _last_contiguous(block_counts)
+            mapped = blocks_kv if per_block or paired else 0
+            listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
+            if mapped:
+                launcher(_mark_listed_kernel, (blocks_q, batch * heads))(
+                    listed, block_ids, block_counts,
+                    *block_ids.stride()[:3], *block_counts.stride()[:2],
+                    heads, blocks_kv, block_ids.shape[-1],
+                    CHUNK=ID_CHUNK,
+                )  # fmt: skip
+        else:
+            listed = exact.contiguous().view(torch.uint8)
         paired_tail = None
         if representatives:
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
@@ -462,7 +470,7 @@ def sparse_attention(
         if representatives and paired_tail is None:
             most = max(16, triton.next_power_of_2(representatives))
             tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 1, 2, limit)
-            _tail_kernel[(blocks_q * (block_q // tail_tile.block_m), batch * heads)](
+            launcher(_tail_kernel, (blocks_q * (block_q // tail_tile.block_m), batch * heads))(
                 query, output, lse, listed,
                 tail_key, tail_value, tail_log_size, tail_variance, tail_slope,
                 *query.stride()[:3], *output.stride(),
@@ -482,12 +490,16 @@ def sparse_attention(
         resume = representatives > 0 and paired_tail is None
         if paired:
             gluon_attention.attend(
-                query, key, value, output, lse, listed, block_counts, block_ids.shape[-1],
+                query, key, value, output, lse, listed, block_counts,
+                0 if block_ids is None else block_ids.shape[-1],
                 paired_tail, scale, variance_weight, resume,
             )  # fmt: skip
             return output, lse
+        if block_ids is None or block_counts is None:
+            assert exact is not None
+            block_ids, block_counts = list_blocks(exact)
         listed_tile = listed_tile or fit_tile(_LISTED_TILES, *sizes, block_kv, 1, 2, limit)
-        _listed_kernel[(blocks_q * (block_q // listed_tile.block_m), batch * heads)](
+        launcher(_listed_kernel, (blocks_q * (block_q // listed_tile.block_m), batch * heads))(
             query, key, value, output, lse, block_ids, block_counts,
             None if key_counts is None else key_counts.contiguous(),
             None if gain is None else gain.contiguous(),
@@ -502,6 +514,17 @@ def sparse_attention(
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
     return output, lse
+
+
+def block_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, exact: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments and results as in ``reference.block_masked_attention``.
+
+    As ``sparse_attention`` without the memset and the launch that makes a mask of lists; what
+    ``gluon_attention`` does not accept takes a launch that makes lists of the mask.
+    """
+    return sparse_attention(query, key, value, None, None, *rest, exact=exact)
 
 
 def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.triton_attention import dot_precision
 
 # (bytes of an element, padded head dim): tokens and centroids in a tile
@@ -115,7 +116,7 @@ def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, 
     with torch.cuda.device_of(tokens):
         for _ in range(iterations):
             rounded = centroids.to(tokens.dtype)
-            _assign_kernel[(triton.cdiv(length, block_m), batch * heads)](
+            launcher(_assign_kernel, (triton.cdiv(length, block_m), batch * heads))(
                 tokens, rounded, rounded.float().square().sum(-1), labels, *sizes,
                 BLOCK_M=block_m, BLOCK_N=block_n, D=dim, D_PADDED=padded,
                 PRECISION=dot_precision(tokens.dtype), num_warps=4, num_stages=2,
@@ -123,7 +124,7 @@ def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, 
             of_all = (labels.view(batch * heads, length) + heads_before * clusters).flatten()
             ordered, order = of_all.sort(stable=True)
             first = torch.searchsorted(ordered, every)
-            _mean_kernel[(clusters, batch * heads)](
+            launcher(_mean_kernel, (clusters, batch * heads))(
                 tokens, order, first, centroids, *sizes,
                 ROWS=ROWS, D=dim, D_PADDED=padded, num_warps=1,
             )  # fmt: skip

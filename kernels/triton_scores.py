@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
+from uta_fx.kernels.reference import score_dtype
 from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_tile, shared_limit
 
 try:
@@ -36,7 +38,7 @@ def _load_blocks(base, stride, start, blocks, BLOCK_N: tl.constexpr, D: tl.const
 @triton.jit
 def _scores_kernel(
     q_ptr, mean_ptr, var_ptr, size_ptr,
-    scores_ptr,  # float32 [B, H, Nq, Nk], contiguous
+    scores_ptr,  # bfloat16, float32 for float32 queries, [B, H, Nq, Nk], contiguous
     q_sb, q_sh, q_sm,
     mean_sb, mean_sh, mean_sn,
     var_sb, var_sh, var_sn,
@@ -132,7 +134,7 @@ def _scores_kernel(
                 squares += tl.load(scores_ptrs + start, mask=mask, other=0.0)
             if part == PARTS - 1:
                 squares = tl.sqrt(squares)
-            tl.store(scores_ptrs + start, squares, mask=mask)
+            tl.store(scores_ptrs + start, squares.to(scores_ptr.dtype.element_ty), mask=mask)
         if part < PARTS - 1:
             tl.debug_barrier()  # other threads of the program may add to it
 
@@ -170,7 +172,8 @@ def block_scores(
     """Launch the kernel; arguments and result as in ``reference.block_scores``.
 
     In 16 bits the mean query and the mean of ``(s q)^2`` of a group are rounded to the query's
-    dtype. ``tile`` takes the place of the tuned one.
+    dtype, and the scores to bfloat16; so are the sums so far where a query block has more groups
+    than fit into a tile. ``tile`` takes the place of the tuned one.
     """
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = -(-length_q // block_q), key_mean.shape[-2]
@@ -185,14 +188,14 @@ def block_scores(
             return gluon_scores.block_scores(
                 query, key_mean, key_variance, log_size, scale, block_q, rows
             )
-    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.float32)
+    scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query.dtype))
     tile = tile or fit_tile(
         _TILES, query.dtype, dim, MAX_BLOCK, max(16, triton.next_power_of_2(blocks)), 2, 2,
         shared_limit(query),
     )  # fmt: skip
     of_program = max(tile.block_m * rows, block_q)  # rows
     with torch.cuda.device_of(query):
-        _scores_kernel[(triton.cdiv(length_q, of_program), batch * heads)](
+        launcher(_scores_kernel, (triton.cdiv(length_q, of_program), batch * heads))(
             query, key_mean, key_variance, log_size, scores,
             *query.stride()[:3], *key_mean.stride()[:3], *key_variance.stride()[:3],
             *log_size.stride()[:2],

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.triton_attention import dot_precision
 
 try:
@@ -141,17 +142,21 @@ def block_statistics(
     value_mean, value_variance = empty(blocks, dim_v), empty(blocks)
     sums = empty(parts, dim, dim_v)
     with torch.cuda.device_of(key):
-        _pool_kernel[(blocks, batch * heads)](
+        launcher(_pool_kernel, (blocks, batch * heads))(
             key, value, key_mean, key_variance, value_mean, value_variance,
             *strides, heads, length, BLOCK_KV=block_kv,
             D=dim, D_PADDED=padded, DV=dim_v, DV_PADDED=padded_v,
             num_warps=max(2, block_kv * max(padded, padded_v) // 4096),
         )  # fmt: skip
-        _covariance_kernel[(parts, batch * heads, slices)](
+        launcher(_covariance_kernel, (parts, batch * heads, slices))(
             key, value, key_mean, sums,
             *strides, heads, length, blocks, per_program,
             BLOCK_KV=block_kv, ROWS=min(block_kv, ROWS[key.itemsize]), D=dim, DV=dim_v,
             CHANNELS_K=channels, CHANNELS_V=channels_v, PRECISION=dot_precision(key.dtype),
             num_warps=4, num_stages=2 if key.itemsize == 2 else 1,
         )  # fmt: skip
+    # the second kernel reads means as they are: deviations of keys sum to zero in a block
+    key_mean, key_variance, value_mean = (
+        x.to(key.dtype) for x in (key_mean, key_variance, value_mean)
+    )
     return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from operator import getitem
 from typing import Any
 
@@ -31,6 +32,9 @@ _LAYOUTS = {
     "aten::_scaled_dot_product_cudnn_attention": _HEADS_FIRST,
     "aten::_scaled_dot_product_fused_attention_overrideable": _HEADS_FIRST,
 }
+# flash-attn of Hugging Face's Hub, which diffusers' backends flash_hub and _flash_3_hub load: a
+# build's operators are in a library of the build's own name, as _flash_attn2_9c6dd5d
+_OF_THE_HUB = re.compile(r"_\w*flash_attn\w*::_flash_attn_forward")
 FLEX = "flex_attention"
 
 # what an argument is, by its name in any of the schemas
@@ -89,7 +93,7 @@ def match_operator(gm: GraphModule, node: Node) -> Fused | None:
         return None
     if name == FLEX:
         return _flex(gm, node)
-    if name in _LAYOUTS:
+    if _layout(name):
         return _known(node, name)
     library, _, plain = name.partition("::")
     if library in ("prim", "prims", "uta") or plain.endswith("backward"):
@@ -114,14 +118,22 @@ def operands_of(node: Node) -> tuple[Node, Node] | None:
     if name == FLEX:
         arguments: Any = node.args
         return arguments[0], arguments[2]
-    if name not in _LAYOUTS:
+    if not _layout(name):
         return None
     bound = {_ROLES.get(name, name): value for name, value in _arguments(node).items()}
     return bound["query"], bound["value"]
 
 
+def _layout(name: str | None) -> tuple[int, ...] | None:
+    """Where ``[B, H, L, D]`` are in the tensors of a known operator; None for every other."""
+    if name is None:
+        return None
+    return _TOKENS_FIRST if _OF_THE_HUB.fullmatch(name) else _LAYOUTS.get(name)
+
+
 def _known(node: Node, name: str) -> Fused:
-    layout = _LAYOUTS[name]
+    layout = _layout(name)
+    assert layout is not None
     roles: dict[str, Any] = {}
     objection = None
     for argument, value in _arguments(node).items():

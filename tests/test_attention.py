@@ -358,8 +358,8 @@ def _as_double(mask):
 def test_sparse_joint_attention_is_what_it_says(hidden):
     """A plain restatement in float64: one softmax over exact blocks, tail and seen text.
 
-    Operator and restatement get the same lists and representatives, so that only sums differ: a few
-    roundings of float32.
+    Operator and restatement get the same blocks and representatives, so that only sums differ: by a
+    few roundings of float32.
     """
     text = (5, 40)
     q, k, v = joint(text)
@@ -374,7 +374,7 @@ def test_sparse_joint_attention_is_what_it_says(hidden):
     arguments = [
         x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments
     ]
-    part, lse = reference.sparse_attention(*arguments)
+    part, lse = reference.block_masked_attention(*arguments)
     outside = [i for i in range(q.shape[2]) if not video.start <= i < video.stop]
     q, k, v = (x.double() for x in (q, k, v))
     logits = q[:, :, video] @ k[:, :, outside].mT / math.sqrt(32)

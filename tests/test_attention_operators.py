@@ -48,6 +48,11 @@ SCHEMAS = {
     " SymInt max_seqlen_k, float p, float softmax_scale, bool is_causal, Tensor? descale_q=None,"
     " Tensor? descale_k=None, Tensor? descale_v=None, Tensor? block_table=None,"
     " bool use_kvsplit=False, SymInt window_left=-1, SymInt window_right=-1) -> (Tensor, Tensor)",
+    # flash-attn 2 of the Hub, in a library that is named after its build
+    "_flash_attn2_9c6dd5d::_flash_attn_forward": "(Tensor q, Tensor k, Tensor v, float dropout_p,"
+    " float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right,"
+    " float softcap, Tensor? alibi_slopes, bool return_softmax)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     # nobody's
     "mylib::fancy_attn": "(Tensor q, Tensor k, Tensor v) -> Tensor",
 }
@@ -109,6 +114,11 @@ def flash_2(q, k, v, causal=False, window=-1, softcap=0.0):
               softcap=softcap, alibi_slopes=None, return_softmax=False)[0]  # fmt: skip
 
 
+def flash_2_of_the_hub(q, k, v):
+    op = torch.ops._flash_attn2_9c6dd5d._flash_attn_forward
+    return op(q, k, v, 0.0, 0.3, False, -1, -1, 0.0, None, False)[0]
+
+
 def flash_3(q, k, v, **options):
     op = torch.ops.flash_attn_3._flash_attn_forward.default
     return op(q, k, v, softmax_scale=0.3, pack_gqa=True, num_splits=2, **options)[0]
@@ -152,7 +162,15 @@ def plain(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True).transpose(1, 2)
 
 
-FORMS = (flash_2, flash_3, xformers_flash, xformers_flash_3, aten_on_the_cpu, flex)
+FORMS = (
+    flash_2,
+    flash_2_of_the_hub,
+    flash_3,
+    xformers_flash,
+    xformers_flash_3,
+    aten_on_the_cpu,
+    flex,
+)
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def test_calls_that_are_alike_are_traced_once():
         torch.compile(wan(), backend=backend, fullgraph=True)(**wan_inputs())
     assert len(modules) == 3 and len(set(modules)) == 1
     targets = [node.target for node in modules[0].graph.nodes if node.op == "call_function"]
-    assert torch.ops.uta.sparse_attention.default in targets
+    assert torch.ops.uta.block_masked_attention.default in targets
     assert all(isinstance(target, OpOverload) or target is getitem for target in targets)
 
 

@@ -51,6 +51,14 @@ def test_a_module_is_enabled_and_disabled():
     uta_fx.disable(model)  # nothing to undo is no error
 
 
+def test_a_trace_sees_what_was_there():
+    """Of a model that is enabled."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    expected = uta_fx.explain(model, x, config=Config(**FAST)).to_dict()
+    uta_fx.enable(model, Config(**FAST))
+    assert uta_fx.explain(model, x, config=Config(**FAST)).to_dict() == expected
+
+
 @torch.no_grad()
 def test_the_schedule_decides_between_dense_and_sparse():
     """The first steps equal the dense model; switching recompiles nothing."""
@@ -232,9 +240,6 @@ def test_a_model_that_is_compiled_already_is_refused(compiled):
         uta_fx.enable(compiled())
 
 
-def test_blocks_need_a_grid_and_a_list_of_blocks():
-    """A block shows neither how its tokens lie nor that it is one."""
-    with pytest.raises(ValueError, match=r"blocks=True needs config.grid"):
-        uta_fx.enable(Model(), blocks=True)
+def test_blocks_need_a_list_of_blocks():
     with pytest.raises(ValueError, match="a model with a list of blocks, got a Model"):
         uta_fx.enable(Model(), Config(grid=(2, 8, 8)), blocks=True)

@@ -152,7 +152,7 @@ def test_a_tail_costs_what_its_reference_multiplies(kind):
     x = torch.ones(1, 2, 192, 16)
     arguments = operator_arguments(pool_blocks(x, x, x, config, None), x, x, config)
     with FlopCounterMode(display=False) as counter:
-        reference.sparse_attention(*arguments)
+        reference.block_masked_attention(*arguments)
     assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops()
 
 

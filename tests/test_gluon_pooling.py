@@ -38,12 +38,13 @@ if sys.argv[1] == "scores":
         "D": dim, "BLOCK_Q": 64, "ROWS": 2, "TILE": 64,
         "GROUPS": module.GROUPS, "SLOTS": module.SLOTS,
     }
-    types = {"q_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
+    types = {"q_ptr": "*bf16", "scores_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
 else:
     module, function = gluon_statistics, gluon_statistics._statistics_kernel
     constants = {"D": dim, "BLOCK": 64, "STAGES": module.STAGES}
     types = {"k_desc": tile, "v_desc": tile}
+    types |= dict.fromkeys(("k_mean_ptr", "k_var_ptr", "v_mean_ptr"), "*bf16")
 names = function.arg_names
 types = dict.fromkeys((x for x in names if x.endswith("_ptr")), "*fp32") | types
 signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")

@@ -123,6 +123,26 @@ def test_the_function_of_scores_is_the_operator(power):
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_file_rounds_scores_as_the_operator(tmp_path):
+    """To bfloat16, for queries in float16: both by half a unit, of sums in another order."""
+
+    class Scores(nn.Module):
+        def forward(self, query, mean):
+            arguments = (query, mean, mean.square(), log_size, 0.2, 0.0, 1.0, 32, 2)
+            return torch.ops.uta.block_scores.default(*arguments).float()
+
+    generator = torch.Generator().manual_seed(0)
+    query, mean = (torch.randn(1, 2, n, 32, generator=generator).half() for n in (70, 5))
+    log_size = torch.zeros(1, 2, 5)
+    path = tmp_path / "scores.onnx"
+    program = torch.export.export(Scores(), (query, mean))
+    onnx_model.write_onnx(program, [], path, opset=18, metadata={})
+    (scores,) = run(path, {"query": query.numpy(), "mean": mean.numpy()})
+    scores, expected = torch.from_numpy(scores), Scores()(query, mean)
+    assert torch.equal(scores, scores.bfloat16().float())
+    torch.testing.assert_close(scores, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
 def wan():
     """A small Wan and its inputs."""
     diffusers = pytest.importorskip("diffusers")
@@ -588,14 +608,15 @@ def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
     assert int(done.stdout) * 1024 < 0.75e9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 10])
 @pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
-def test_a_file_selects_as_the_operators(tmp_path, kind, rows):
+def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     """The best of every row, then the highest, of equal ones the first; and lists of them."""
 
     class Select(torch.nn.Module):
         def forward(self, scores):
-            exact = torch.ops.uta.select_blocks.default(scores, 4 * rows, rows)
+            exact = torch.ops.uta.select_blocks.default(scores.to(dtype), 4 * rows, rows)
             return exact, *torch.ops.uta.list_blocks.default(exact)
 
     x = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0))

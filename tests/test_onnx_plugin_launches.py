@@ -20,7 +20,7 @@ from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
     triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
-    gluon_attention: ("_pair_lists_kernel", "_paired_kernel"),
+    gluon_attention: ("_pair_lists_kernel", "_longest_first_kernel", "_paired_kernel"),
     gluon_tail: ("_pooled_variance_kernel",),
 }
 UNREAD = {  # what a kernel does not read where a constant of it is false
@@ -29,10 +29,15 @@ UNREAD = {  # what a kernel does not read where a constant of it is false
     "HAS_SLOPE": ("slope_",),
     "PER_BLOCK": ("listed_",),
 }
+MADE = {  # in PyTorch in memory of its own each time, in the plugin in the same
+    "_pair_lists_kernel": ("ids_out_ptr", "plan_ptr"),
+    "_pooled_variance_kernel": ("sigma2_ptr",),
+}
 
-WHOLE = "_mark_listed_kernel _pair_lists_kernel _pooled_variance_kernel _paired_kernel"
-LISTS = "_mark_listed_kernel _pair_lists_kernel _paired_kernel"
-RESUMED = "_mark_listed_kernel _tail_kernel _pair_lists_kernel _paired_kernel"
+ORDER = "_pair_lists_kernel _longest_first_kernel"
+WHOLE = f"_mark_listed_kernel {ORDER} _pooled_variance_kernel _paired_kernel"
+LISTS = f"_mark_listed_kernel {ORDER} _paired_kernel"
+RESUMED = f"_mark_listed_kernel _tail_kernel {ORDER} _paired_kernel"
 PLAIN = "_mark_listed_kernel _tail_kernel _listed_kernel"
 HOPPER = Case(
     length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64, dtype=torch.bfloat16
@@ -137,12 +142,40 @@ def test_launches_are_the_operator_s(tmp_path, architecture, name, driver, monke
     runtime, compiled, expected = prepare(
         tmp_path / "plugin.so", case, architecture, driver, monkeypatch
     )
-    runtime.run()
-    assert not runtime.scratch  # all workspace is given back
     if architecture == 90:
         assert " ".join(name for name, *_ in expected) == kernels
-    same = {x.data_ptr(): x.data_ptr() for x in runtime.tensors}  # others are workspace
-    ends = {}
+    assert_launches(runtime, compiled, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "parts", "launched"),
+    [
+        (2, 5, 5, [2, 2, 1, 2, 2, 1]),  # some heads of a sample at a time
+        (5, 2, 2, [4, 4, 2]),  # those of some samples
+        (1, 13, 2, [7, 6]),
+    ],
+)
+@pytest.mark.parametrize("tail", ["block", "none"])
+def test_heads_in_parts_are_the_operator_s(
+    tmp_path, tail, batch, heads, parts, launched, driver, monkeypatch
+):
+    """What is made for pairs of blocks is made for as many heads, and in the same workspace."""
+    case = replace(HOPPER, batch=batch, heads=heads, tail=tail)
+    made = 3 * (2 * 9 + 4 * gluon_attention.PLAN) + (2 * 5 * 9 if tail == "block" else 0)
+    monkeypatch.setattr(gluon_attention, "FILL", 1)
+    monkeypatch.setattr(gluon_attention, "SHARE", parts * 2 * (5 + 2 * 9) * 64 * 128 // made)
+    runtime, compiled, expected = prepare(tmp_path / "plugin.so", case, 90, driver, monkeypatch)
+    grids = [grid for name, grid, _ in expected if name == "_paired_kernel"]
+    assert [heads for _, heads in grids] == launched
+    assert_launches(runtime, compiled, expected)
+
+
+def assert_launches(runtime, compiled, expected):
+    """Run the plugin's node: it launches what is expected, as it was compiled."""
+    runtime.run()
+    assert not runtime.scratch  # all workspace is given back
+    # where memory starts: its size, and where the operator's is; others are workspace
+    spans = {0: (0, 0)} | {x.data_ptr(): (x.nbytes, x.data_ptr()) for x in runtime.tensors}
     for launch, (kernel, grid, arguments) in zip(runtime.launches, expected, strict=True):
         assert (launch.kernel, launch.grid, launch.shared) == (kernel, grid, 60000)
         assert launch.threads == 32 * arguments.get("num_warps", 4)
@@ -156,15 +189,18 @@ def test_launches_are_the_operator_s(tmp_path, architecture, name, driver, monke
         for name, value in arguments.items():
             got = launch.arguments[name]
             if torch.is_tensor(value):
-                ends[got] = max(ends.get(got, 0), got + value.nbytes)
-                got, value = same.setdefault(got, value.data_ptr()), value.data_ptr()
+                start = max(x for x in spans if x <= got)
+                if name in MADE.get(kernel, ()) or got >= start + max(spans[start][0], 1):
+                    start, (size, _) = got, spans.get(got, (0, 0))
+                    spans[got] = max(size, value.nbytes), value.data_ptr()
+                got, value = spans[start][1] + got - start, value.data_ptr()
             elif isinstance(value, float):
                 value = ctypes.c_float(value).value
             elif not isinstance(value, int):
                 value = as_map(value)
             assert got == value or name.startswith(unread), (kernel, name)
-    starts = sorted(ends)
-    assert all(ends[start] <= after for start, after in itertools.pairwise(starts))
+    starts = sorted(spans)
+    assert all(start + spans[start][0] <= after for start, after in itertools.pairwise(starts))
 
 
 def test_bad_tensors_are_refused(tmp_path, driver, monkeypatch):

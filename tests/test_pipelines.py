@@ -25,7 +25,7 @@ CALLS = {"wan": (2, 1), "hunyuan_video": (2, 1), "cogvideox": (1, 2), "ltx": (1,
 """Calls of the transformer a step, and their batch: how each pipeline guides."""
 
 
-def generate(pipe, name, prompt="a red fox", steps=4, until=None):
+def generate(pipe, name, prompt="a red fox", steps=4, until=None, height=96):
     """Latents after each step, of ``steps`` or of the first ``until`` of them."""
     latents = []
 
@@ -35,7 +35,7 @@ def generate(pipe, name, prompt="a red fox", steps=4, until=None):
         return tensors
 
     pipe(
-        prompt=prompt, height=96, width=128, num_frames=17, num_inference_steps=steps,
+        prompt=prompt, height=height, width=128, num_frames=17, num_inference_steps=steps,
         generator=torch.Generator().manual_seed(0), callback_on_step_end=keep,
         output_type="latent", **GUIDANCE.get(name, {}),
     )  # fmt: skip
@@ -300,16 +300,42 @@ def test_group_offload_works_by_blocks(wan, before):
     assert torch.equal(generate(wan, "wan")[-1], dense)
 
 
-def test_hunyuan_video_is_sparse_by_blocks_where_its_masks_are_trusted():
-    """A block does not show that its mask hides text alone: the same latents as of the whole."""
-    pipe, outputs = tiny_pipeline("hunyuan_video"), []
-    by_block = dataclasses.replace(SPARSE, grid=GRID, trust_masks=True)
-    for config, blocks in ((SPARSE, False), (by_block, True)):
-        uta_fx.enable(pipe, config, blocks=blocks)
-        outputs.append(generate(pipe, "hunyuan_video", steps=1)[-1])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_blocks_are_told_what_the_model_around_them_shows(name):
+    """Their grid, and that HunyuanVideo's masks hide text alone: the same latents as of the whole.
+
+    The model is traced once; a new size is traced again, and has its own code.
+    """
+    pipe, outputs = tiny_pipeline(name), []
+    for blocks in (False, True):
+        uta_fx.enable(pipe, SPARSE, blocks=blocks, fullgraph=True)
+        counters.clear()
+        outputs.append(generate(pipe, name, steps=2)[-1])
+        assert not counters["graph_break"]
+        if blocks:
+            before = graphs()
+            generate(pipe, name, steps=2)
+            assert graphs() == before
+            other = generate(pipe, name, steps=1, height=192)[-1]
+            assert graphs() == 2 * before
+            assert torch.equal(generate(pipe, name, steps=2)[-1], outputs[-1])
         uta_fx.disable(pipe)
     torch.testing.assert_close(outputs[1], outputs[0])
-    assert not torch.equal(outputs[0], generate(pipe, "hunyuan_video", steps=1)[-1])
+    dense = generate(pipe, name, steps=2)[-1]
+    assert not torch.equal(outputs[1], dense) and "forward" not in vars(pipe.transformer)
+    assert not torch.equal(other, generate(pipe, name, steps=1, height=192)[-1])
+
+
+def test_blocks_whose_model_does_not_show_a_grid_need_one(wan):
+    """Behind hooks inside it, or because it has no video."""
+    uta_fx.enable(wan, SPARSE, blocks=True)
+    offload_by_groups(wan.transformer)
+    with pytest.raises(ValueError, match=r"needs config.grid: hooks inside .*\(group_offloading\)"):
+        generate(wan, "wan")
+    wan = tiny_pipeline("wan")
+    uta_fx.enable(wan, dataclasses.replace(SPARSE, min_tokens=4096), blocks=True)
+    with pytest.raises(ValueError, match=r"needs config.grid: the model shows none"):
+        generate(wan, "wan")
 
 
 def test_a_cache_that_skips_blocks_does_not_make_the_schedule_drift(wan, monkeypatch):

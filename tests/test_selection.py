@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from uta_fx.kernels import ops, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("normal", "equal", "ties", "relu", "infinite", "nan", "steep", "zeros")
 
 
@@ -42,7 +43,7 @@ def selections(draw, most_rows, most_blocks):
     shape = (draw(st.integers(1, 2)), heads, rows, blocks)
     scores = scores_of(draw(st.sampled_from(KINDS)), shape, draw(st.integers(0, 1000)))
     group = draw(st.sampled_from([1, rows, heads * rows]))
-    return scores, draw(st.integers(group, group * blocks)), group
+    return scores.to(draw(st.sampled_from(DTYPES))), draw(st.integers(group, group * blocks)), group
 
 
 def stated(scores, kept, rows):
@@ -103,7 +104,8 @@ def test_scores_of_any_strides_are_taken():
 def test_operators_have_correct_registrations():
     """Schemas, fakes and dispatch, as ``torch.library.opcheck`` sees them."""
     scores = scores_of("ties", (2, 3, 4, 5))
-    torch.library.opcheck(torch.ops.uta.select_blocks.default, (scores, 20, 12))
+    for dtype in DTYPES:
+        torch.library.opcheck(torch.ops.uta.select_blocks.default, (scores.to(dtype), 20, 12))
     torch.library.opcheck(torch.ops.uta.list_blocks.default, (scores > 0,))
 
 
@@ -111,7 +113,11 @@ def test_operators_have_correct_registrations():
     ("change", "error", "message"),
     [
         ({"scores": torch.zeros(3, 4, 5)}, ValueError, r"scores must be \[B, H, Nq, Nk\], got 3"),
-        ({"scores": torch.zeros(2, 3, 4, 5).double()}, TypeError, "scores must be torch.float32"),
+        (
+            {"scores": torch.zeros(2, 3, 4, 5).half()},
+            TypeError,
+            "scores must be float32 or bfloat16, got torch.float16",
+        ),
         ({"rows": 5}, ValueError, r"rows must divide the rows of a sample, 3 \* 4, got 5"),
         ({"rows": 24, "kept": 30}, ValueError, "rows must divide .* got 24"),
         ({"rows": 0}, ValueError, "rows must divide .* got 0"),
@@ -147,70 +153,77 @@ def test_selection_is_two_operators_of_a_graph():
     ]
 
 
-def small_search():
-    """So few samples that they mislead, and parts so coarse that passes must go on."""
+def small_sizes(**changes):
+    """Several programs to a group, and several tiles to a program, the last of each ragged."""
     triton_selection = pytest.importorskip("uta_fx.kernels.triton_selection", exc_type=ImportError)
-    return triton_selection.Search(
-        samples=16, deviations=0.5, parts=64, found=4, rows=4, columns=16, row_columns=16
-    )
+    small = {"programs": 3, "rows": 2, "columns": 16, "scores": 64, "kept_scores": 32}
+    return triton_selection.Sizes(**{**small, "row_columns": 16, **changes})
 
 
-def assert_triton_selects(scores, kept, rows, search):
+def assert_triton_selects(scores, kept, rows, sizes):
     from uta_fx.kernels import triton_selection
 
     scores = scores.to(DEVICE)
-    mask = triton_selection.select_blocks(scores, kept, rows, search=search)
+    mask = triton_selection.select_blocks(scores, kept, rows, sizes=sizes)
     assert torch.equal(mask, reference.select_blocks(scores, kept, rows))
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(selections(5, 40))
 def test_triton_selects_as_the_reference(selection):
-    assert_triton_selects(*selection, small_search())
+    assert_triton_selects(*selection, small_sizes())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_triton_selects_whatever_the_scores(kind):
-    """A budget of all rows, over more scores than the sample."""
-    scores = scores_of(kind, (2, 2, 3, 37))
-    assert_triton_selects(scores, 60, 6, small_search())
+def test_triton_selects_whatever_the_scores(kind, dtype):
+    """A budget of all rows of each of two samples."""
+    assert_triton_selects(scores_of(kind, (2, 2, 3, 37)).to(dtype), 60, 6, small_sizes())
 
 
-def test_triton_selects_with_the_shipped_search():
-    from uta_fx.kernels.triton_selection import SEARCH
+@pytest.mark.parametrize("passes", [(2, 4), (3, 6), (5, 7)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_selects_however_many_digits(passes, dtype):
+    """Of equal lengths and not."""
+    scores = scores_of("normal", (1, 2, 3, 37)).to(dtype)
+    assert_triton_selects(scores, 50, 6, small_sizes(passes=passes))
 
-    for rows in (1, 4, 8):
-        assert_triton_selects(scores_of("normal", (1, 2, 4, 50)), 13 * rows, rows, SEARCH)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_triton_selects_with_the_shipped_sizes(rows, dtype):
+    from uta_fx.kernels.triton_selection import SIZES
+
+    assert_triton_selects(scores_of("normal", (1, 2, 4, 50)).to(dtype), 13 * rows, rows, SIZES)
 
 
 @pytest.mark.parametrize("kept", [6, 7, 221, 222])
 def test_triton_keeps_from_one_a_row_to_all(kept):
-    assert_triton_selects(scores_of("ties", (1, 2, 3, 37)), kept, 6, small_search())
+    assert_triton_selects(scores_of("ties", (1, 2, 3, 37)), kept, 6, small_sizes())
 
 
-def test_passes_are_enough_for_any_scores():
-    """A bracket beside the threshold, then parts of parts down to one key, then ties."""
-    from uta_fx.kernels.triton_selection import SEARCH, Search
+@pytest.mark.parametrize("kept", range(3, 16, 2))
+def test_triton_keeps_the_first_of_equal_scores(kept):
+    """Wherever among the programs, and in the tiles of one, the budget ends."""
+    scores = torch.zeros(1, 1, 3, 5)
+    assert_triton_selects(scores, kept, 3, small_sizes(rows=1, columns=4, scores=4, kept_scores=4))
 
-    assert SEARCH.passes == 5
-    for parts in (8, 64, 1024):
-        width, passes = 2**32, 2  # the first pass learns where the threshold is not; the last, ties
-        while width > 1:
-            inner = width - 2  # keys at the ends have parts of their own
-            part = 1
-            while (inner + part - 1) // part > parts - 2:
-                part *= 2
-            width, passes = part, passes + 1
-        assert Search(parts=parts).passes >= passes
+
+def test_triton_selects_among_columns_that_16_bits_do_not_count():
+    """A key of bfloat16 and its column fit into 32 bits only up to 2^15 columns."""
+    scores = torch.zeros(1, 1, 2, (1 << 15) + 3, dtype=torch.bfloat16)
+    scores[..., 0, -1] = scores[..., 1, 1 << 15] = 1.0
+    sizes = small_sizes(columns=1 << 14, scores=1 << 14, kept_scores=1 << 14)
+    assert_triton_selects(scores, 9, 2, sizes)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_triton_lists_as_the_reference(share):
-    search = small_search()
+    sizes = small_sizes(list_columns=16)
     from uta_fx.kernels import triton_selection
 
     mask = torch.rand(2, 1, 5, 37, generator=torch.Generator().manual_seed(0)).to(DEVICE) < share
-    results = triton_selection.list_blocks(mask, search=search)
+    results = triton_selection.list_blocks(mask, sizes=sizes)
     for got, want in zip(results, reference.list_blocks(mask), strict=True):
         assert torch.equal(got, want)
 
@@ -220,35 +233,38 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from uta_fx.kernels import triton_selection as module
-from uta_fx.kernels.triton_selection import SEARCH
+from uta_fx.kernels.triton_selection import SIZES
 
-TYPES = {"bits": "i32", "best": "i32", "state": "i64", "parts": "i64", "keys": "i32",
-         "places": "i64", "ties": "i32", "kept": "u8", "ids": "i32", "counts": "i32"}
+TYPES = {"best": "i32", "tied": "i32", "kept": "u8", "ids": "i32"}
 
-def shared(kernel, num_warps, **constants):
+def shared(kernel, num_warps, bits=32, counts="i64", **constants):
+    types = {**TYPES, "bits": f"i{bits}", "counts": counts}
     signature, values, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[i,] = "constexpr", constants[name]
         elif name.endswith("_ptr"):
-            signature[name], aligned[i,] = "*" + TYPES[name[:-4]], [["tt.divisibility", 16]]
+            signature[name], aligned[i,] = "*" + types[name[:-4]], [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": num_warps}
     return triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
 
-tile = {"ROWS": SEARCH.rows, "COLUMNS": SEARCH.columns}
-sizes = {"PARTS": SEARCH.parts, "FOUND": SEARCH.found}
-for everything in (True, False):
-    print(shared(module._bracket_kernel, 16, SAMPLES=SEARCH.samples, PARTS=SEARCH.parts,
-                 ALL=everything))
-for first in (True, False):
-    print(shared(module._pass_kernel, SEARCH.num_warps, FIRST=first, **sizes, **tile))
-print(shared(module._narrow_kernel, 8, **sizes, ROWS=1024, COLUMNS=1024))
-print(shared(module._keep_kernel, SEARCH.num_warps, **tile))
-print(shared(module._keep_in_row_kernel, SEARCH.row_warps, COLUMNS=SEARCH.row_columns))
-print(shared(module._list_kernel, SEARCH.num_warps, **tile))
+for bits, passes in zip((16, 32), SIZES.passes):
+    common = {"PASSES": passes, "BITS": bits, "DIGITS": 1 << -(-bits // passes),
+              "ROWS": SIZES.rows}
+    for packed in {bits == 16, False}:
+        print(shared(module._first_pass_kernel, SIZES.num_warps, bits, COLUMNS=SIZES.columns,
+                     PACKED=packed, **common))
+    for number in range(1, passes):
+        print(shared(module._next_pass_kernel, SIZES.num_warps, bits, NUMBER=number,
+                     SCORES=SIZES.scores, **common))
+    print(shared(module._keep_kernel, SIZES.num_warps, bits, SCORES=SIZES.kept_scores,
+                 PROGRAMS=2048, **common))
+    print(shared(module._keep_in_row_kernel, SIZES.row_warps, bits, COLUMNS=SIZES.row_columns))
+print(shared(module._list_kernel, SIZES.num_warps, counts="i32", ROWS=SIZES.list_rows,
+             COLUMNS=SIZES.list_columns))
 """
 
 
@@ -260,16 +276,17 @@ def test_selection_compiles_for_hopper_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 8 and max(sizes) <= 227 * 1024
+    assert len(sizes) > 10 and max(sizes) <= 227 * 1024
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("budget", ["row", "head", "site"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_selects_as_the_reference(kind, budget):
-    """More scores than the sample; the same bits twice."""
+def test_a_gpu_selects_as_the_reference(kind, budget, dtype):
+    """Several turns to a program; the same bits twice."""
     heads, rows = 6, 300
-    scores = scores_of(kind, (2, heads, rows, 431), device=DEVICE)
+    scores = scores_of(kind, (2, heads, rows, 431), device=DEVICE).to(dtype)
     group = {"row": 1, "head": rows, "site": heads * rows}[budget]
     for density in (0.02, 0.25, 0.9):
         kept = max(group, int(density * group * 431))
@@ -281,9 +298,10 @@ def test_a_gpu_selects_as_the_reference(kind, budget):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_with_new_scores():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cuda_graph_replays_with_new_scores(dtype):
     """Few scores are equal at first, and nearly all when it is replayed."""
-    scores = scores_of("normal", (1, 4, 200, 250), device=DEVICE)
+    scores = scores_of("normal", (1, 4, 200, 250), device=DEVICE).to(dtype)
     ops.list_blocks(ops.select_blocks(scores, 40000, 800))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

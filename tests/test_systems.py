@@ -204,8 +204,8 @@ def test_times_are_measured_where_a_density_is_reached(tmp_path, rows):
     """And the table, the file and the plot hold what there is."""
     shape = Shape(name="small", batch=1, heads=2, grid=GRID, dim=16)
     site = call(3)
-    chosen = find_systems(["Top-K + UTA", "ours"])
-    some = [row for row in rows if row.system in ("Top-K + UTA", "ours")]
+    chosen = find_systems(["Top-K + single", "ours"])
+    some = [row for row in rows if row.system in ("Top-K + single", "ours")]
     inputs = (site.query, site.key, site.value)
     timed = list(timed_rows(some, shape, inputs, chosen, rounds=2, compile=False))
     for row in timed:
@@ -334,12 +334,12 @@ def test_the_report_says_where_a_tail_helps():
         row("Radial", 0.3, (2.0, 2.0), 1.0),
         row("Radial", 0.5, (1.0, 1.0), 0.5),
         Row(system="Radial", density=0.1),
-        row("Radial + UTA", 0.3, (3.0, 0.5), 2.0),
-        row("Radial + UTA", 0.5, (2.0, 0.5), 0.4),
+        row("Radial + single", 0.3, (3.0, 0.5), 2.0),
+        row("Radial + single", 0.5, (2.0, 0.5), 0.4),
         row("ours", 0.5, (0.1, 0.1), 0.1),
     ]
     assert tails_apart(rows) == [
-        "Radial + UTA errs less than Radial at 1 of 2 densities on the model's calls,"
+        "Radial + single errs less than Radial at 1 of 2 densities on the model's calls,"
         " at 1 of 2 densities on the timed shape, on 2 of 4 single calls."
     ]
     assert tails_apart(rows[-1:]) == [] == tails_apart(rows[3:])

@@ -121,6 +121,7 @@ NUMBERS = {
     "negative": lambda x: -x.abs(),
     "wide": lambda x: (40 * x).exp().clamp(min=1e-37),
     "half": lambda x: x.half(),
+    "coarse": lambda x: x.bfloat16(),
     "zero": torch.zeros_like,
     "infinite": lambda x: torch.where(x > 0, torch.inf, torch.where(x < -1, -torch.inf, x)),
 }
@@ -138,7 +139,7 @@ def test_the_search_for_a_threshold_is_topk(numbers, k):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 10])
-@pytest.mark.parametrize("numbers", ["small", "ties", "negative"])
+@pytest.mark.parametrize("numbers", ["small", "ties", "negative", "coarse"])
 def test_a_selection_is_spelled_out(numbers, rows, limit_of_four):
     """By the search for a threshold, which takes the first of equal scores as the operator does."""
 
@@ -313,17 +314,18 @@ def scores_case(dtype):
     ("launch", "dtype"),
     [
         pytest.param(run_in_interpreter, torch.float32, marks=needs_interpreter),
+        pytest.param(run_in_interpreter, torch.float16, marks=needs_interpreter),
         pytest.param(run_by_driver, torch.float32, marks=pytest.mark.gpu),
         pytest.param(run_by_driver, torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
 def test_the_scores_are_the_operator(launch, dtype):
-    """(s q)^2 is rounded to the dtype once: a few of its roundings of the largest score."""
+    """(s q)^2 is rounded to the dtype once, and the score to its own: a few roundings of each."""
     inputs, attributes, exact = scores_case(dtype)
     device = "cuda" if launch is run_by_driver else "cpu"
-    scores = torch.empty(exact.shape, device=device)
+    scores = torch.empty(exact.shape, dtype=reference.score_dtype(dtype), device=device)
     launch("block_scores", [x.to(device) for x in inputs], [scores], attributes)
-    allowed = 8 * torch.finfo(dtype).eps * exact.amax()
+    allowed = 8 * torch.finfo(scores.dtype).eps * exact.amax()
     assert (scores.cpu() - exact).abs().amax() <= allowed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -411,7 +412,7 @@ def pool_tokens(
 def operator_arguments(
     selection: Selection, key: Tensor, value: Tensor, config: Config
 ) -> tuple[Any, ...]:
-    """Select and aggregate: the arguments of ``uta::sparse_attention`` for one site.
+    """Select and aggregate: the arguments of ``uta::block_masked_attention`` for one site.
 
     Args:
         selection: Of ``pool_blocks``.
@@ -424,9 +425,15 @@ def operator_arguments(
     exact = config.selection_policy().select(selection)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
-        selection.query, key, value, *ops.list_blocks(exact), *representatives,
+        selection.query, key, value, exact, *representatives,
         selection.scale, tail.mass_weight, selection.block_q, config.block_kv,
     )  # fmt: skip
+
+
+def list_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of ``uta::sparse_attention`` from those of ``uta::block_masked_attention``."""
+    query, key, value, exact, *rest = arguments
+    return (query, key, value, *ops.list_blocks(exact), *rest)
 
 
 def _attend(
@@ -562,10 +569,11 @@ def _attend_to_video(
     # keys that heads share are copied for each once, in the selection
     arguments = operator_arguments(selection, selection.key, selection.value, config)
     if clusters is None:
-        output, lse = ops.sparse_attention(*arguments)
+        output, lse = ops.block_masked_attention(*arguments)
     else:
         centroids = clusters.centroids
-        output, lse = ops.clustered_attention(*arguments[:5], clusters.key.count, *arguments[5:])
+        lists = list_arguments(arguments)
+        output, lse = ops.clustered_attention(*lists[:5], clusters.key.count, *lists[5:])
         output = clusters.query.scatter(output)
         lse = clusters.query.scatter(lse[..., None])[..., 0]
     if inverse is not None:
@@ -593,8 +601,8 @@ def _attend_to_lengths(
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
     selection = pool_blocks(query, key, value, config, scale, blocks=of_key)
-    arguments = operator_arguments(selection, key, value, config)
-    output, _ = ops.clustered_attention(*arguments[:5], of_key.count, *arguments[5:])
+    lists = list_arguments(operator_arguments(selection, key, value, config))
+    output, _ = ops.clustered_attention(*lists[:5], of_key.count, *lists[5:])
     output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
     return output if inverse is None else output.index_select(2, inverse)
 

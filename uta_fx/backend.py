@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
+from uta_fx.compile_kernels import kernels_compiled_beside
 from uta_fx.config import Config
 from uta_fx.dump import readable
 from uta_fx.passes.carry_state import carry_state, with_state
@@ -63,10 +64,12 @@ def uta(
     if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
         trace_calls(gm, ContinuedSite, share=share)
-        compiled = _compile(gm, inputs, config.inner, mode, inductor)
+        with kernels_compiled_beside(gm):
+            compiled = _compile(gm, inputs, config.inner, mode, inductor)
         return with_state(compiled, inputs[len(example_inputs) :])
     trace_calls(gm, SparseSite, share=share)
-    return _compile(gm, example_inputs, config.inner, mode, inductor)
+    with kernels_compiled_beside(gm):
+        return _compile(gm, example_inputs, config.inner, mode, inductor)
 
 
 def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:

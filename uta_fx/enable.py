@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from uta_fx.config import Config
 from uta_fx.hooks import hooks_inside, innermost_forward
+from uta_fx.surroundings import with_surroundings
 
 Forward = Callable[..., Any]
 
@@ -44,8 +46,9 @@ def enable(
             ``scheduler``, or a module.
         config: Settings; None for the defaults.
         blocks: Compile the model's blocks, each by itself, in place of the whole model. Alike
-            blocks share their code. Needs ``config.grid``, which a block does not show, and the
-            same one for every call; ``config.dense_layers`` counts blocks.
+            blocks share their code. A block does not show its grid, nor that its mask hides text
+            alone: without ``config.grid`` the first call of each size traces the whole model for
+            both, which takes seconds. ``config.dense_layers`` counts blocks.
         warmup: The first call runs the dense and the sparse variant, so that both are compiled
             before the generation goes on; without it the sparse one is compiled by the first sparse
             step. Needs ``config.dense_until``.
@@ -56,10 +59,10 @@ def enable(
 
     Raises:
         TypeError: ``target`` is neither, or a text encoder or a VAE.
-        ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` without a
-            grid or for a model that has none; ``dense_until`` without a schedule that can be
-            followed, ``warmup`` without ``dense_until``. A hook that is put inside later is refused
-            by the next call.
+        ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` for a model
+            that has none; ``dense_until`` without a schedule that can be followed, ``warmup``
+            without ``dense_until``. The next call refuses a hook that is put inside later, and
+            ``blocks`` without a grid where the model shows none.
     """
     config = config or Config()
     models = _models_of(target)
@@ -69,8 +72,6 @@ def enable(
         _check_schedule(target)
     elif warmup:
         raise ValueError("warmup=True needs config.dense_until: without it there is one variant")
-    if blocks and config.grid is None:
-        raise ValueError("blocks=True needs config.grid: a block does not show how its tokens lie")
     if blocks and getattr(config.selection_policy(), "keep", False):
         raise ValueError(
             "blocks=True needs a policy with keep=False: alike blocks share their code, and would"
@@ -79,12 +80,25 @@ def enable(
     parts = [_blocks_of(model, config) if blocks else [model] for model in models]
     for part in (part for several in parts for part in several):
         _check_hooks(part)
-    for several in parts:
+    for model, several in zip(models, parts, strict=True):
         # the graph of a block counts from 0: which block it is must be known here
         common = dataclasses.replace(config, dense_layers="") if blocks else config
+        reader = _Reader(model, common) if blocks and config.grid is None else None
         for index, part in enumerate(several):
-            dense = blocks and config.is_dense_layer(index, len(several))
-            _install(part, target, common, dense, warmup, compile_options)
+            original, own = _original(part)
+            if blocks and config.is_dense_layer(index, len(several)):
+                forward = _dense(original, config, compile_options)
+            elif reader is None:
+                forward = _compiled(original, target, common, warmup, compile_options)
+            else:
+                make = functools.partial(
+                    _compiled, original, target, warmup=warmup, compile_options=compile_options
+                )
+                forward = reader.of_block(make)
+            _install(part, _Enabled(part, original, forward, own))
+        if reader is not None:
+            original, own = _original(model)
+            _install(model, _Enabled(None, original, reader.of_model(original), own))
     return target
 
 
@@ -155,39 +169,79 @@ def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class _Enabled:
-    """The forward of what is compiled.
+    """The forward of what is compiled, or reads for what is; in a trace the one that was there.
 
     Attributes:
         original: The forward that it takes the place of.
         own: Whether that is the forward of the part's class.
     """
 
-    def __init__(self, part: nn.Module, original: Forward, forward: Forward, own: bool) -> None:
+    def __init__(
+        self, compiled: nn.Module | None, original: Forward, forward: Forward, own: bool
+    ) -> None:
         functools.update_wrapper(self, original)  # some pipelines look at the signature
         self.original, self.own = original, own
-        self._part, self._forward = part, forward
+        self._compiled, self._forward = compiled, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _check_hooks(self._part)
+        if torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        if self._compiled is not None:
+            _check_hooks(self._compiled)
         return self._forward(*args, **kwargs)
 
 
-def _install(
-    part: nn.Module,
-    target: Any,
-    config: Config,
-    dense: bool,
-    warmup: bool,
-    compile_options: dict[str, Any],
-) -> None:
+class _Reader:
+    """Tells the blocks of a model what they do not show, for each size of its inputs.
+
+    Args:
+        model: That holds them.
+        config: Settings without a grid.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self._model, self._config = model, config
+        self._known: dict[Any, Config] = {}
+        self._current = config
+
+    def of_model(self, original: Forward) -> Forward:
+        """What runs in place of the model's forward: reads, and runs it."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            sizes = tuple(x.shape if isinstance(x, torch.Tensor) else type(x) for x in leaves)
+            numbers = tuple(x for x in leaves if isinstance(x, int))
+            if (sizes, numbers) not in self._known:
+                _check_visible(self._model)
+                whole = _with_own_code(original, "whole", _copied)
+                self._known[sizes, numbers] = with_surroundings(self._config, whole, args, kwargs)
+            self._current = self._known[sizes, numbers]
+            return original(*args, **kwargs)
+
+        return forward
+
+    def of_block(self, make: Callable[..., Forward]) -> Forward:
+        """What runs in place of a block's forward: what ``make`` makes of the settings."""
+        made: dict[Config, Forward] = {}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._current not in made:
+                made[self._current] = make(config=self._current)
+            return made[self._current](*args, **kwargs)
+
+        return forward
+
+
+def _original(part: nn.Module) -> tuple[Forward, bool]:
+    """The forward under all hooks, and whether it is that of the part's class."""
     space, name = innermost_forward(part)
     original = space.get(name, part.forward)
-    own = getattr(original, "__func__", None) is type(part).forward
-    if dense:
-        forward = _dense(original, config, compile_options)
-    else:
-        forward = _compiled(original, target, config, warmup, compile_options)
-    space[name] = _Enabled(part, original, forward, own)
+    return original, getattr(original, "__func__", None) is type(part).forward
+
+
+def _install(part: nn.Module, enabled: _Enabled) -> None:
+    space, name = innermost_forward(part)
+    space[name] = enabled
 
 
 def _compiled(
@@ -230,8 +284,20 @@ def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) 
     return torch.compile(forward, backend="uta", options=fields | mode, **others)
 
 
-def _with_own_code(forward: Forward, variant: str) -> Forward:
-    """The same method with code of its own, a piece for each variant.
+def _copied(function: types.FunctionType, variant: str) -> types.FunctionType:
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{variant}")
+    copy = types.FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_shared_copy = functools.cache(_copied)
+
+
+def _with_own_code(forward: Forward, variant: str, copied: Forward = _shared_copy) -> Forward:
+    """The same method with code of its own, as a rule one piece for each variant.
 
     Dynamo counts recompilations by piece of code, and gives up at its ``recompile_limit``: two
     variants of one piece would get there in half the time.
@@ -240,17 +306,7 @@ def _with_own_code(forward: Forward, variant: str) -> Forward:
         forward.__func__, types.FunctionType
     ):
         return forward
-    return types.MethodType(_copy(forward.__func__, variant), forward.__self__)
-
-
-@functools.cache
-def _copy(function: types.FunctionType, variant: str) -> types.FunctionType:
-    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{variant}")
-    copy = types.FunctionType(
-        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    return types.MethodType(copied(forward.__func__, variant), forward.__self__)
 
 
 def _models_of(target: Any) -> list[nn.Module]:
@@ -319,6 +375,15 @@ def _check_hooks(part: nn.Module) -> None:
             f"hooks inside a {_name(part)} ({', '.join(hooks)}) would break its compiled graph:"
             " hooks around a whole model (enable_model_cpu_offload) work, and around its blocks"
             " (group offloading by blocks, FirstBlockCache) with uta_fx.enable(..., blocks=True)"
+        )
+
+
+def _check_visible(model: nn.Module) -> None:
+    hooks = hooks_inside(model)
+    if hooks:
+        raise ValueError(
+            f"blocks=True needs config.grid: hooks inside a {_name(model)} ({', '.join(hooks)})"
+            " hide how its tokens lie"
         )
 
 

@@ -99,7 +99,7 @@ def _sparse_parts(
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
-        torch.ops.uta.sparse_attention: functools.partial(_attention, parts, config.density),
+        torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, config.density),
         torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
         torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
         torch.ops.uta.clustered_attention: functools.partial(
@@ -149,8 +149,7 @@ def _attention(
     query: Shape,
     key: Shape,
     value: Shape,
-    block_ids: Shape,
-    block_counts: Shape,
+    exact: Shape,
     tail_key: Shape,
     tail_value: Shape,
     tail_log_size: Shape,
@@ -166,8 +165,7 @@ def _attention(
     """The listed share of dense attention, and the tail's own products.
 
     A representative costs a row ``2 (D + Dv)``, and with a variance a query block ``2 D``; a slope
-    costs a row ``2 D Dv``. ``density`` says how many blocks are listed: what the lists hold, a run
-    decides.
+    costs a row ``2 D Dv``. ``density`` says how many blocks are exact: a run decides which.
     """
     batch, heads, length, dim = query
     dim_v, rows = value[-1], batch * heads * length
@@ -215,9 +213,7 @@ def _clustered(
 ) -> int:
     """As ``_attention``, of as many rows and keys as there are tokens: padding is not counted."""
     query, key, value = ((*shape[:2], tokens, shape[3]) for shape in (query, key, value))
-    return _attention(
-        parts, density, query, key, value, block_ids, block_counts, *rest, out_shape=out_shape
-    )
+    return _attention(parts, density, query, key, value, block_ids, *rest, out_shape=out_shape)
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:

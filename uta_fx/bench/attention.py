@@ -1,7 +1,8 @@
 """The operation against dense attention: is it right, how fast is it, how much does it err.
 
 Nothing is timed before sampled rows agree with float64. Baselines, peers and candidates take turns
-in rounds and medians are reported, so that a clock that drifts does so for all of them.
+in rounds and medians are reported, so that a clock that drifts does so for all of them; turns last
+equally long, so that each is timed at the clock that it would hold by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
-from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.gate import check_attention, check_scores, relative_error
 from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
 from uta_fx.kernels import ops
@@ -33,11 +34,12 @@ COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
     "speedup": ">8.2f", "tflops": ">7.1f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
 }  # fmt: skip
+TURN = 250.0  # milliseconds for which a candidate has a GPU before the next one does
 PARTS = {
     "reorder": "tokens into the order of the blocks, and the output back",
     "statistics": "means and variances of the blocks",
     "scores": "what the policy ranks blocks by",
-    "routing": "from scores to lists and representatives: all before attention, less those two",
+    "routing": "from scores to a mask and representatives: all before attention, less those two",
     "listed": "attention to the listed blocks",
     "tail": "attention to the representatives",
 }
@@ -78,7 +80,8 @@ def run(
         allocated beside its output, relative to query, key and value (None on a CPU).
 
         ``what`` is ``dense cudnn``, ``dense flash`` or ``dense math``; ``flex``: FlexAttention over
-        the same lists, without a tail; ``kernels``: attention with lists and tail given;
+        the same blocks, without a tail; ``kernels``: attention with a mask of blocks and a tail
+        given; ``from lists``: the same with lists in place of the mask, as in an ONNX file;
         ``operation``: everything; ``in order``: everything, of tokens that are in the order of the
         blocks already (where the policy does not ask where they lie); or a name in ``PARTS``.
 
@@ -163,7 +166,8 @@ class _Case:
         candidates |= self._parts_before_attention()
         for density in densities:
             candidates |= self._at_density(density)
-        times = time_interleaved(candidates, self.rounds, self.device)
+        turn = TURN if torch.device(self.device).type == "cuda" else 0.0
+        times = time_interleaved(candidates, self.rounds, self.device, turn=turn)
         memory = {name: self._memory(call) for name, call in candidates.items()}
         return self._rows(times, memory)
 
@@ -190,29 +194,30 @@ class _Case:
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
         check_attention(arguments)
-        blocks = -(-self.shape.length // config.block_kv)
-        self.kept[density] = arguments[4].double().mean().item() / blocks
+        self.kept[density] = arguments[3].double().mean().item()
 
         def before_attention(query: Tensor, key: Tensor, value: Tensor) -> Any:
             selection = pool_blocks(query, key, value, config, None, self.shape.grid)
-            return operator_arguments(selection, key, value, config)[3:10]
+            return operator_arguments(selection, key, value, config)[3:9]
 
         whole = self._compiled(_operation(config, self.shape.grid))
         self._note_error("operation", density, whole(*self.inputs))
-        no_tail = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
-        no_list = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]
+        lists = list_arguments(arguments)
+        no_tail = [x[:, :, :0] if i in range(4, 9) else x for i, x in enumerate(arguments)]
+        no_list = [torch.zeros_like(x) if i == 3 else x for i, x in enumerate(arguments)]
         candidates: Candidates = {
-            ("kernels", density): bind(ops.sparse_attention, *arguments),
+            ("kernels", density): bind(ops.block_masked_attention, *arguments),
+            ("from lists", density): bind(ops.sparse_attention, *lists),
             ("operation", density): bind(whole, *self.inputs),
             ("before", density): bind(self._compiled(before_attention), *self.ordered),
-            ("listed", density): bind(ops.sparse_attention, *no_tail),
-            ("tail", density): bind(ops.sparse_attention, *no_list),
+            ("listed", density): bind(ops.block_masked_attention, *no_tail),
+            ("tail", density): bind(ops.block_masked_attention, *no_list),
         }
         if not getattr(config.selection_policy(), "needs_grid", False):
             in_order = _operation(dataclasses.replace(config, reorder="none"), None)
             candidates["in order", density] = bind(self._compiled(in_order), *self.ordered)
         if self.compile and torch.device(self.device).type == "cuda":
-            flex = _flex_attention(arguments)
+            flex = _flex_attention(lists)
             output = flex()
             if self.inverse is not None:
                 output = output.index_select(2, self.inverse)
@@ -276,11 +281,24 @@ class _Case:
 
 
 def time_interleaved(
-    candidates: dict[Any, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
+    candidates: dict[Any, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    warmup: int = 2,
+    turn: float = 0.0,
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each call: in each round every candidate runs once.
+    """Milliseconds of each call, one number a round: in each every candidate has its turn.
 
-    Rounds differ in their order, the same in every run: what ran before decides how warm a GPU is.
+    Rounds differ in their order, the same in every run.
+
+    Args:
+        candidates: Calls by name.
+        rounds: How many turns each has.
+        device: Where they run.
+        warmup: Calls of each before.
+        turn: Milliseconds for which a turn lasts at least, and at least one call: its number is
+            the median. Under load a GPU lowers its clock, and one short call would be timed at the
+            clock that the call before it left behind.
     """
     on_gpu = torch.device(device).type == "cuda"
     for _ in range(warmup):
@@ -291,7 +309,10 @@ def time_interleaved(
     for _ in range(rounds):
         for name in generator.sample(list(candidates), len(candidates)):
             call = candidates[name]
-            times[name].append(_time_gpu(call) if on_gpu else _time_cpu(call))
+            samples = [_time_gpu(call) if on_gpu else _time_cpu(call)]
+            while sum(samples) < turn:
+                samples.append(_time_gpu(call) if on_gpu else _time_cpu(call))
+            times[name].append(statistics.median(samples))
     return times
 
 

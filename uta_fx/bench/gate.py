@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uta_fx.attention import list_arguments
 from uta_fx.kernels import ops, reference
 
 SAMPLED_HEADS = 2
@@ -26,36 +27,43 @@ def check_attention(arguments: Sequence[Any]) -> None:
     softmax rounds a logit in float32 a few times more: as much of itself of every value. On a GPU
     the variance of the logits may be rounded too.
 
+    Args:
+        arguments: Of ``uta::block_masked_attention``; with lists of the mask,
+            ``uta::sparse_attention`` is checked too.
+
     Raises:
         ArithmeticError: They err more.
     """
-    output, lse = ops.sparse_attention(*arguments)
-    query, block_q = arguments[0], arguments[12]
+    results = {
+        "block_masked_attention": ops.block_masked_attention(*arguments),
+        "sparse_attention": ops.sparse_attention(*list_arguments(arguments)),
+    }
+    query, block_q = arguments[0], arguments[11]
     chosen, rows = _sampled_rows(query.shape[2], block_q)
     for head in range(min(SAMPLED_HEADS, query.shape[1])):
         part: list[Any] = [
             x[:1, head : head + 1] if isinstance(x, Tensor) else x for x in arguments
         ]  # one sample, one head
         part[0] = part[0][:, :, rows.to(query.device)]
-        for i in (3, 4):
-            part[i] = part[i][:, :, chosen]
-        for i in (5, 6, 7):  # representatives of each query block
-            if arguments[5].dim() == 5:
+        part[3] = part[3][:, :, chosen]
+        for i in (4, 5, 6):  # representatives of each query block
+            if arguments[4].dim() == 5:
                 part[i] = part[i][:, :, chosen]
-        if part[9].shape[2] > 1:
-            part[9] = part[9][:, :, chosen]
+        if part[8].shape[2] > 1:
+            part[8] = part[8][:, :, chosen]
         double: list[Any] = [
             x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in part
         ]
-        exact, exact_lse = reference.sparse_attention(*double)
-        eager, eager_lse = reference.sparse_attention(*part)
-        got = output[:1, head : head + 1, rows.to(query.device)]
-        got_lse = lse[:1, head : head + 1, rows.to(query.device)]
+        exact, exact_lse = reference.block_masked_attention(*double)
+        eager, eager_lse = reference.block_masked_attention(*part)
         logit = 2**-22 * exact_lse.abs().max()
         unit = torch.finfo(query.dtype).eps * exact.abs().max()
         more, more_lse = variance_roundings(part) if query.is_cuda else (0.0, 0.0)
-        _require("output", got, eager, exact, unit + logit * arguments[2].abs().max() + more)
-        _require("log-sum-exp", got_lse, eager_lse, exact_lse, logit + more_lse)
+        allowed = unit + logit * arguments[2].abs().max() + more
+        for name, result in results.items():
+            got, got_lse = (x[:1, head : head + 1, rows.to(query.device)] for x in result)
+            _require(f"output of {name}", got, eager, exact, allowed)
+            _require(f"log-sum-exp of {name}", got_lse, eager_lse, exact_lse, logit + more_lse)
 
 
 def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
@@ -67,10 +75,10 @@ def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
     whose damping moves by ``u`` too, by as much of the largest rise.
 
     Args:
-        arguments: Of ``uta::sparse_attention``.
+        arguments: Of ``uta::sparse_attention`` or ``uta::block_masked_attention``.
     """
-    query, value, tail_value, variance, slope = (arguments[i].double() for i in (0, 2, 6, 8, 9))
-    scale, weight, block_q = arguments[10:13]
+    query, value, tail_value, variance, slope = (arguments[i].double() for i in (0, 2, -8, -6, -5))
+    scale, weight, block_q = arguments[-4:-1]
     if not variance.shape[2]:
         return 0.0, 0.0
     u = torch.finfo(arguments[0].dtype).eps / 2 + torch.finfo(torch.bfloat16).eps / 2
@@ -90,6 +98,7 @@ def check_scores(arguments: Sequence[Any]) -> None:
     unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
     sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
     a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
+    Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of themselves.
 
     Raises:
         ArithmeticError: A score is further away.
@@ -109,6 +118,8 @@ def check_scores(arguments: Sequence[Any]) -> None:
     logits = products + log_size[:, :, None] + weight / 2 * sigma2
     unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
     unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
+    if scores.dtype == torch.bfloat16:
+        unit = (1 + unit) * (1 + torch.finfo(scores.dtype).eps / 2) - 1
     _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import uta_fx
-from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import SHAPES, structured_inputs
 from uta_fx.export.onnx_functions import node_model
@@ -51,7 +51,7 @@ def bench_node(shape_name: str, density: float, rounds: int) -> None:
         selection = pool_blocks(*ordered, config, None)
         arguments = [
             x.contiguous() if isinstance(x, Tensor) else x
-            for x in operator_arguments(selection, *ordered[1:], config)
+            for x in list_arguments(operator_arguments(selection, *ordered[1:], config))
         ]
     expected, expected_lse = ops.sparse_attention(*arguments)
     output, lse = torch.empty_like(expected), torch.empty_like(expected_lse)

@@ -136,11 +136,11 @@ class _Case:
         _, key, value = self.ordered
         arguments = operator_arguments(selection, key, value, config)
         check_attention(arguments)
-        output, _ = ops.sparse_attention(*arguments)
+        output, _ = ops.block_masked_attention(*arguments)
         if self.inverse is not None:
             output = output.index_select(2, self.inverse)
         self.errors[name, density] = relative_error(output, *self.given, selection.scale)
-        candidates = {("kernel", name, density): bind(ops.sparse_attention, *arguments)}
+        candidates = {("kernel", name, density): bind(ops.block_masked_attention, *arguments)}
         if name not in self.making:
 
             def make(exact: Tensor, query: Tensor, *pooled: Tensor) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import uta_fx
-from uta_fx.attention import operator_arguments, pool_blocks, reorder_tokens
+from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.attention import time_interleaved
 from uta_fx.bench.inputs import SHAPES, structured_inputs
 from uta_fx.policies import LowDelta
@@ -47,7 +47,7 @@ def tune(
     inputs = structured_inputs(site, "cuda", torch.bfloat16)
     ordered, _ = reorder_tokens(*inputs, config, site.grid)
     selection = pool_blocks(*ordered, config, scale=None)
-    arguments = operator_arguments(selection, *ordered[1:], config)
+    arguments = list_arguments(operator_arguments(selection, *ordered[1:], config))
     visited = 4 * site.dim * block_q * block_kv * arguments[4].double().sum().item()
     no_tail: list[Any] = [x[:, :, :0] if i in range(5, 10) else x for i, x in enumerate(arguments)]
     no_list: list[Any] = [torch.zeros_like(x) if i == 4 else x for i, x in enumerate(arguments)]

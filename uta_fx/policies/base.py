@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from uta_fx.clusters import Clusters
@@ -103,8 +104,8 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     ``-inf``. The same scores keep the same blocks on every device.
 
     Args:
-        scores: ``[B, H, Nq, Nk]``, higher is kept, compared in float32; within a budget rows must
-            be comparable.
+        scores: ``[B, H, Nq, Nk]``, higher is kept, in bfloat16 or compared in float32; within a
+            budget rows must be comparable.
         density: In (0, 1].
         budget: ``"site"``, ``"head"`` or ``"row"``.
 
@@ -113,7 +114,9 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     """
     _, heads, blocks_q, blocks = scores.shape
     rows = {"row": 1, "head": blocks_q, "site": heads * blocks_q}[budget]
-    return select_blocks(scores.float(), max(rows, share_of(density, rows * blocks)), rows)
+    if scores.dtype != torch.bfloat16:
+        scores = scores.float()
+    return select_blocks(scores, max(rows, share_of(density, rows * blocks)), rows)
 
 
 def share_of(density: float, total: int) -> int:

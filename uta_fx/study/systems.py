@@ -78,8 +78,8 @@ def _svg2(tail: str) -> Callable[[float], Config]:
     return lambda mass: Config(policy=SVG2(mass=mass, least=0.0), tail=tail)
 
 
-_TAILS = {"": "none", " + UTA": "single", " + gaussian": "gaussian"}
-"""Dropped, as published; one representative a query block, as the UTA paper has it; and ours."""
+_TAILS = {"": "none", " + single": "single", " + gaussian": "gaussian"}
+"""Dropped, as published; UTA with one representative a query block, as in its paper; and ours."""
 
 
 def _with_tails(
@@ -108,8 +108,8 @@ SYSTEMS = (
 """Every system with the token order and budget of its own; blocks are ours, 64 x 64."""
 
 TABLE = (
-    "Top-K", "Top-K + UTA", "SVG2", "SVG2 + UTA", "SVG2 + gaussian", "Radial", "Radial + UTA",
-    "Radial + gaussian",
+    "Top-K", "Top-K + single", "Top-K + gaussian", "SVG2", "SVG2 + single", "SVG2 + gaussian",
+    "Radial", "Radial + single", "Radial + gaussian",
     "Rectified SpaAttn", "Sol-Attn", "ours",
 )  # fmt: skip
 """Those that are measured unless others are named."""

@@ -163,7 +163,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     figure.suptitle(title, fontsize=9)
     names = list(dict.fromkeys(row.system for row in rows))
     families = list(dict.fromkeys(name.partition(" + ")[0] for name in names))
-    styles = {"": "--x", "UTA": "-o", "gaussian": "-s"}
+    styles = {"": "--x", "single": "-o", "gaussian": "-s"}
     ticker = require("matplotlib.ticker", extra="demo")
     for axes, (x, y, x_label, y_label) in zip(several[0], panels, strict=True):
         for name in names:

@@ -1,0 +1,220 @@
+"""Kernels that are compiled while Inductor compiles the graph are those that it then launches."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from uta_fx import compile_kernels
+from uta_fx.kernels import ops
+from uta_fx.kernels.launches import Pointer, launcher, note_launches
+
+MODEL = """
+import torch
+
+
+class Joint(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.qkv = torch.nn.Linear(256, 3 * 256, dtype=dtype)
+
+    def forward(self, text, video):
+        tokens = torch.cat([text, video.flatten(2).transpose(1, 2)], 1)
+        q, k, v = (
+            x.unflatten(-1, (4, 64)).transpose(1, 2) for x in self.qkv(tokens).chunk(3, -1)
+        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def run(dtype, device):
+    generator = torch.Generator(device).manual_seed(0)
+    model = Joint(dtype).to(device)
+    shapes = (2, 30, 256), (2, 256, 5, 12, 15)
+    inputs = [torch.randn(x, device=device, generator=generator).to(dtype) for x in shapes]
+    options = {"min_tokens": 64, "grid": (5, 12, 15), "strict": True}
+    with torch.no_grad():
+        return torch.compile(model, backend="uta", options=options)(*inputs)
+"""
+
+# a driver says that there is an H100; what a kernel is compiled for is noted, and not compiled
+KEYS = (
+    MODEL
+    + """
+import contextlib
+import threading
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from uta_fx import compile_kernels
+from uta_fx.kernels import cpu, gluon_attention, gluon_scores, gluon_statistics, ops
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver._active = Driver()
+torch.cuda.device_of = torch.cuda.device = lambda x: contextlib.nullcontext()
+compile_kernels.may_compile = lambda: True
+compile_kernels.device_of = lambda args: 0
+compile_kernels.load_driver = lambda indices: None
+for module in (gluon_attention, gluon_scores, gluon_statistics):
+    module.on_hopper = lambda x: True
+before, launched = set(), set()
+
+
+def note(kernel, key, *rest):
+    asked = launched if threading.current_thread() is threading.main_thread() else before
+    asked.add((kernel.__module__, kernel.__name__, key))
+
+
+JITFunction._do_compile = note
+for op, launch in ops.LAUNCHERS.items():
+    name = op._schema.name.removeprefix("uta::")
+
+    def run_and_launch(*args, run=getattr(cpu, name), launch=launch):
+        launch(*args)
+        return run(*args)
+
+    setattr(cpu, name, run_and_launch)
+run(torch.bfloat16, "cpu")
+assert before == launched, before ^ launched
+kernels = {kernel for _, kernel, _ in before}
+assert len(kernels) == 12, kernels
+"""
+)
+
+
+def run_script(script, tmp_path):
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        environment[name] = str(tmp_path / name)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_compiled_before_is_what_launches_ask_for(tmp_path):
+    """Types, strides of 1, what 16 divides, constants and options, as Inductor lays tensors out."""
+    pytest.importorskip("triton")
+    run_script(KEYS, tmp_path)
+
+
+ON_GPU = (
+    MODEL
+    + """
+import threading
+from triton import knobs
+
+compiled = []
+
+
+def listener(*, src, cache_hit, **rest):
+    if getattr(src.fn, "module", "").startswith("uta_fx"):
+        compiled.append((src.name, threading.current_thread().name))
+
+
+knobs.compilation.listener = listener
+assert run(torch.bfloat16, "cuda").isfinite().all()
+assert compiled and all(thread.startswith("uta-compile") for _, thread in compiled), compiled
+"""
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_launch_compiles_anything(tmp_path):
+    run_script(ON_GPU, tmp_path)
+
+
+def test_without_a_gpu_nothing_is_compiled():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert not compile_kernels.may_compile()
+
+
+class Toy(torch.nn.Module):
+    """Attention alone."""
+
+    def forward(self, x):
+        q = x.flatten(2).transpose(1, 2)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def sparse_toy():
+    options = {"min_tokens": 64, "inner": "eager", "strict": True, "grid": (4, 8, 8)}
+    return torch.compile(Toy(), backend="uta", options=options)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As if there were one."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compile_kernels, "may_compile", lambda: True)
+    monkeypatch.setattr(compile_kernels, "device_of", lambda args: 0)
+    monkeypatch.setattr(compile_kernels, "load_driver", lambda indices: None)
+
+
+def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
+    """Where launches are noted, and where a kernel is compiled."""
+    x = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = sparse_toy()(x)
+    calls = []
+
+    class Kernel:
+        def warmup(self, *args, **options):
+            calls.append("compiled")
+            raise RuntimeError("does not compile")
+
+    def launch(*args):
+        calls.append("noted")
+        launcher(Kernel(), (1,))(*args)
+
+    def fail(*args):
+        calls.append("failed")
+        raise RuntimeError("cannot be noted")
+
+    first, *others = ops.LAUNCHERS
+    monkeypatch.setitem(ops.LAUNCHERS, first, fail)
+    for op in others:
+        monkeypatch.setitem(ops.LAUNCHERS, op, launch)
+    torch._dynamo.reset()
+    assert torch.equal(sparse_toy()(x), expected)
+    assert {"noted", "failed"} <= set(calls)
+
+
+def test_the_graphs_error_is_the_one_that_is_raised(on_gpu):
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    with pytest.raises(ValueError, match="of the graph"):
+        with compile_kernels.kernels_compiled_beside(gm):
+            raise ValueError("of the graph")
+
+
+def test_a_launch_is_noted_with_addresses():
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, args, options))
+
+    kernel, x = Kernel(), torch.zeros(4, 3)
+
+    def launch(x, number):
+        launcher(kernel, (2, 3))(x[1], x[2].new_zeros(5), number, WARPS=4)
+
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    (noted,) = note_launches(launch, (fake, 7))
+    assert noted.kernel is kernel and noted.options == {"WARPS": 4} and not launched
+    assert noted.args == (Pointer(torch.float32, 12), Pointer(torch.float32, 0), 7)
+    launch(x, 7)
+    assert launched[0][0] == (2, 3) and launched[0][1][2] == 7
