@@ -70,6 +70,7 @@ compile_kernels.load_driver = lambda indices: None
 for module in (gluon_attention, gluon_scores, gluon_statistics):
     module.on_hopper = lambda x: True
 before, launched = set(), set()
+nested = False  # in what a CPU calls on the way
 
 
 def note(kernel, key, *rest):
@@ -81,15 +82,21 @@ JITFunction._do_compile = note
 for op, launch in ops.LAUNCHERS.items():
     name = op._schema.name.removeprefix("uta::")
 
-    def run_and_launch(*args, run=getattr(cpu, name), launch=launch):
+    def run_and_launch(*args, run=getattr(cpu, name), launch=launch, **options):
+        global nested
+        if nested:
+            return run(*args, **options)
         launch(*args)
-        return run(*args)
+        nested = True
+        result = run(*args)
+        nested = False
+        return result
 
     setattr(cpu, name, run_and_launch)
 run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
-kernels = {kernel for _, kernel, _ in before}
-assert len(kernels) == 12, kernels
+names = {name for _, name, _ in before}
+assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
 """
 )
 
@@ -183,10 +190,9 @@ def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
         calls.append("failed")
         raise RuntimeError("cannot be noted")
 
-    first, *others = ops.LAUNCHERS
-    monkeypatch.setitem(ops.LAUNCHERS, first, fail)
-    for op in others:
-        monkeypatch.setitem(ops.LAUNCHERS, op, launch)
+    for op in ops.LAUNCHERS:
+        unnoted = op is torch.ops.uta.block_statistics.default
+        monkeypatch.setitem(ops.LAUNCHERS, op, fail if unnoted else launch)
     torch._dynamo.reset()
     assert torch.equal(sparse_toy()(x), expected)
     assert {"noted", "failed"} <= set(calls)
