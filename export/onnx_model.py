@@ -91,7 +91,7 @@ def write_onnx(
     dialect = dialect or Dialect(lower=keep_sparse_attention)
     program = _without_factors(_without_complex_gaps(program))
     try:
-        with _without_its_own_worries():
+        with _without_their_own_worries():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -110,7 +110,8 @@ def write_onnx(
         ) from error
     assert exported is not None
     model = exported.model
-    fold_constants(model)
+    with _without_their_own_worries():
+        fold_constants(model)
     _name_sites(nodes_of(model, dialect.site_node), [site for site in sites if site.sparse])
     dialect.lower(model, opset)
     tidy = Passes(
@@ -134,17 +135,23 @@ def write_onnx(
 
 
 @contextlib.contextmanager
-def _without_its_own_worries() -> Iterator[None]:
-    """No word on operators of torchvision that are not there, nor on PyTorch's deprecations."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+def _without_their_own_worries() -> Iterator[None]:
+    """No word on operators of torchvision, nodes that stay unfolded, and PyTorch's deprecations."""
+    names = (
+        "torch.onnx._internal.exporter._registration",
+        "onnxscript.optimizer._constant_folding",
+        "onnx_ir._convenience",
+    )
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for log in levels:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        registration.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
@@ -289,7 +296,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
 
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
-        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        statistics = nodes["BlockStatistics"](key, value, block_kv=block_kv)
+        if key.dtype == ir.DataType.FLOAT:
+            return statistics
+        rounded = [opset18.Cast(x, to=key.dtype) for x in statistics[:3]]
+        return (*rounded, *statistics[3:])
 
     def block_scores(
         query: Any,

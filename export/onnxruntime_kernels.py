@@ -133,8 +133,9 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
         blocks=2,
     )  # fmt: skip
     kernels["TURNS"] = _compile(
-        gluon_attention._longest_first_kernel, variant, architecture, gluon_attention.TURN_OPTIONS,
-        blocks=2 * gluon_attention.RANKED,
+        gluon_attention._longest_first_kernel, variant, architecture,
+        gluon_attention.turn_options(variant.dim),
+        blocks=gluon_attention.blocks_of_program(variant.dim) * gluon_attention.RANKED,
     )  # fmt: skip
     if paired_tail:
         kernels["VARIANCE"] = _compile(

@@ -44,12 +44,11 @@ LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
 CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
-RANKED, COMPARED = 64, 256  # pairs that a program ranks, and with how many others at a time
+RANKED, COMPARED = 64, 256  # what a program ranks, and with how many others at a time
 # numbers in a plan: alternating, count of each query block, bad rows, ragged rows, blocks in both
 # lists; then which pair of the head has its turn here
 PLAN = 8
 ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
-TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
 MAX_REGISTERS = {128: 168, 64: 96}
@@ -152,28 +151,39 @@ def _pair_lists_kernel(
 
 
 @triton.jit
+def _lengths(plans, program, pairs, PLAN: tl.constexpr, PAIRS: tl.constexpr):
+    """How many blocks the lists of a program's pairs hold; -1 where a pair is missing."""
+    length = tl.zeros(program.shape, tl.int32)
+    for i in tl.static_range(PAIRS):
+        pair = program * PAIRS + i
+        length += tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)
+    return tl.where((program + 1) * PAIRS <= pairs, length, -1)
+
+
+@triton.jit
 def _longest_first_kernel(
     plan_ptr,  # int32 [B, H, pairs, PLAN]
     blocks_q,
-    PLAN: tl.constexpr, RANKED: tl.constexpr, COMPARED: tl.constexpr,
+    PLAN: tl.constexpr,
+    PAIRS: tl.constexpr,  # neighbours that share a program
+    RANKED: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """Give the pairs of a head their turns, longest lists first.
-
-    So no long one is left for the end, and pairs that share a program are about as long.
-    """
+    """Give the pairs of a head their turns, longest lists first: no long one comes at the end."""
     pairs = tl.cdiv(blocks_q, 2)
     plans = plan_ptr + tl.program_id(1).to(tl.int64) * pairs * PLAN
-    pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
-    length = tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)  # [RANKED]
+    program = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    length = _lengths(plans, program, pairs, PLAN, PAIRS)  # [RANKED]
     rank = tl.zeros([RANKED], tl.int32)
-    for start in range(0, pairs, COMPARED):
+    for start in range(0, tl.cdiv(pairs, PAIRS), COMPARED):
         other = start + tl.arange(0, COMPARED)
-        of_other = tl.load(plans + other * PLAN + 5, mask=other < pairs, other=-1)  # [COMPARED]
+        of_other = _lengths(plans, other, pairs, PLAN, PAIRS)  # [COMPARED]
         earlier = of_other[None, :] > length[:, None]
         tied = of_other[None, :] == length[:, None]
-        earlier = earlier | (tied & (other[None, :] < pair[:, None]))
+        earlier = earlier | (tied & (other[None, :] < program[:, None]))
         rank += tl.sum(earlier.to(tl.int32), 1)
-    tl.store(plans + rank * PLAN + 6, pair, mask=pair < pairs)
+    for i in tl.static_range(PAIRS):
+        pair = program * PAIRS + i
+        tl.store(plans + (rank * PAIRS + i) * PLAN + 6, pair, mask=pair < pairs)
 
 
 @gluon.jit
@@ -594,6 +604,12 @@ def blocks_of_program(dim: int) -> int:
     return 4 if dim == 64 else 2
 
 
+def turn_options(dim: int) -> dict[str, int]:
+    """Constants of the kernel that gives pairs their turns, for D."""
+    pairs = blocks_of_program(dim) // 2
+    return {"PLAN": PLAN, "PAIRS": pairs, "RANKED": RANKED, "COMPARED": COMPARED}
+
+
 def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) -> dict[str, Any]:
     """Constants and compiler options of the paired kernel.
 
@@ -706,9 +722,10 @@ def _attend_part(
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
     )  # fmt: skip
-    launcher(_longest_first_kernel, (triton.cdiv(pairs, RANKED), batch * heads))(
-        plan, blocks_q, **TURN_OPTIONS
-    )
+    launcher(
+        _longest_first_kernel,
+        (triton.cdiv(blocks_q, blocks_of_program(dim) * RANKED), batch * heads),
+    )(plan, blocks_q, **turn_options(dim))
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
         tail_maps = (k_map, v_map, k_map)

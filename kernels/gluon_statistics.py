@@ -110,8 +110,9 @@ def _pool_values(
 @gluon.jit
 def _statistics_kernel(
     k_desc, v_desc,
-    k_mean_ptr, k_var_ptr,  # float32 [B, H, Nk, D], contiguous
-    v_mean_ptr, v_var_ptr,  # float32 [B, H, Nk, D] and [B, H, Nk], contiguous
+    k_mean_ptr, k_var_ptr,  # [B, H, Nk, D], contiguous, of the keys' dtype
+    v_mean_ptr,  # likewise
+    v_var_ptr,  # float32 [B, H, Nk], contiguous
     cov_ptr,  # float32 [B, H, P, D, D], contiguous: one sum for each program
     heads, length, blocks, blocks_per_program,
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -179,12 +180,11 @@ def block_statistics(
     batch, heads, length, dim = key.shape
     blocks = triton.cdiv(length, BLOCK)
 
-    def empty(*shape: int) -> Tensor:
-        return key.new_empty((batch, heads, *shape), dtype=torch.float32)
-
-    key_mean, key_variance = empty(blocks, dim), empty(blocks, dim)
-    value_mean, value_variance = empty(blocks, dim), empty(blocks)
-    sums = empty(parts, dim, dim)
+    key_mean, key_variance, value_mean = (
+        key.new_empty((batch, heads, blocks, dim)) for _ in range(3)
+    )
+    value_variance = key.new_empty((batch, heads, blocks), dtype=torch.float32)
+    sums = key.new_empty((batch, heads, parts, dim, dim), dtype=torch.float32)
     launcher(_statistics_kernel, (parts, batch * heads))(
         tensor_map(key, BLOCK), tensor_map(value, BLOCK),
         key_mean, key_variance, value_mean, value_variance, sums,

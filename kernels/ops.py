@@ -617,9 +617,11 @@ def _fake_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> Statist
     check_block_statistics(key, value, block_kv)
     (batch, heads, length, dim), dim_v = key.shape, value.shape[-1]
     blocks = -(-length // block_kv)
-    shapes = ((blocks, dim), (blocks, dim), (blocks, dim_v), (blocks,), (dim, dim_v))
-    mean, variance, value_mean, value_variance, covariance = (
-        key.new_empty((batch, heads, *shape), dtype=torch.float32) for shape in shapes
+    by_channel = ((blocks, dim), (blocks, dim), (blocks, dim_v))
+    mean, variance, value_mean = (key.new_empty((batch, heads, *shape)) for shape in by_channel)
+    value_variance, covariance = (
+        key.new_empty((batch, heads, *shape), dtype=torch.float32)
+        for shape in ((blocks,), (dim, dim_v))
     )
     return mean, variance, value_mean, value_variance, covariance
 

@@ -306,10 +306,11 @@ def block_statistics(
         block_kv: Keys in a block; the last one may be ragged.
 
     Returns:
-        ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]``, ``value_mean`` ``[B, H, Nk, Dv]``,
-        ``value_variance`` ``[B, H, Nk]`` and ``covariance`` ``[B, H, D, Dv]``, with
-        ``Nk = ceil(L / block_kv)``; float32 (float64 for float64 inputs).
+        ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]`` and ``value_mean`` ``[B, H, Nk, Dv]``
+        in the dtype of ``key``, rounded once; ``value_variance`` ``[B, H, Nk]`` and ``covariance``
+        ``[B, H, D, Dv]`` in float32 (float64 for float64 inputs). ``Nk = ceil(L / block_kv)``.
     """
+    dtype = key.dtype
     key, value = key.to(_accumulator(key)), value.to(_accumulator(value))
     pooled = []
     covariance = key.new_zeros((*key.shape[:2], key.shape[-1], value.shape[-1]))
@@ -323,7 +324,8 @@ def block_statistics(
         # deviations of keys sum to zero in a block: the values' means need not be taken off
         covariance = covariance + deviation.transpose(-1, -2) @ values.flatten(2, 3)
     means = (torch.cat(parts, 2) for parts in zip(*pooled, strict=True))
-    key_mean, key_variance, value_mean, value_variance = means
+    *by_channel, value_variance = means
+    key_mean, key_variance, value_mean = (x.to(dtype) for x in by_channel)
     return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
 
 

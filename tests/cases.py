@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from uta_fx.kernels import reference
+
 
 @dataclasses.dataclass
 class Case:
@@ -61,6 +63,16 @@ class Case:
 def double(args):
     """The same rounded inputs in float64."""
     return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+
+
+def with_mask(args):
+    """Arguments of ``uta::block_masked_attention`` from those of ``uta::sparse_attention``.
+
+    The mask has strides of its own, as one that is sliced out of a larger one has.
+    """
+    query, key, value, ids, counts, *rest = args
+    mask, _ = reference.listed_blocks(ids, counts, -(-key.shape[2] // rest[-1]))
+    return [query, key, value, torch.cat([mask, ~mask], -1)[..., : mask.shape[-1]], *rest]
 
 
 def poisoned(x):

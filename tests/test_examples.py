@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+import uta_fx
+from uta_fx.moving_shapes import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -45,6 +49,23 @@ def test_a_clip_without_torch_is_the_clip_with_it(exported):
     assert example.run_on_tensors(exported) < 1e-6
     assert example.compare(exported, 2, inner="eager") >= 45
     assert (exported / "comparison.gif").stat().st_size > 0
+
+
+@torch.no_grad()
+def test_the_file_is_the_compiled_model(exported):
+    """Of the shipped model: a relative error of 1e-4 is the goal."""
+    example = load("export_onnx")
+    model = load_pipeline().transformer
+    inputs = {
+        "hidden_states": torch.from_numpy(np.load(exported / "inputs.npz")["noise"]),
+        "timestep": torch.full((1,), 700.0),
+        "encoder_hidden_states": torch.from_numpy(np.load(exported / "inputs.npz")["words"]),
+    }
+    options = {"density": example.DENSITY, "inner": "eager"}
+    expected = torch.compile(model, backend="uta", options=options)(**inputs, return_dict=False)[0]
+    session = uta_fx.onnxruntime_session(exported / "model.onnx", ["CPUExecutionProvider"])
+    (output,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    assert np.linalg.norm(output - expected.numpy()) <= 1e-4 * expected.norm()
 
 
 def test_the_oldest_onnx_runtime_generates_the_same_clip(exported, tmp_path):

@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from cases import with_mask
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
 from uta_fx.bench.gate import variance_roundings
-from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
+from uta_fx.kernels import gluon_attention, gluon_tail, reference, triton_attention
 from uta_fx.kernels.gluon_attention import (
     CHUNK,
     COMPARED,
@@ -21,7 +22,8 @@ from uta_fx.kernels.gluon_attention import (
     ORDER_OPTIONS,
     PLAN,
     RANKED,
-    TURN_OPTIONS,
+    blocks_of_program,
+    turn_options,
 )
 
 
@@ -74,9 +76,10 @@ def test_a_pair_finds_its_blocks_where_the_plan_says(lists, ragged, rows, share,
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 2 * COMPARED + 131])
-def test_longest_lists_have_their_turn_first(rows):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_longest_lists_have_their_turn_first(dim, rows):
     generator = torch.Generator().manual_seed(0)
-    pairs, blocks = -(-rows // 2), 40
+    pairs, blocks, of_program = -(-rows // 2), 40, blocks_of_program(dim)
     listed = torch.rand(1, 2, rows, blocks, generator=generator) < torch.rand(
         1, 2, rows, 1, generator=generator
     )
@@ -86,10 +89,17 @@ def test_longest_lists_have_their_turn_first(rows):
         ids, plan, listed.to(DEVICE, torch.uint8), None, 0, 0,
         2, rows, blocks, blocks - 1, blocks, **ORDER_OPTIONS,
     )  # fmt: skip
-    gluon_attention._longest_first_kernel[(-(-pairs // RANKED), 2)](plan, rows, **TURN_OPTIONS)
-    lengths = torch.nn.functional.pad(listed.sum(-1), (0, rows % 2)).unflatten(-1, (-1, 2)).sum(-1)
-    wanted = torch.sort(lengths, dim=-1, descending=True, stable=True).indices
-    assert torch.equal(plan[..., 6].cpu().long(), wanted)
+    grid = (-(-rows // (of_program * RANKED)), 2)
+    gluon_attention._longest_first_kernel[grid](plan, rows, **turn_options(dim))
+    programs = -(-rows // of_program)
+    missing = programs * of_program - rows
+    lengths = torch.nn.functional.pad(listed.sum(-1), (0, missing)).unflatten(-1, (programs, -1))
+    lengths = lengths.sum(-1)
+    if pairs % (of_program // 2):
+        lengths[..., -1] = -1  # a program that lacks a pair comes last
+    turns = torch.sort(lengths, dim=-1, descending=True, stable=True).indices * (of_program // 2)
+    turns = (turns[..., None] + torch.arange(of_program // 2)).flatten(-2)[..., :pairs]
+    assert torch.equal(plan[..., 6].cpu().long(), turns)
 
 
 COMPILE = """
@@ -174,6 +184,65 @@ def test_only_what_it_serves_is_taken():
         assert not gluon_attention.takes(*case)
 
 
+def test_no_more_blocks_than_16_bits_number_are_taken(monkeypatch):
+    x = torch.zeros(1, 1, 130, 64, dtype=torch.float16, device=DEVICE)
+    monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: True)
+    assert gluon_attention.MAX_BLOCKS - 1 == torch.iinfo(torch.uint16).max
+    assert gluon_attention.takes(x, x, x, x, 64, 64)
+    monkeypatch.setattr(gluon_attention, "MAX_BLOCKS", 2)
+    assert not gluon_attention.takes(x, x, x, x, 64, 64)
+    assert gluon_attention.takes(x, x[:, :, :128], x[:, :, :128], x, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("batch_heads", "tokens", "dim", "most"),
+    [
+        (40, 75600, 128, 20),  # Wan 14B at 720p: twice
+        (12, 32760, 128, 12),  # Wan 1.3B at 480p, CogVideoX-5b: at once
+        (48, 17550, 64, 48),
+        (5, 75600, 128, 5),  # so few heads that half of them would leave a GPU idle
+        (80, 75600, 128, 40),
+        (1, 1, 64, 1),
+    ],
+)
+def test_what_is_made_for_pairs_of_blocks_is_a_share_of_the_inputs(batch_heads, tokens, dim, most):
+    blocks = -(-tokens // 64)
+    assert gluon_attention.heads_at_a_time(batch_heads, blocks, blocks, dim, True) == most
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 20])  # heads at a time, of three samples of three
+@pytest.mark.parametrize("tail", ["block", "none"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_heads_in_parts_are_the_whole(counted, tail, most, monkeypatch):
+    case = dataclasses.replace(CASE, batch=3, heads=3, length_q=130, length_kv=200, tail=tail)
+    args = case.inputs(torch.float32)
+    query, key, value, exact, *rest = with_mask(args)
+    heads = []
+
+    def attend_part(query, key, value, output, lse, listed, counts, max_blocks, tail, *others):
+        heads.append(query.shape[0] * query.shape[1])
+        given = tail or [x[: query.shape[0], : query.shape[1]] for x in rest[:5]]
+        result = reference.block_masked_attention(
+            query, key, value, listed.bool(), *given, *others[:2], 64, 64
+        )
+        output.copy_(result[0])
+        lse.copy_(result[1])
+        assert max_blocks == 4 and others[2] is False
+        assert counts is None if not counted else torch.equal(counts, listed.sum(-1).int())
+
+    monkeypatch.setattr(gluon_attention, "heads_at_a_time", lambda *_: most)
+    monkeypatch.setattr(gluon_attention, "_attend_part", attend_part)
+    output, lse = torch.full_like(query, torch.nan), torch.full_like(query[..., 0], torch.nan)
+    gluon_attention.attend(
+        query, key, value, output, lse, exact.contiguous().view(torch.uint8),
+        args[4] if counted else None, 4, gluon_tail.Tail(*rest[:5]) if tail == "block" else None,
+        *rest[5:7], False,
+    )  # fmt: skip
+    expected = reference.block_masked_attention(query, key, value, exact, *rest)
+    torch.testing.assert_close((output, lse), expected)
+    assert sum(heads) == 9 and max(heads) <= max(most, 1)
+
+
 def test_only_a_tail_that_it_serves_is_taken():
     tail = gluon_tail.Tail(*CASE.inputs(torch.float16)[5:10])
     assert gluon_attention.takes_tail(tail)
@@ -219,6 +288,21 @@ def test_pairs_are_as_accurate_as_eager(dim, case, dtype):
     args = dataclasses.replace(case, dim=dim, dim_v=dim).inputs(dtype)
     assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     assert_as_accurate_as_eager(args, more=variance_roundings(args))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("share", [5 * 10**3, 10**4, 10**6])  # fewer and fewer heads
+@pytest.mark.parametrize("tail", ["none", "block"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_heads_in_parts_give_the_same_bits(dim, tail, share, monkeypatch):
+    case = dataclasses.replace(CASE, dim=dim, dim_v=dim, batch=2, heads=5, tail=tail)
+    args = with_mask(case.inputs(torch.bfloat16))
+    expected = triton_attention.block_masked_attention(*args)
+    monkeypatch.setattr(gluon_attention, "FILL", 1)
+    monkeypatch.setattr(gluon_attention, "SHARE", share)
+    for got, want in zip(triton_attention.block_masked_attention(*args), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

@@ -44,6 +44,7 @@ else:
     module, function = gluon_statistics, gluon_statistics._statistics_kernel
     constants = {"D": dim, "BLOCK": 64, "STAGES": module.STAGES}
     types = {"k_desc": tile, "v_desc": tile}
+    types |= dict.fromkeys(("k_mean_ptr", "k_var_ptr", "v_mean_ptr"), "*bf16")
 names = function.arg_names
 types = dict.fromkeys((x for x in names if x.endswith("_ptr")), "*fp32") | types
 signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")

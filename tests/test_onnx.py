@@ -15,6 +15,7 @@ from torch import nn
 from uta_fx import Config, export_onnx
 from uta_fx.explain import FULL_CAPTURE
 from uta_fx.kernels import reference
+from uta_fx.policies import Radial
 from uta_fx.study.models import MODELS
 from uta_fx.study.models import SMALL as SMALL_MODEL
 
@@ -214,6 +215,20 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     assert os.listdir(tmp_path) == ["model.onnx"]
 
 
+def test_a_file_in_half_precision_errs_no_more_than_the_backend(tmp_path):
+    """Against float32; roundings come in another order, hence twice."""
+    model, inputs = wan()
+    exact = compiled(model, inputs, density=0.3).numpy().astype(np.float64)
+    model, inputs = model.half(), {name: x.half() for name, x in inputs.items()}
+    path = tmp_path / "model.onnx"
+    config = Config(density=0.3, **SMALL)
+    export_onnx(model, (), path, config=config, kwargs={**inputs, "return_dict": False})
+    (output,) = run(path, arrays_of(inputs))
+    assert output.dtype == np.float16
+    backend = compiled(model, inputs, density=0.3).numpy()
+    assert np.linalg.norm(output - exact) <= 2 * np.linalg.norm(backend - exact)
+
+
 @pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX 5B", "LTX-Video", "Mochi", "Allegro"])
 def test_a_model_of_diffusers_computes_what_the_backend_computes(tmp_path, name):
     """Joint attention, masks, text whose length only a run knows, boolean and odd operations."""
@@ -327,6 +342,57 @@ def test_the_size_of_the_video_may_not(tmp_path):
             model, (), tmp_path / "model.onnx", config=Config(**SMALL), kwargs=kwargs,
             dynamic_shapes=shapes,
         )  # fmt: skip
+    assert not os.listdir(tmp_path)
+
+
+class Fixed(nn.Module):
+    """Of two samples, and of two inputs of one length."""
+
+    def forward(self, x, y):
+        return x.reshape(2, 2, -1) + y.mean(), x[0] + y
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (({0: "n"}, None), r"as the model needs them: n = 4\. A dimension that is a number"),
+        (({1: "n"}, {0: "m"}), r"as the model needs them: m = n\. "),
+    ],
+)
+def test_a_dimension_that_the_model_decides_is_named(tmp_path, shapes, message):
+    """In the words of ``dynamic_shapes``; nothing is written."""
+    dims = [x and {dim: torch.export.Dim(name) for dim, name in x.items()} for x in shapes]
+    inputs = (torch.ones(4, 6), torch.ones(6))
+    with pytest.raises(ValueError, match=message):
+        export_onnx(Fixed().eval(), inputs, tmp_path / "m.onnx", dynamic_shapes=tuple(dims))
+    assert not os.listdir(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Looking(Radial):
+    """A policy that chooses by what it sees on the host."""
+
+    def select(self, selection):
+        assert selection.query.sum() != 0
+        return super().select(selection)
+
+
+def test_a_policy_that_looks_at_values_is_refused(tmp_path):
+    """A file cannot do that."""
+    model, inputs = wan()
+    with pytest.raises(ValueError, match=r"policy=.*Looking.* cannot be exported: what it chooses"):
+        export_onnx(
+            model, (), tmp_path / "model.onnx", config=Config(policy=Looking(), **SMALL),
+            kwargs={**inputs, "return_dict": False},
+        )  # fmt: skip
+    assert not os.listdir(tmp_path)
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    """Before anything is traced."""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"pip install 'uta-fx\[onnx\]'"):
+        export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), tmp_path / "model.onnx")
     assert not os.listdir(tmp_path)
 
 

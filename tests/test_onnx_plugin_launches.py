@@ -34,9 +34,10 @@ MADE = {  # in PyTorch in memory of its own each time, in the plugin in the same
     "_pooled_variance_kernel": ("sigma2_ptr",),
 }
 
-WHOLE = "_mark_listed_kernel _pair_lists_kernel _longest_first_kernel _pooled_variance_kernel _paired_kernel"
-LISTS = "_mark_listed_kernel _pair_lists_kernel _longest_first_kernel _paired_kernel"
-RESUMED = "_mark_listed_kernel _tail_kernel _pair_lists_kernel _longest_first_kernel _paired_kernel"
+ORDER = "_pair_lists_kernel _longest_first_kernel"
+WHOLE = f"_mark_listed_kernel {ORDER} _pooled_variance_kernel _paired_kernel"
+LISTS = f"_mark_listed_kernel {ORDER} _paired_kernel"
+RESUMED = f"_mark_listed_kernel _tail_kernel {ORDER} _paired_kernel"
 PLAIN = "_mark_listed_kernel _tail_kernel _listed_kernel"
 HOPPER = Case(
     length_q=300, length_kv=555, dim=128, dim_v=128, block_q=64, block_kv=64, dtype=torch.bfloat16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, double, poisoned
+from cases import Case, double, poisoned, with_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def assert_as_accurate_as_eager(args):
-    """The kernel errs no more than the reference in the same dtype, plus roundings of its own.
+    """From lists and from a mask: no worse than the reference in that dtype, plus own roundings.
 
     Both errors are measured against float64 on the same rounded inputs. The kernel merges two
     softmaxes, which rounds each part and the sum once more in float32, and rounds the output once
@@ -24,6 +24,8 @@ def assert_as_accurate_as_eager(args):
     exact, exact_lse = reference.sparse_attention(*double(args))
     eager, eager_lse = reference.sparse_attention(*args)
     output, lse = ops.sparse_attention(*args)
+    masked = ops.block_masked_attention(*with_mask(args))
+    torch.testing.assert_close(masked, (output, lse))  # sums in another order
     assert output.dtype == args[0].dtype and lse.dtype == torch.float32
     assert not output.isnan().any()
     rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item()
@@ -200,11 +202,33 @@ def test_bad_arguments_are_named(place, change, error, message):
         ops.sparse_attention(*args)
 
 
-def test_a_gradient_is_refused():
+@pytest.mark.parametrize(
+    ("place", "change", "error", "message"),
+    [
+        (1, lambda k: k.half(), TypeError, "key must be torch.float32, got torch.float16"),
+        (3, lambda x: x.int(), TypeError, "exact must be torch.bool, got torch.int32"),
+        (3, lambda x: x[..., :3], ValueError, r"exact must have shape \(2, 3, 5, 4\), got"),
+        (3, lambda x: x.to("meta"), TypeError, "exact must be on cpu"),
+        (8, lambda h: h.expand(-1, -1, 2, -1, -1), ValueError, "tail_slope must hold 0, 1 or 5"),
+        (11, lambda _: 48, ValueError, "block_q must be one of"),
+    ],
+)
+def test_bad_arguments_beside_a_mask_are_named(place, change, error, message):
+    args = with_mask(Case().inputs())
+    args[place] = change(args[place])
+    with pytest.raises(error, match=message):
+        ops.block_masked_attention(*args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gradient_is_refused(masked):
     """The operator is forward-only and says so."""
     args = Case().inputs()
     args[0].requires_grad_()
-    output, _ = ops.sparse_attention(*args)
+    if masked:
+        output, _ = ops.block_masked_attention(*with_mask(args))
+    else:
+        output, _ = ops.sparse_attention(*args)
     with pytest.raises(RuntimeError, match="forward-only"):
         output.sum().backward()
 
@@ -215,6 +239,8 @@ def test_registration(tail, dim_v):
     args = Case(tail=tail, slopes="none", dim_v=dim_v).inputs()
     args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(torch.ops.uta.sparse_attention.default, tuple(args))
+    masked = tuple(with_mask(args))
+    torch.library.opcheck(torch.ops.uta.block_masked_attention.default, masked)
     scores = (args[0], args[0][:, :, :4], args[0][:, :, :4].square(), torch.zeros(2, 3, 4))
     torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32, 2))
     torch.library.opcheck(torch.ops.uta.block_statistics.default, (args[1], args[2], 64))
@@ -293,7 +319,13 @@ def test_block_statistics_agree_with_the_reference(dtype, length):
     exact = reference.block_statistics(key.double(), value.double(), 32)
     eager = reference.block_statistics(key, value, 32)
     results = ops.block_statistics(key, value, 32)
-    assert_as_accurate_as_float32(results, eager, exact, terms=32 * 24)
+    dtypes = [dtype] * 3 + [torch.float32] * 2
+    assert [x.dtype for x in results] == [x.dtype for x in eager] == dtypes
+    unit = torch.finfo(dtype).eps / 2 + 2**-24 * 32 * 24  # of one rounding, and of float32's sums
+    for got, mine, true in zip(results[:3], eager[:3], exact[:3], strict=True):
+        allowed = 2 * (mine - true).abs().max() + unit * true.abs().max()
+        assert (got - true).abs().max() <= allowed
+    assert_as_accurate_as_float32(results[3:], eager[3:], exact[3:], terms=32 * 24)
 
 
 def randn_transposed(batch, length, heads, dim):

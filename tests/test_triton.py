@@ -11,7 +11,7 @@ from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from cases import poisoned
+from cases import poisoned, with_mask
 
 from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
@@ -110,7 +110,7 @@ def double(args):
 
 
 def assert_as_accurate_as_eager(args, result=None, more=(0.0, 0.0)):
-    """The kernel errs no more than the reference in the same dtype, plus roundings of its own.
+    """From lists and from a mask: no worse than the reference in that dtype, plus own roundings.
 
     Both errors are measured against float64 on the same rounded inputs. On top of what eager errs:
     the output is rounded once, and so is the tail's part between the two kernels (half a unit each,
@@ -120,9 +120,21 @@ def assert_as_accurate_as_eager(args, result=None, more=(0.0, 0.0)):
     that share of the largest value; the log-sum-exp by that much and log2's two units. ``more`` is
     what a kernel's other roundings may add to the error of the output and of the log-sum-exp.
     """
-    output, lse = result or triton_attention.sparse_attention(*args)
-    exact, exact_lse = reference.sparse_attention(*double(args))
-    eager, eager_lse = reference.sparse_attention(*args)
+    results = (
+        [result]
+        if result
+        else [
+            triton_attention.sparse_attention(*args),
+            triton_attention.block_masked_attention(*with_mask(args)),
+        ]
+    )
+    exact = reference.sparse_attention(*double(args))
+    eager = reference.sparse_attention(*args)
+    for output, lse in results:
+        _assert_as_accurate(args, output, lse, *exact, *eager, more)
+
+
+def _assert_as_accurate(args, output, lse, exact, exact_lse, eager, eager_lse, more):
     seen = exact_lse != -torch.inf
     assert torch.equal(lse == -torch.inf, ~seen)
     assert output.dtype == args[0].dtype and lse.dtype == torch.float32
@@ -391,15 +403,21 @@ def assert_statistics_are_accurate(key, value, block_kv):
 
     Float32 sums of n terms err by 2^-24 of the terms' absolute sum for each addition, and the
     division once more. A deviation carries the mean's error and is rounded; a variance squares it.
-    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values.
+    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values. What
+    is of the keys' dtype is rounded to it.
     """
     results = triton_statistics.block_statistics(key, value, block_kv)
     exact = reference.block_statistics(key.double(), value.double(), block_kv)
-    assert all(x.dtype == torch.float32 and not x.isnan().any() for x in results)
+    assert [x.dtype for x in results] == [key.dtype] * 3 + [torch.float32] * 2
+    assert not any(x.isnan().any() for x in results)
+    limits = torch.finfo(key.dtype)
     additions = 2**-24 * (block_kv + 2)
     largest_k, largest_v = (additions * x.double().abs().max() for x in (key, value))
 
     def assert_within(got, expected, allowed):
+        if got.dtype != torch.float32:  # half a unit, or half of the smallest number
+            rounded = limits.eps / 2 * (expected.abs() + allowed)
+            allowed = allowed + rounded.clamp(min=limits.smallest_normal * limits.eps / 2)
         assert ((got.double() - expected).abs() <= allowed).all()
 
     k_mean, k_var, v_mean, v_var, covariance = exact

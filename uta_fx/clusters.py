@@ -77,7 +77,7 @@ class Blocks:
         return dataclasses.replace(
             statistics,
             size=size,
-            key_variance=statistics.key_variance * share[..., None],
+            key_variance=(statistics.key_variance * share[..., None]).to(key.dtype),
             value_variance=statistics.value_variance * share,
             covariance=statistics.covariance * (key.shape[2] / size.sum(-1))[..., None, None],
         )

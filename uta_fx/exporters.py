@@ -379,12 +379,7 @@ def _sparse_program(
             with decided(model, branches):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         except Exception as error:  # of many kinds: data that decides, containers, shapes
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"model cannot be traced by torch.export: {reason}. Export a module that is one"
-                " graph: no containers of its own as arguments, no branch on the values of tensors"
-                " unless decide_branches=True takes the way that these inputs take"
-            ) from error
+            raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
             program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host
@@ -404,3 +399,19 @@ def _sparse_program(
     if note := note_on_layers(sites, config):
         notes.append(note)
     return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), branches
+
+
+def _why_not_traced(said: str) -> str:
+    """What torch.export said, with what a user can do."""
+    reason, _, fixes = said.partition("\n")[0], *said.partition("Suggested fixes:\n")[1:]
+    if fixes:  # one a line, up to an empty line: of dimensions that the model relates or fixes
+        needs = ", ".join(line.strip() for line in fixes.partition("\n\n")[0].splitlines())
+        return (
+            f"dynamic_shapes must be as the model needs them: {needs}. A dimension that is a number"
+            " there cannot be dynamic: leave it out, and export one file for each size"
+        )
+    return (
+        f"model cannot be traced by torch.export: {reason}. Export a module that is one graph: no"
+        " containers of its own as arguments, no branch on the values of tensors unless"
+        " decide_branches=True takes the way that these inputs take"
+    )

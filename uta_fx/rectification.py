@@ -37,7 +37,8 @@ def pooled_shares(selection: Selection) -> PooledShares:
     """
     means = query_means(selection.query, selection.block_q)
     statistics = selection.statistics
-    logits = selection.scale * means @ statistics.key_mean.mT + statistics.log_size[:, :, None]
+    key = statistics.key_mean.float()
+    logits = selection.scale * means @ key.mT + statistics.log_size[:, :, None]
     text = selection.scale * means @ selection.text_key.float().mT
     if selection.text_bias is not None:
         text = text + selection.text_bias
@@ -55,7 +56,8 @@ def gains(selection: Selection) -> Tensor:
     Returns:
         Boolean ``[B, H, Nq, Nk]``.
     """
-    query, key = query_means(selection.query, selection.block_q), selection.statistics.key_mean
+    query = query_means(selection.query, selection.block_q)
+    key = selection.statistics.key_mean.float()
     spread_q = _mean_deviations(selection.query, selection.block_q, query)
     spread_k = _mean_deviations(selection.key, selection.block_kv, key)
     error = (spread_q @ key.mT).abs() + (query @ spread_k.mT).abs()
@@ -101,4 +103,4 @@ def rectification(selection: Selection, exact: Tensor, *, keep_rejected: bool) -
         gain = 1 - added.sum(-1)  # without the rounding of a second sum: together they are 1
     else:
         gain = (shares.blocks.masked_fill(~exact, 0.0).sum(-1, keepdim=True) + shares.text)[..., 0]
-    return Rectification(gain, added @ selection.statistics.value_mean)
+    return Rectification(gain, added @ selection.statistics.value_mean.float())

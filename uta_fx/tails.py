@@ -110,8 +110,8 @@ class Tail:
             return self._grouped(selection, exact, key, value)
         statistics, absent = selection.statistics, _absent(key, value)
         blocks = absent._replace(
-            key=statistics.key_mean.to(key.dtype),
-            value=statistics.value_mean.to(key.dtype),
+            key=statistics.key_mean,
+            value=statistics.value_mean,
             log_size=statistics.log_size,
         )
         if self.kind == "block":
@@ -120,9 +120,7 @@ class Tail:
             slope = statistics.covariance[:, :, None]
         else:
             slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
-        return blocks._replace(
-            variance=statistics.key_variance.to(key.dtype), slope=slope.to(key.dtype)
-        )
+        return blocks._replace(variance=statistics.key_variance, slope=slope.to(key.dtype))
 
     def rectification(self, selection: Selection, exact: Tensor) -> Rectification:
         """What a tail ``rectified`` makes of the output; arguments as in ``representatives``."""
@@ -143,7 +141,7 @@ class Tail:
         total = sizes.sum(-1)
         share = (sizes / total.clamp(min=1)[..., None]).flatten(2, 3)  # [B, H, Nq * R, Nk]
         mean_key, mean_value = (
-            (share @ mean).unflatten(2, total.shape[2:])
+            (share @ mean.float()).unflatten(2, total.shape[2:])
             for mean in (statistics.key_mean, statistics.value_mean)
         )
         if self.kind == "normalizer":
@@ -169,7 +167,7 @@ def _absent(key: Tensor, value: Tensor) -> Representatives:
 def _pooled_logits(selection: Selection) -> Tensor:
     """Mean query times mean key, scaled: float32 ``[B, H, Nq, Nk]``."""
     means = query_means(selection.query, selection.block_q) * selection.scale
-    return means @ selection.statistics.key_mean.transpose(-1, -2)
+    return means @ selection.statistics.key_mean.float().mT
 
 
 def _bin_by_logit(logits: Tensor, exact: Tensor, bins: int) -> Tensor:

@@ -62,7 +62,7 @@ class LowDelta:
             variance = variance * (spread / largest)[..., None]
         return (
             query,
-            statistics.key_mean.to(query.dtype),
+            statistics.key_mean,
             variance.to(query.dtype),
             statistics.log_size,
             selection.scale,

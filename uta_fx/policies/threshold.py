@@ -39,7 +39,7 @@ class Threshold:
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
         means = query_means(selection.query, selection.block_q) * selection.scale
-        logits = means @ selection.statistics.key_mean.transpose(-1, -2)
+        logits = means @ selection.statistics.key_mean.float().mT
         center = logits.mean(-1, keepdim=True)
         deviation = (logits - center).square().mean(-1, keepdim=True).sqrt()
         rows, blocks = logits.shape[-2:]

@@ -26,5 +26,5 @@ def pooled_attention(selection: Selection) -> Tensor:
     """Attention of each row as block means estimate it: float32 ``[B, H, Nq, Nk]``."""
     statistics = selection.statistics
     means = query_means(selection.query, selection.block_q) * selection.scale
-    logits = means @ statistics.key_mean.transpose(-1, -2) + statistics.log_size[:, :, None]
+    logits = means @ statistics.key_mean.float().mT + statistics.log_size[:, :, None]
     return logits.softmax(-1)
