@@ -52,6 +52,7 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
     Its floating-point outputs are NaN wherever a run of the graph finds another answer.
     """
     forward, branches = model.forward, tuple(branches)
+    own = vars(model).get("forward")  # of a model in which a hook took the class's place
 
     @functools.wraps(forward)
     def decided_forward(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,9 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
     try:
         yield
     finally:
-        del model.forward  # the class's own again
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 class _Listener(TorchFunctionMode):

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
+from uta_fx.export.sort_selected import sort_selected
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -36,6 +37,7 @@ def sparsify_program(
     """
     if program.example_inputs is None:
         raise ValueError("program must carry example inputs, got an exported program without them")
+    program = sort_selected(program, dynamic_shapes)
     args, kwargs = program.example_inputs
     module = program.module()
     assert isinstance(module, torch.fx.GraphModule)

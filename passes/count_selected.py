@@ -15,31 +15,17 @@ from torch.fx import Graph, Node
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import Size, argument, name_of, written_by
 
-
-def counted(size: Size, graph: Graph) -> Size:
-    """A size as a number, where what masks and their complements select adds up to all.
-
-    Args:
-        size: Of a tensor in the graph, or computed from such sizes.
-        graph: Where tokens are selected.
-
-    Returns:
-        An int, or the size as it was.
-    """
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr.xreplace(_counts(graph))
-    return int(expression) if expression.is_number else size
+Counts = dict[sympy.Symbol, sympy.Expr]
 
 
-def _counts(graph: Graph) -> dict[sympy.Symbol, sympy.Expr]:
+def count_selected(graph: Graph) -> Counts:
     """Each symbol that counts what a mask selects, by one symbol for each mask."""
     if any(_is_written_mask(node) for node in graph.nodes):
         return {}
     ones: dict[Node, sympy.Expr] = {}
-    counts: dict[sympy.Symbol, sympy.Expr] = {}
+    counts: Counts = {}
     for node in graph.nodes:
-        mask = _mask_of(node)
+        mask = mask_of(node)
         if mask is None:
             continue
         symbol, total = recorded(node).shape[0].node.expr, recorded(mask).shape[0]
@@ -50,7 +36,23 @@ def _counts(graph: Graph) -> dict[sympy.Symbol, sympy.Expr]:
     return counts
 
 
-def _mask_of(node: Node) -> Node | None:
+def counted(size: Size, counts: Counts) -> Size:
+    """A size as a number, where what masks and their complements select adds up to all.
+
+    Args:
+        size: Of a tensor in the graph, or computed from such sizes.
+        counts: Of ``count_selected``.
+
+    Returns:
+        An int, or the size as it was.
+    """
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr.xreplace(counts)
+    return int(expression) if expression.is_number else size
+
+
+def mask_of(node: Node) -> Node | None:
     """What selects rows where a node is ``x[mask]``, of as many as only a run knows."""
     if name_of(node) not in ("getitem", "index"):
         return None
@@ -60,10 +62,9 @@ def _mask_of(node: Node) -> Node | None:
     known = isinstance(mask, Node) and isinstance(value, torch.Tensor) and value.dim() > 0
     if not known or isinstance(value.shape[0], int) or not value.shape[0].node.expr.is_symbol:
         return None
-    of: Any = recorded(mask)
-    return (
-        mask if of.dtype == torch.bool and of.dim() == 1 and isinstance(of.shape[0], int) else None
-    )
+    whole: Any = recorded(mask)
+    selects = whole.dtype == torch.bool and whole.dim() == 1 and isinstance(whole.shape[0], int)
+    return mask if selects else None
 
 
 def _is_written_mask(node: Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from uta_fx.passes.count_selected import counted
+from uta_fx.passes.count_selected import count_selected, counted
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import argument, name_of, number_of, same
 
@@ -141,7 +141,8 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
         if along != dim:
             return [(x, start, stop) for x, _ in parts]
     else:
-        pads = [counted(number_of(pad), node.graph) for pad in argument(node, 1, "pad")]
+        counts = count_selected(node.graph)
+        pads = [counted(number_of(pad), counts) for pad in argument(node, 1, "pad")]
         if len(pads) != 2 or dim != -1:
             return None
         source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0

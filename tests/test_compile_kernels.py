@@ -92,8 +92,8 @@ for op, launch in ops.LAUNCHERS.items():
     setattr(cpu, name, run_and_launch)
 run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
-kernels = {kernel for _, kernel, _ in before}
-assert len(kernels) == 10, kernels
+names = {name for _, name, _ in before}
+assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
 """
 )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from uta_fx import Config
 from uta_fx.backend import plan_of
@@ -37,6 +38,38 @@ def test_a_wan_program_keeps_its_result_and_holds_the_operator():
     assert {site.reordered for site in sites if site.sparse} == {"once"}
     output = sparse.module()(*args, return_dict=False)[0]
     torch.testing.assert_close(output, model(*args, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+
+
+class Sorted(nn.Module):
+    """Text of which the valid part comes first, and zeros for the rest."""
+
+    def forward(self, text, seen):
+        sorted_ = torch.cat([text[seen], torch.zeros_like(text[~seen])])
+        shown = torch.cat([seen[seen], seen[~seen]])
+        return sorted_.view(sorted_.shape[0], 2, -1), shown
+
+
+class Cut(nn.Module):
+    """The valid part of a text alone."""
+
+    def forward(self, text, seen):
+        return text[seen], torch.cat([text[seen], text[seen]])
+
+
+def test_what_a_mask_and_its_complement_select_has_a_known_length():
+    """And no operation whose output does not."""
+    text, seen = torch.randn(7, 4), torch.tensor([0, 1, 0, 1, 1, 0, 1]).bool()
+    program = torch.export.export(Sorted(), (text, seen))
+    sparse, _ = sparsify_program(program, plan_of(Config()))
+    values = tree_leaves([node.meta.get("val") for node in sparse.graph.nodes])
+    assert all(isinstance(x, torch.Tensor) for x in values if x is not None)
+    assert all(isinstance(n, int) for x in values if x is not None for n in x.shape)
+    for mask in (seen, ~seen, seen & False, seen | True):
+        for got, expected in zip(sparse.module()(text, mask), Sorted()(text, mask), strict=True):
+            assert torch.equal(got, expected)
+    program = torch.export.export(Cut(), (text, seen))
+    sparse, _ = sparsify_program(program, plan_of(Config()))
+    assert torch.equal(sparse.module()(text, ~seen)[1], Cut()(text, ~seen)[1])
 
 
 def test_a_program_without_inputs_is_refused():

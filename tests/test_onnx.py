@@ -467,7 +467,9 @@ def test_hunyuan_video_15_takes_every_prompt_and_one_kind_of_image(tmp_path):
         model, (), path, config=config, kwargs=arguments, decide_branches=True
     )
     sites = [site for site in explanation.sites if site.kind == "joint"]
-    assert [(site.sparse, site.grid) for site in sites] == [(True, entry.grid)] * 2
+    assert [(site.sparse, site.grid, site.text) for site in sites] == [
+        (True, entry.grid, (0, 18))  # a plugin and an engine need to know how much text there is
+    ] * 2
     options = {
         "inner": "eager", "density": 0.3, "grid": entry.grid, "min_tokens": 48, "block_q": 16,
         "block_kv": 16,
@@ -629,3 +631,32 @@ def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     results = run(path, {"scores": scores.numpy()})
     for got, want in zip(results, Select()(scores), strict=True):
         assert torch.equal(torch.from_numpy(got), want)
+
+
+class Assigns(nn.Module):
+    """Numbers replaced in place: channels of a rotary embedding, every third token, some tokens."""
+
+    def forward(self, x, y):
+        turned = torch.empty_like(x)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned[..., 0::2] = a * y - b
+        turned[..., 1::2] = a + b * y
+        third, some, last, tall = x.clone(), x.clone(), x.clone(), x.clone()
+        third[:, 1::3] = y[:, 1::3].repeat_interleave(2, -1)
+        some[:, 2:5] = 0.5
+        last[:, -3:] = x[:, :3]
+        tall[1:, ::4] = x[1:, ::4] + 1  # tokens are no multiple of four
+        return turned, third, some, last, tall
+
+
+def test_numbers_are_replaced_without_an_index_each(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 9, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
+    model = Assigns().eval()
+    export_onnx(model, (x, y), tmp_path / "model.onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert sum(node.op_type == "ScatterND" for node in nodes) == 1
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), (x, y), strict=True)}
+    for got, expected in zip(session.run(None, feed), model(x, y), strict=True):
+        assert torch.equal(torch.from_numpy(got), expected)

@@ -55,3 +55,23 @@ def test_a_study_measures_and_leaves_the_pipeline_as_it_was(tmp_path):
     rows = json.loads((tmp_path / "scores.json").read_text())
     assert [row["label"] for row in rows] == ["all exact", "sparse", "dense start"]
     assert rows[1]["density"] == "0.1" and rows[1]["psnr"] == sparse
+
+
+def test_one_row_of_the_page_of_files_is_made_anew(monkeypatch):
+    """The others stay; a page of other versions, or an unknown model, is refused."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from uta_fx.study import exports
+
+    monkeypatch.setattr(exports, "_cells", lambda model: ("2", f"first {model.name}"))
+    before = exports.page()
+    monkeypatch.setattr(exports, "_cells", lambda model: ("4", "second"))
+    page = exports.page(["Wan I2V"], before)
+    assert page == before.replace("| Wan I2V | 2 | first Wan I2V |", "| Wan I2V | 4 | second |")
+    assert page != before
+    for only, given, message in (
+        (["Wan 9"], before, "only must name models of the table, got Wan 9"),
+        (["Wan"], before.replace("PyTorch", "PyTorch 1.0"), "only needs a page that these"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exports.page(only, given)
