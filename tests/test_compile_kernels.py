@@ -69,7 +69,7 @@ compile_kernels.device_of = lambda args: 0
 compile_kernels.load_driver = lambda indices: None
 for module in (gluon_attention, gluon_scores, gluon_statistics):
     module.on_hopper = lambda x: True
-before, launched = set(), set()
+before, launched, running = set(), set(), []
 
 
 def note(kernel, key, *rest):
@@ -82,14 +82,18 @@ for op, launch in ops.LAUNCHERS.items():
     name = op._schema.name.removeprefix("uta::")
 
     def run_and_launch(*args, run=getattr(cpu, name), launch=launch):
-        launch(*args)
-        return run(*args)
+        if not running:  # one operator may run another on a CPU
+            launch(*args)
+        running.append(run)
+        result = run(*args)
+        running.pop()
+        return result
 
     setattr(cpu, name, run_and_launch)
 run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
-kernels = {kernel for _, kernel, _ in before}
-assert len(kernels) == 12, kernels
+names = {name for _, name, _ in before}
+assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
 """
 )
 
@@ -183,10 +187,9 @@ def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
         calls.append("failed")
         raise RuntimeError("cannot be noted")
 
-    first, *others = ops.LAUNCHERS
-    monkeypatch.setitem(ops.LAUNCHERS, first, fail)
-    for op in others:
+    for op in ops.LAUNCHERS:
         monkeypatch.setitem(ops.LAUNCHERS, op, launch)
+    monkeypatch.setitem(ops.LAUNCHERS, torch.ops.uta.block_masked_attention.default, fail)
     torch._dynamo.reset()
     assert torch.equal(sparse_toy()(x), expected)
     assert {"noted", "failed"} <= set(calls)
