@@ -221,7 +221,9 @@ def _reduced_qr(matrix: torch.Tensor, mode: str = "reduced") -> Any:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How the exporter writes our operators: as nodes of our domain."""
+    """How the exporter writes our operators, as nodes of our domain, and some of PyTorch's."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter  # slow to import
+
     domain = Opset(DOMAIN, VERSION)
     nodes = {name: Op(domain, name, schema) for name, schema in schemas().items()}
 
@@ -396,6 +398,42 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         return sort(x, dim, descending)
 
+    def slice_scatter(
+        x: Any,
+        source: Any,
+        dim: int = 0,
+        start: int | None = None,
+        end: int | None = None,
+        step: int = 1,
+    ) -> Any:
+        """Numbers side by side with those that they do not replace.
+
+        Models turn pairs of channels so (rotary embeddings). The exporter's own form, ScatterND,
+        takes an index for each number.
+        """
+        sizes, dim = list(x.shape), dim % len(x.shape)
+        size, count, inner = sizes[dim], source.shape[dim], sizes[dim + 1 :]
+        several = step > 1
+        known = all(isinstance(n, int) for n in (size, count, *(inner if several else ())))
+        first = slice(start, end).indices(size)[0] if known else 0
+        if not known or (several and (count * step != size or first >= step)):
+            return aten_slice_scatter(x, source, dim, start, end, step)
+
+        def numbers(*values: int) -> Any:
+            return opset18.Constant(value_ints=list(values))
+
+        if several:  # in a dimension of their own; a 0 is a size that stays
+            x = opset18.Reshape(x, numbers(*[0] * dim, count, step, *inner))
+            source = opset18.Reshape(source, numbers(*[0] * dim, count, 1, *inner))
+        axis = dim + several
+        rest = first + (1 if several else count), step if several else size
+        before, after = (
+            [opset18.Slice(x, numbers(low), numbers(high), numbers(axis))] if high > low else []
+            for low, high in ((0, first), rest)
+        )
+        joined = opset18.Concat(*before, source, *after, axis=axis)
+        return opset18.Reshape(joined, numbers(*[0] * dim, size, *inner)) if several else joined
+
     def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """An operator that returns a constant, as that constant."""
 
@@ -409,6 +447,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.slice_scatter.default: slice_scatter,
         torch.ops.aten.sort.default: sort,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
