@@ -1,5 +1,6 @@
 """Kernels that are compiled while Inductor compiles the graph are those that it then launches."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from uta_fx import compile_kernels
 from uta_fx.kernels import ops
-from uta_fx.kernels.launches import Pointer, launcher, note_launches
+from uta_fx.kernels.launches import Launch, Pointer, launcher, note_launches
 
 MODEL = """
 import torch
@@ -232,6 +233,27 @@ def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
     torch._dynamo.reset()
     assert torch.equal(sparse_toy()(x), expected)
     assert {"noted", "failed"} <= set(calls)
+
+
+def test_what_cannot_be_loaded_is_left_to_the_launch(monkeypatch):
+    """Which asks for it anew: on that device it is as if it had not been compiled."""
+
+    class Compiled:
+        @property
+        def run(self):
+            raise RuntimeError("no room")
+
+    class Kernel:
+        def __init__(self):
+            self.device_caches = {0: "its kernels", 1: "those of another device"}
+
+        def warmup(self, *args, **options):
+            return Compiled()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    kernel = Kernel()
+    compile_kernels._compile([Launch(kernel, (), {})], 0)
+    assert kernel.device_caches == {1: "those of another device"}
 
 
 def test_the_graphs_error_is_the_one_that_is_raised(on_gpu):
