@@ -7,7 +7,7 @@ operator takes them too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -128,9 +128,10 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
     if not paired:
         kernels["LISTED"] = _compile_listed(variant, architecture)
         return kernels
+    unaligned = gluon_attention.OF_PARTS["do_not_specialize_on_alignment"]
     kernels["ORDER"] = _compile(
         gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
-        blocks=2,
+        blocks=2, unaligned=unaligned,
     )  # fmt: skip
     kernels["TURNS"] = _compile(
         gluon_attention._longest_first_kernel, variant, architecture,
@@ -147,7 +148,7 @@ def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
     )
     kernels["PAIRED"] = _compile(
         gluon_attention._paired_kernel, variant, architecture, options,
-        blocks=gluon_attention.blocks_of_program(variant.dim),
+        blocks=gluon_attention.blocks_of_program(variant.dim), unaligned=unaligned,
     )  # fmt: skip
     return kernels
 
@@ -202,6 +203,7 @@ def _compile(
     *,
     programs: int = 1,
     blocks: int = 1,
+    unaligned: Container[str] = (),
 ) -> Kernel:
     constants = {name: x for name, x in options.items() if name in function.arg_names}
     renamed = _NAMES.get(function.__name__, {})
@@ -221,7 +223,7 @@ def _compile(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
-        if name in parameters and _is_divisible(parameters[name], variant)
+        if name in parameters and name not in unaligned and _is_divisible(parameters[name], variant)
     }
     try:
         compiled = triton.compile(
@@ -274,7 +276,7 @@ def _map_types(
 
 
 def _is_divisible(name: str, variant: Variant) -> bool:
-    """Whether 16 divides a parameter: the plugin checks pointers, and tensors are contiguous."""
+    """Whether 16 divides a parameter: the plugin checks tensors, which are contiguous."""
     if name.endswith("_ptr"):
         return True
     tensor, _, stride = name.rpartition("_s")

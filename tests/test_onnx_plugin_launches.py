@@ -77,7 +77,10 @@ class Recorder:
 
 
 class Compiler:
-    """Stands in for ``triton.compile``; keeps signature, constants and options by kernel."""
+    """Stands in for ``triton.compile``; keeps by kernel what it is compiled for.
+
+    That is its signature, constants, options, and the parameters that 16 divides.
+    """
 
     def __init__(self):
         self.given = {}
@@ -85,7 +88,8 @@ class Compiler:
     def __call__(self, source, target, options):
         names, signature = source.fn.arg_names, source.signature
         constants = {names[index]: x for (index,), x in source.constants.items()}
-        self.given[source.fn.__name__] = (signature, constants, options)
+        divisible = {names[index] for (index,) in source.attrs}
+        self.given[source.fn.__name__] = (signature, constants, options, divisible)
         maps = [kind for kind in signature.values() if kind.startswith("tensordesc")]
         metadata = SimpleNamespace(
             name=source.fn.__name__, shared=60000, num_warps=options.get("num_warps", 4),
@@ -179,7 +183,8 @@ def assert_launches(runtime, compiled, expected):
     for launch, (kernel, grid, arguments) in zip(runtime.launches, expected, strict=True):
         assert (launch.kernel, launch.grid, launch.shared) == (kernel, grid, 60000)
         assert launch.threads == 32 * arguments.get("num_warps", 4)
-        _, constants, options = compiled[kernel]
+        _, constants, options, divisible = compiled[kernel]
+        assert not any(launch.arguments[name] % 16 for name in divisible)
         for name, value in (constants | options).items():
             assert value == arguments.pop(name), (kernel, name)
         unread = tuple(
