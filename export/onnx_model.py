@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import itertools
@@ -112,6 +113,7 @@ def write_onnx(
     model = exported.model
     with _without_their_own_worries():
         fold_constants(model)
+    _name_nodes(model)
     _name_sites(nodes_of(model, dialect.site_node), [site for site in sites if site.sparse])
     dialect.lower(model, opset)
     tidy = Passes(
@@ -529,6 +531,21 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], parts, node.outputs, [value]
         )
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes after the modules that they are of, which a viewer shows, such as Netron.
+
+    Of what the exporter notes beside a node its namespace alone stays, by which viewers fold a
+    graph: stack traces hold the paths of this machine.
+    """
+    for node in model.graph:
+        notes = node.metadata_props
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))  # and its own
+        path = scopes[-2] if len(scopes) > 1 else ""
+        node.name = f"{path}/{(node.name or '').removeprefix('node_')}".removeprefix("/")
+        for key in [key for key in notes if key != "namespace"]:
+            del notes[key]
 
 
 def _name_sites(nodes: Sequence[ir.Node], sites: Sequence[Site]) -> None:

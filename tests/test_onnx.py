@@ -206,6 +206,12 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     assert [function.name for function in loaded.functions] == ["SparseAttention"]
     assert [x.name for x in loaded.graph.input] == list(inputs)
     assert [x.name for x in loaded.graph.output] == ["output"]
+    names = [node.name for node in loaded.graph.node]
+    assert any(name.startswith("blocks.1.ffn.net.2/linear") for name in names)
+    assert len(set(names)) == len(names)
+    assert {entry.key for node in loaded.graph.node for entry in node.metadata_props} == {
+        "namespace"
+    }
     metadata = {entry.key: entry.value for entry in loaded.metadata_props}
     assert json.loads(metadata["uta_fx.config"])["density"] == 0.3
     assert [site["name"] for site in json.loads(metadata["uta_fx.sites"])] == [
