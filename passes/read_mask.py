@@ -9,7 +9,10 @@ from torch.fx import Node
 
 from uta_fx.passes.count_selected import count_selected, counted
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import argument, name_of, number_of, same
+from uta_fx.passes.trace_axes import VIEWS, argument, name_of, number_of, same, written_by
+
+HIDING = -9984.0
+"""What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""
 
 
 def hides(mask: Node, start: int, stop: int, *, trusted: bool = False) -> str | None:
@@ -44,7 +47,55 @@ def hides(mask: Node, start: int, stop: int, *, trusted: bool = False) -> str | 
             return "its attention mask differs from query to query"
         if not trusted and not _always(part, -1 if keys else -2, start, stop, seen):
             return "the graph does not show that its attention mask leaves all video tokens seen"
+    # a proof sees how tensors are made, and not what is written into them later
+    if not (trusted and parts == [mask] and _is(rows, 1)) and _is_written(mask):
+        return "its attention mask is made of a tensor that is written to"
     return None
+
+
+def pads(mask: Node, *, trusted: bool = False) -> str | None:
+    """Why a mask may do more than hide the last keys of each sample from all queries, or None.
+
+    Args:
+        mask: As in ``hides``.
+        trusted: Prove alone that all queries see the same keys, and not that these come first: a
+            run checks that.
+    """
+    value = recorded(mask)
+    if value.dim() < 2:
+        return f"its attention mask has {value.dim()} dimensions"
+    one_row = _is(value.shape[-2], 1)
+    if not _constant(mask, -2):
+        return "its attention mask differs from query to query"
+    if not trusted and not (_first(mask, True) if value.dtype == torch.bool else _added(mask)):
+        return (
+            "the graph does not show that its attention mask hides the end of each sample's tokens"
+            " alone; trust_masks=True takes it to"
+        )
+    if not (trusted and one_row) and _is_written(mask):
+        return "its attention mask is made of a tensor that is written to"
+    return None
+
+
+def _is_written(mask: Node) -> bool:
+    """Whether an operation may write into a tensor that a mask is made of."""
+    made_of: set[Node] = set()
+    stack = [mask]
+    while stack:
+        node = stack.pop()
+        if node not in made_of:
+            made_of.add(node)
+            stack += node.all_input_nodes
+    stack = list(made_of)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if written_by(user) is node:
+                return True
+            if user not in made_of and name_of(user) in (*VIEWS, *_ALIKE):
+                made_of.add(user)
+                stack.append(user)
+    return False
 
 
 def _operands(node: Node) -> list[Node]:
@@ -167,12 +218,8 @@ def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
     if not isinstance(source, Node) or not isinstance(recorded(source), torch.Tensor):
         return False
     old, new = list(recorded(source).shape), list(recorded(node).shape)
-    if name_of(node) == "getitem":
-        index = argument(node, 1, "other")
-        index = index if isinstance(index, tuple) else (index,)
-        whole = (None, Ellipsis, slice(None))
-        if not all(any(entry is w or entry == w for w in whole) for entry in index):
-            return False
+    if name_of(node) == "getitem" and not _takes_all(node):
+        return False
     place = len(new) + dim
     if name_of(node) in ("expand", "repeat"):
         inside = place - (len(new) - len(old))
@@ -195,19 +242,112 @@ def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
     return _always(source, inside - len(old), start, stop, want)
 
 
+def _takes_all(node: Node) -> bool:
+    """Whether an index leaves nothing out."""
+    index = argument(node, 1, "other")
+    index = index if isinstance(index, tuple) else (index,)
+    whole = (None, Ellipsis, slice(None))
+    return all(any(entry is w or entry == w for w in whole) for entry in index)
+
+
+def _first(node: Any, want: bool) -> bool:
+    """Whether the entries of each row before some bound are 1, and all others 0.
+
+    Args:
+        node: Rows are its last dimension.
+        want: False: 0, and all others 1.
+    """
+    if not isinstance(node, Node):
+        return False
+    name = name_of(node)
+    if name in ("invert", "bitwise_not", "logical_not"):
+        source = argument(node, 0, "input")
+        return recorded(source).dtype == torch.bool and _first(source, not want)
+    if name in ("lt", "le", "gt", "ge"):
+        index, bound = node.args
+        below = name in ("lt", "le")
+        if _is_arange(bound):
+            index, bound, below = bound, index, not below
+        return _is_arange(index) and _is_one(bound) and below == want
+    if name == "masked_fill":
+        x, condition, value = node.args
+        all_ones = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], True)
+        return want and all_ones and _fits(number_of(value), False) and _first(condition, False)
+    source = _of_the_same_rows(node)
+    return source is not None and _first(source, want)
+
+
+def _added(node: Any) -> bool:
+    """Whether the entries of each row before some bound are 0, and all others hide a key."""
+    if not isinstance(node, Node):
+        return False
+    name, arguments = name_of(node), node.args
+    if name == "where":
+        condition, a, b = arguments
+        return any(
+            _fits(number_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
+            for shown, hidden, want in ((a, b, True), (b, a, False))
+        )
+    if name == "masked_fill":
+        x, condition, value = arguments
+        all_zeros = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], False)
+        return all_zeros and _is_hiding(value) and _first(condition, False)
+    if name == "mul":
+        return any(
+            _is_hiding(factor) and factor != -torch.inf and _is_complement(x)
+            for x, factor in (arguments, arguments[::-1])
+        )
+    source = _of_the_same_rows(node)
+    return source is not None and _added(source)
+
+
+def _is_complement(node: Any) -> bool:
+    """Whether entries are 0 before some bound of each row, and 1 behind it: ``1 - mask``, say."""
+    if isinstance(node, Node) and name_of(node) in ("sub", "rsub"):
+        a, b = node.args if name_of(node) == "sub" else node.args[::-1]
+        return _fits(a, True) and _first(b, True)
+    return _first(node, False)
+
+
+def _is_hiding(number: Any) -> bool:
+    number = number_of(number)
+    return isinstance(number, (int, float)) and number <= HIDING
+
+
+def _is_one(bound: Any) -> bool:
+    """Whether a bound is one number for each row."""
+    value = number_of(bound)
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 or _is(value.shape[-1], 1)
+    return isinstance(value, (int, float, torch.SymInt))
+
+
+_ALIKE = (
+    "unsqueeze", "expand", "repeat", "view", "reshape", "to", "to_copy", "getitem", "bool", "int",
+    "long", "float", "type_as", "contiguous", "clone",
+)  # fmt: skip
+
+
+def _of_the_same_rows(node: Node) -> Node | None:
+    """What a node is a view, a copy or a cast of, with the same last dimension."""
+    source = argument(node, 0, "input")
+    if name_of(node) not in _ALIKE or not isinstance(source, Node):
+        return None
+    value = recorded(source)
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return None
+    kept = _is(value.shape[-1], recorded(node).shape[-1])
+    return source if kept and (name_of(node) != "getitem" or _takes_all(node)) else None
+
+
 def _is_arange(node: Any) -> bool:
     """``arange(N)`` from 0 in steps of 1 along the last dimension."""
     if not isinstance(node, Node):
         return False
-    name = name_of(node)
-    if name in ("unsqueeze", "expand", "repeat", "view", "to", "getitem"):
-        last = recorded(node).shape[-1]
-        return (
-            isinstance(argument(node, 0, "input"), Node)
-            and _is(recorded(argument(node, 0, "input")).shape[-1], last)
-            and (_is_arange(argument(node, 0, "input")))
-        )
-    return name == "arange" and len(node.args) == 1
+    source = _of_the_same_rows(node)
+    if source is not None:
+        return _is_arange(source)
+    return name_of(node) == "arange" and len(node.args) == 1
 
 
 def _at_least(node: Any, bound: int) -> bool:

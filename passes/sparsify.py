@@ -15,7 +15,7 @@ from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.locate_video import Video, locate_video
-from uta_fx.passes.read_mask import hides
+from uta_fx.passes.read_mask import hides, pads
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
     Region,
@@ -42,7 +42,10 @@ class Plan:
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
-        trust_masks: Whether a mask that the graph does not show to hide text alone is taken to.
+        trust_masks: Whether a mask that the graph does not show to hide text alone, or padding at
+            the end of a video, is taken to.
+        no_padding: Why a site whose mask hides padding of its video stays dense; None where it
+            does not.
         is_dense_layer: Of a layer's index and the number of layers.
         token_index: Makes a function that gives, for a tensor, the index that brings the tokens of
             a grid at a place of it into block order, or (True) back; None to leave the order of
@@ -57,6 +60,7 @@ class Plan:
     grid: Grid | None
     trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
+    no_padding: str | None = None
     token_index: MakeIndex | None = None
 
 
@@ -132,7 +136,7 @@ def _describe(
         text=text,
         expected=exemption is None,
         sparse=objection is None,
-        reason=objection or _MERITS[kind],
+        reason=objection or _merit(call, kind, text),
     )
 
 
@@ -150,10 +154,15 @@ def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
     return dataclasses.replace(video, before=before, after=length(keys) - before - length(tokens))
 
 
-_MERITS = {
-    "self": "self-attention over video tokens",
-    "joint": "joint attention: video tokens sparse, text exact for all and dense",
-}
+def _merit(call: Call, kind: str, text: object) -> str:
+    """Why a call becomes sparse."""
+    if text is None and call.attn_mask is not None:
+        merit = "self-attention over video tokens, of each sample the first that its mask shows"
+        trusted = pads(call.attn_mask) is not None
+        return merit + ("; trusted: NaN where it shows others" if trusted else "")
+    if kind == "self":
+        return "self-attention over video tokens"
+    return "joint attention: video tokens sparse, text exact for all and dense"
 
 
 def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> None:
@@ -319,7 +328,7 @@ def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | Non
     if call.attn_mask is None:
         return None
     if video is None or same(video.tokens, call.key.shape[-2]):
-        return "has an attention mask over its video tokens"
+        return pads(call.attn_mask, trusted=plan.trust_masks) or plan.no_padding
     if same(video.tokens, call.query.shape[-2]):
         return "has an attention mask for queries that are a part of its tokens"
     before, tokens = int(video.before), int(video.tokens)

@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uta_fx
 from uta_fx import Config
+from uta_fx.attention import SparseSite
 from uta_fx.backend import sparsify
+from uta_fx.order import token_order
 
 GRID = (4, 6, 8)
 VIDEO, TEXT, LENGTH = 192, 11, 203
@@ -155,6 +158,12 @@ def filled_with_a_half(seen):
     return torch.cat([mask, seen.int()], 1).bool()[:, None, None, :]
 
 
+def written_to(seen):
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[:, 3] = False
+    return mask[:, None, None]
+
+
 def shifted(seen):
     return torch.cat([torch.ones(2, VIDEO - 1), seen.float(), torch.ones(2, 1)], 1)[
         :, None, None
@@ -169,6 +178,7 @@ def shifted(seen):
         (a_smaller_count, "the graph does not show that its attention mask leaves all video"),
         (shifted, "the graph does not show that its attention mask leaves all video"),
         (filled_with_a_half, "the graph does not show that its attention mask leaves all video"),
+        (written_to, "its attention mask is made of a tensor that is written to"),
         (causal, "its attention mask differs from query to query"),
         (of_queries, "its attention mask differs from query to query"),
     ],
@@ -220,6 +230,234 @@ def test_a_mask_that_differs_between_queries_is_not_trusted():
     for make in (causal, of_queries):
         (site,) = uta_fx.explain(Joint(make), *arguments, config=config).sites
         assert site.reason == "its attention mask differs from query to query"
+
+
+class Padded(nn.Module):
+    """Clips of several lengths in a batch: video alone, under a mask of what exists of each."""
+
+    def __init__(self, make_mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(3, 32, 1)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.make_mask = make_mask
+
+    def forward(self, video, known):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        mask = self.make_mask(known)
+        for _ in range(2):
+            q, k, v = (
+                part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+            )
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x
+
+
+LENGTHS = torch.tensor([VIDEO, 75])
+SHOWN = torch.arange(VIDEO) < LENGTHS[:, None]
+
+
+def clips():
+    return torch.randn(2, 3, *GRID, generator=torch.Generator().manual_seed(0))
+
+
+def before_a_length(lengths):
+    return (torch.arange(VIDEO) < lengths[:, None])[:, None, None]
+
+
+def not_behind_a_length(lengths):
+    return ~(torch.arange(VIDEO)[None] >= lengths.view(2, 1)).view(2, 1, 1, VIDEO)
+
+
+def above_its_place(lengths):
+    return (lengths[:, None, None, None] > torch.arange(VIDEO)).expand(2, 2, VIDEO, VIDEO)
+
+
+def filled_behind_a_length(lengths):
+    hidden = torch.arange(VIDEO)[None] >= lengths[:, None]
+    return torch.ones(2, VIDEO, dtype=torch.bool).masked_fill(hidden, False)[:, None, None]
+
+
+def added_behind_a_length(lengths):
+    return torch.where(torch.arange(VIDEO) < lengths[:, None], 0.0, -torch.inf)[:, None, None]
+
+
+def zeros_filled_behind_a_length(lengths):
+    hidden = torch.arange(VIDEO) >= lengths[:, None]
+    return torch.zeros(2, VIDEO).masked_fill(hidden, torch.finfo(torch.float32).min)[:, None, None]
+
+
+def one_less_the_mask(lengths):
+    return ((1 - before_a_length(lengths).to(torch.float32)) * -10000.0).expand(2, 2, 1, VIDEO)
+
+
+PROVEN = [
+    before_a_length, not_behind_a_length, above_its_place, filled_behind_a_length,
+    added_behind_a_length, zeros_filled_behind_a_length, one_less_the_mask,
+]  # fmt: skip
+TRUSTED = [as_it_comes, as_it_comes_added]
+
+
+def compiled_with(model, **options):
+    torch._dynamo.reset()
+    options = {**SETTINGS, "inner": "aot_eager", **options}
+    return torch.compile(model, backend="uta", fullgraph=True, options=options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reorder", ["none", "tile"])
+@pytest.mark.parametrize("make", PROVEN + TRUSTED)
+def test_a_mask_of_padding_is_read_as_lengths(make, reorder):
+    """Density 1 equals dense on the tokens that exist, whatever the padding holds."""
+    model, video, options = Padded(make), clips(), {"reorder": reorder}
+    known = LENGTHS if make in PROVEN else SHOWN
+    if make in TRUSTED:
+        for site in uta_fx.explain(model, video, known, config=Config(**SETTINGS)).sites:
+            assert not site.sparse and "trust_masks=True takes it to" in site.reason
+        options["trust_masks"] = True
+    explanation = uta_fx.explain(model, video, known, config=Config(**SETTINGS, **options))
+    for site in explanation.sites:
+        assert site.sparse and (site.kind, site.grid, site.text) == ("self", GRID, None)
+        assert "of each sample the first that its mask shows" in site.reason
+        assert ("trusted: NaN" in site.reason) == (make in TRUSTED)
+        assert site.reordered == (None if reorder == "none" else "once")
+    assert 0 < explanation.sparse_share <= 1
+    dense = model(video, known)
+    exact = compiled_with(model, density=1.0, **options)
+    torch.testing.assert_close(exact(video, known)[SHOWN], dense[SHOWN], rtol=1e-4, atol=1e-5)
+    other = video.flatten(2).mT.where(SHOWN[..., None], 7.0).mT.unflatten(2, GRID)
+    torch.testing.assert_close(exact(other, known)[SHOWN], dense[SHOWN], rtol=1e-4, atol=1e-5)
+    sparse = compiled_with(model, density=0.3, **options)(video, known)
+    assert sparse.isfinite().all() and not torch.equal(sparse[SHOWN], dense[SHOWN])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", TRUSTED)
+def test_a_trusted_mask_that_hides_more_than_padding_gives_nan(make):
+    """Of its sample alone: a hole, padding at the start, or nothing shown."""
+    model, video = Padded(make), clips()
+    compiled, dense = compiled_with(model, density=1.0, trust_masks=True), model(video, SHOWN)
+    for hidden in (slice(30, 31), slice(0, 1), slice(None)):
+        shown = SHOWN.clone()
+        shown[0, hidden] = False
+        output = compiled(video, shown)
+        assert output[0].isnan().all()
+        torch.testing.assert_close(output[1, :75], dense[1, :75], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_trusted_mask_that_weighs_keys_gives_nan():
+    """What is added is neither 0 nor far below all logits."""
+    model, video, added = Padded(lambda mask: mask), clips(), torch.zeros(2, 1, 1, VIDEO)
+    compiled = compiled_with(model, density=1.0, trust_masks=True)
+    torch.testing.assert_close(compiled(video, added), model(video, added), rtol=1e-4, atol=1e-5)
+    added[1, ..., -1] = -1.0
+    output = compiled(video, added)
+    assert output[0].isfinite().all() and output[1].isnan().all()
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_padding_is_zero_and_heads_may_have_lengths_of_their_own(in_order):
+    """A mask ``[B, H, 1, L]``, also for tokens that are in block order already."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, VIDEO, 16, generator=generator)
+    shown = torch.arange(VIDEO) < torch.tensor([[VIDEO, 64], [1, 90]])[..., None, None]
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=shown).where(shown.mT, 0.0)
+    config = Config(density=1.0, **SETTINGS)
+    order, inverse = token_order(GRID, "tile", 16, "cpu")
+    if in_order:
+        q, k, v = (x.index_select(2, order) for x in (q, k, v))
+    output = SparseSite(config, GRID, None, in_order=in_order)(q, k, v, shown)
+    if in_order:
+        output = output.index_select(2, inverse)
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+
+
+class Shapes(TorchDispatchMode):
+    """Of every tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.seen += [tuple(x.shape) for x in tensors if isinstance(x, torch.Tensor)]
+        return result
+
+
+@torch.no_grad()
+def test_no_matrix_of_tokens_by_tokens_is_made_of_a_mask_of_padding():
+    """By any operator of the rewritten graph."""
+    shapes = Shapes()
+
+    def backend(gm, inputs):
+        sparsify(gm, inputs, Config(**SETTINGS))
+
+        def run(*arguments):
+            with shapes:
+                return gm(*arguments)
+
+        return run
+
+    torch.compile(Padded(before_a_length), backend=backend, fullgraph=True)(clips(), LENGTHS)
+    assert shapes.seen and all(shape.count(VIDEO) < 2 for shape in shapes.seen)
+
+
+def behind_a_length(lengths):
+    return (torch.arange(VIDEO) >= lengths[:, None])[:, None, None]
+
+
+def before_a_length_of_each_key(lengths):
+    return (torch.arange(VIDEO) < lengths[:, None] - torch.arange(VIDEO) % 2)[:, None, None]
+
+
+def with_a_hole(lengths):
+    mask = torch.arange(VIDEO) < lengths[:, None]
+    mask[:, 3] = False
+    return mask[:, None, None]
+
+
+def with_a_hole_through_a_view(lengths):
+    mask = torch.arange(VIDEO) < lengths[:, None]
+    mask.T[3:5].fill_(False)
+    return mask[:, None, None]
+
+
+def shuffled(lengths):
+    places = torch.arange(VIDEO)[torch.arange(VIDEO) * 5 % VIDEO]
+    return (places < lengths[:, None])[:, None, None]
+
+
+def weighing(lengths):
+    return torch.where(torch.arange(VIDEO) < lengths[:, None], 0.0, -3.0)[:, None, None]
+
+
+def of_queries_too(lengths):
+    rows = before_a_length(lengths)
+    return rows & rows.mT
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "reason"),
+    [
+        (behind_a_length, {}, "the graph does not show that its attention mask hides the end"),
+        (before_a_length_of_each_key, {}, "the graph does not show that its attention mask hides"),
+        (with_a_hole, {}, "its attention mask is made of a tensor that is written to"),
+        (with_a_hole_through_a_view, {}, "its attention mask is made of a tensor that is written"),
+        (shuffled, {}, "the graph does not show that its attention mask hides the end"),
+        (weighing, {}, "the graph does not show that its attention mask hides the end"),
+        (of_queries_too, {"trust_masks": True}, "its attention mask differs from query to query"),
+        (before_a_length, {"policy": "window"}, "its attention mask hides padding: lengths need a"),
+        (before_a_length, {"tail": "rectified"}, "its attention mask hides padding: lengths need"),
+    ],
+)
+def test_a_mask_of_a_video_that_is_not_padding_leaves_the_site_dense(make, options, reason):
+    config = Config(**SETTINGS, **options)
+    for site in uta_fx.explain(Padded(make), clips(), LENGTHS, config=config).sites:
+        assert not site.sparse and site.reason.startswith(reason), site.reason
 
 
 class Sorted(Joint):

@@ -16,6 +16,7 @@ from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
+from uta_fx.passes.read_mask import HIDING
 from uta_fx.policies import SVG2, LowDelta, Selection, Threshold, TopK, TopP
 from uta_fx.statistics import block_statistics, for_heads
 
@@ -71,7 +72,7 @@ def sparse_attention(
     grid, video = _checked(query, key, value, attn_mask, config, grid, text)
     if lengths is not None:
         _check_lengths(lengths, query, config, text)
-        return _attend_to_lengths(query, key, value, lengths, config, grid, scale)
+        return _attend_to_lengths(query, key, value, lengths[:, None, None], config, grid, scale)
     return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
 
 
@@ -185,13 +186,20 @@ def _check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[i
         raise TypeError(f"lengths must be on {query.device} as query is, got {lengths.device}")
     if any(text):
         raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
+    if objection := objection_to_lengths(config):
+        raise ValueError(objection)
+
+
+def objection_to_lengths(config: Config) -> str | None:
+    """Why these settings cannot be of samples of different lengths, or None."""
     if not isinstance(config.selection_policy(), (LowDelta, TopK, TopP, Threshold)):
-        raise ValueError(
+        return (
             "lengths need a policy low_delta, topk, topp or threshold, which know of blocks that"
             f" are not full; got {config.policy}"
         )
     if config.tail_form().kind == "rectified":
-        raise ValueError("lengths need a tail in the softmax, got rectified")
+        return "lengths need a tail in the softmax, got rectified"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +226,13 @@ class SparseSite:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend; shapes and meaning as in ``sparse_attention``."""
+        """Attend; shapes and meaning as in ``sparse_attention``.
+
+        A mask over video alone, which broadcasts to ``[B, H, L, L]`` and is the same for all
+        queries, stands for lengths: the tokens that it shows are the first of a sample, or its
+        output is NaN where masks are trusted (``Config.trust_masks``). Rows of the others, the
+        padding, are zero, where the model has attention of padding to what is shown.
+        """
         config, grid, scale, video = self.config, self.grid, self.scale, self.video
         return _attend(
             query, key, value, attn_mask, config, grid, scale, video, self.alone,
@@ -453,6 +467,10 @@ def _attend(
 
     A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
     """
+    if video is None and attn_mask is not None:
+        lengths, doubt = _lengths(attn_mask, query)
+        output = _attend_to_lengths(query, key, value, lengths, config, grid, scale, in_order)
+        return (output + doubt.to(output.dtype) if config.trust_masks else output), None
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
@@ -522,6 +540,28 @@ def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
     return torch.where(shown.all(-1, keepdim=True), 0.0, torch.nan)
 
 
+def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens of each sample a mask shows, and 0 where these are its first, NaN elsewhere.
+
+    Args:
+        mask: The same for all queries; broadcasts to ``[B, H, L, L]``.
+        query: ``[B, H, L, D]``.
+
+    Returns:
+        int64 ``[B, H, 1]`` and float32 ``[B, H, 1, 1]``.
+    """
+    batch, heads, tokens, _ = query.shape
+    row = mask[..., :1, :].expand(batch, heads, 1, tokens)[:, :, 0]
+    if mask.dtype == torch.bool:
+        shown, hidden = row, ~row
+    else:
+        shown, hidden = row == 0, row <= HIDING
+    lengths = shown.sum(-1, keepdim=True)
+    first = torch.arange(tokens, device=mask.device) < lengths
+    right = torch.where(first, shown, hidden).all(-1, keepdim=True) & (lengths > 0)
+    return lengths, torch.where(right, 0.0, torch.nan)[..., None]
+
+
 def _attend_to_both(
     query: Tensor,
     video: tuple[Tensor, Tensor],
@@ -589,14 +629,21 @@ def _attend_to_lengths(
     config: Config,
     grid: Grid | None,
     scale: float | None,
+    in_order: bool = False,
 ) -> Tensor:
-    """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond."""
-    heads = query.shape[1]
-    (query, key, value), inverse = reorder_tokens(query, key, value, config, grid)
-    place = torch.arange(query.shape[2], device=query.device)
-    if inverse is not None:  # where each token came from
-        place = torch.empty_like(place).scatter(0, inverse, place)
-    inside = (place < lengths[:, None])[:, None].expand(-1, heads, -1)
+    """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond.
+
+    ``lengths`` ``[B, H or 1, 1]`` are of the model's order, also where tokens come in block order.
+    """
+    batch, heads, tokens, _ = query.shape
+    if grid is None or config.order == "none":
+        place = torch.arange(tokens, device=query.device)
+    else:  # where each token came from
+        place = token_order(grid, config.order, config.block_kv, query.device).order
+    (query, key, value), inverse = reorder_tokens(
+        query, key, value, config, None if in_order else grid
+    )
+    inside = (place < lengths).expand(batch, heads, -1)
     of_query, of_key = apart_from_padding(inside, config.block_q, config.block_kv)
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))

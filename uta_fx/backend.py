@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
+from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex, objection_to_lengths
 from uta_fx.compile_kernels import kernels_compiled_beside
 from uta_fx.config import Config
 from uta_fx.dump import readable
@@ -137,6 +137,7 @@ def plan_of(config: Config) -> Plan:
         grid=config.grid,
         trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
+        no_padding=_objection_to_padding(config),
         token_index=None if config.order == "none" else index,
     )
 
@@ -156,6 +157,11 @@ def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
         f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
         " use uta_fx.enable(model, config, blocks=True)"
     )
+
+
+def _objection_to_padding(config: Config) -> str | None:
+    objection = objection_to_lengths(config)
+    return objection and f"its attention mask hides padding: {objection}"
 
 
 def _keeps(config: Config) -> bool:

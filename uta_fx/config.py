@@ -34,9 +34,10 @@ class Config:
             ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
-        trust_masks: Take an attention mask for one that hides text alone where the graph does not
-            show it, as in a block that is compiled by itself. What the mask of a run hides of the
-            video all the same makes the video's output of that sample NaN.
+        trust_masks: Take an attention mask for one that hides text alone, or of a video without
+            text the padding at the end of each sample, where the graph does not show it, as in a
+            block that is compiled by itself. What the mask of a run hides of the video all the
+            same makes the video's output of that sample NaN.
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
             A layer is a self-attention call of the graph. Those that a graph does not have are

@@ -274,7 +274,7 @@ MODELS = (
         settings=WAN | {"num_frame_per_block": 2},
         inputs=_wan_inputs,
         sites=_self_and_cross,
-        dense="has an attention mask over its video tokens",
+        dense="its attention mask differs from query to query",
     ),
     Model(
         name="ChronoEdit",
