@@ -158,7 +158,7 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
         both = [_always(x, dim, start, stop, want) for x in node.args]
         return all(both) if want else any(both)
     if name == "masked_fill":
-        x, condition, value = node.args
+        x, condition, value = _filled(node)
         kept = _always(x, dim, start, stop, want)
         filled = _fits(number_of(value), want)
         return kept and (filled or _always(condition, dim, start, stop, False))
@@ -171,7 +171,7 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
         return _reshaped(node, dim, start, stop, want)
     if name in ("ge", "lt"):
         # arange(N) >= bound is False, and < is True, before a bound that lies behind the stop
-        index, bound = node.args
+        index, bound = _both(node)
         varies = dim == -1 and _is_arange(index)
         return want == (name == "lt") and varies and _at_least(bound, stop)
     return False
@@ -264,13 +264,13 @@ def _first(node: Any, want: bool) -> bool:
         source = argument(node, 0, "input")
         return recorded(source).dtype == torch.bool and _first(source, not want)
     if name in ("lt", "le", "gt", "ge"):
-        index, bound = node.args
+        index, bound = _both(node)
         below = name in ("lt", "le")
         if _is_arange(bound):
             index, bound, below = bound, index, not below
         return _is_arange(index) and _is_one(bound) and below == want
     if name == "masked_fill":
-        x, condition, value = node.args
+        x, condition, value = _filled(node)
         all_ones = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], True)
         return want and all_ones and _fits(number_of(value), False) and _first(condition, False)
     source = _of_the_same_rows(node)
@@ -281,21 +281,21 @@ def _added(node: Any) -> bool:
     """Whether the entries of each row before some bound are 0, and all others hide a key."""
     if not isinstance(node, Node):
         return False
-    name, arguments = name_of(node), node.args
+    name = name_of(node)
     if name == "where":
-        condition, a, b = arguments
+        condition, a, b = (argument(node, *x) for x in enumerate(("condition", "input", "other")))
         return any(
             _fits(number_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
             for shown, hidden, want in ((a, b, True), (b, a, False))
         )
     if name == "masked_fill":
-        x, condition, value = arguments
+        x, condition, value = _filled(node)
         all_zeros = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], False)
         return all_zeros and _is_hiding(value) and _first(condition, False)
     if name == "mul":
         return any(
             _is_hiding(factor) and factor != -torch.inf and _is_complement(x)
-            for x, factor in (arguments, arguments[::-1])
+            for x, factor in (_both(node), _both(node)[::-1])
         )
     source = _of_the_same_rows(node)
     return source is not None and _added(source)
@@ -303,10 +303,21 @@ def _added(node: Any) -> bool:
 
 def _is_complement(node: Any) -> bool:
     """Whether entries are 0 before some bound of each row, and 1 behind it: ``1 - mask``, say."""
-    if isinstance(node, Node) and name_of(node) in ("sub", "rsub"):
-        a, b = node.args if name_of(node) == "sub" else node.args[::-1]
-        return _fits(a, True) and _first(b, True)
+    if isinstance(node, Node) and name_of(node) == "sub":
+        one, x = _both(node)[::-1] if "rsub" in str(node.target) else _both(node)
+        weighed = argument(node, 2, "alpha", 1) != 1
+        return _fits(one, True) and _first(x, True) and not weighed
     return _first(node, False)
+
+
+def _both(node: Node) -> tuple[Any, Any]:
+    """The operands of an operation of two."""
+    return argument(node, 0, "input"), argument(node, 1, "other")
+
+
+def _filled(node: Node) -> tuple[Any, Any, Any]:
+    """Tensor, mask and value of ``masked_fill``."""
+    return argument(node, 0, "input"), argument(node, 1, "mask"), argument(node, 2, "value")
 
 
 def _is_hiding(number: Any) -> bool:
@@ -347,7 +358,8 @@ def _is_arange(node: Any) -> bool:
     source = _of_the_same_rows(node)
     if source is not None:
         return _is_arange(source)
-    return name_of(node) == "arange" and len(node.args) == 1
+    whole = len(node.args) == 1 and not {"start", "step"} & node.kwargs.keys()
+    return name_of(node) == "arange" and whole
 
 
 def _at_least(node: Any, bound: int) -> bool:

@@ -288,13 +288,18 @@ def zeros_filled_behind_a_length(lengths):
     return torch.zeros(2, VIDEO).masked_fill(hidden, torch.finfo(torch.float32).min)[:, None, None]
 
 
+def filled_by_name(lengths):
+    hidden = torch.arange(VIDEO).ge(other=lengths[:, None])
+    return torch.zeros(2, 1, 1, VIDEO).masked_fill(mask=hidden[:, None, None], value=-1e9)
+
+
 def one_less_the_mask(lengths):
     return ((1 - before_a_length(lengths).to(torch.float32)) * -10000.0).expand(2, 2, 1, VIDEO)
 
 
 PROVEN = [
     before_a_length, not_behind_a_length, above_its_place, filled_behind_a_length,
-    added_behind_a_length, zeros_filled_behind_a_length, one_less_the_mask,
+    added_behind_a_length, zeros_filled_behind_a_length, filled_by_name, one_less_the_mask,
 ]  # fmt: skip
 TRUSTED = [as_it_comes, as_it_comes_added]
 
@@ -435,6 +440,15 @@ def weighing(lengths):
     return torch.where(torch.arange(VIDEO) < lengths[:, None], 0.0, -3.0)[:, None, None]
 
 
+def the_mask_less_one(lengths):
+    return (before_a_length(lengths).to(torch.float32) - 1) * -10000.0
+
+
+def the_mask_twice(lengths):
+    shown = before_a_length(lengths).to(torch.float32)
+    return torch.sub(1, shown, alpha=2) * -10000.0
+
+
 def of_queries_too(lengths):
     rows = before_a_length(lengths)
     return rows & rows.mT
@@ -449,6 +463,8 @@ def of_queries_too(lengths):
         (with_a_hole_through_a_view, {}, "its attention mask is made of a tensor that is written"),
         (shuffled, {}, "the graph does not show that its attention mask hides the end"),
         (weighing, {}, "the graph does not show that its attention mask hides the end"),
+        (the_mask_less_one, {}, "the graph does not show that its attention mask hides the end"),
+        (the_mask_twice, {}, "the graph does not show that its attention mask hides the end"),
         (of_queries_too, {"trust_masks": True}, "its attention mask differs from query to query"),
         (before_a_length, {"policy": "window"}, "its attention mask hides padding: lengths need a"),
         (before_a_length, {"tail": "rectified"}, "its attention mask hides padding: lengths need"),

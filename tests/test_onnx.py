@@ -292,6 +292,34 @@ def test_text_beside_the_video_is_a_second_node(tmp_path):
     assert nodes[1].endswith("/text/SparseAttention")
 
 
+class Padded(Joint):
+    """Clips of several lengths in a batch."""
+
+    def forward(self, clip, lengths):
+        x = self.patch(clip).flatten(2).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+        )
+        shown = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None]
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown)
+        return attended.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_a_mask_of_padding_is_read_as_lengths(tmp_path):
+    """Of the run, not of the export."""
+    torch.manual_seed(0)
+    model, clip, lengths = Padded().eval(), torch.randn(2, 3, 4, 16, 24), torch.tensor([384, 70])
+    path = tmp_path / "padded.onnx"
+    export_onnx(model, (clip, lengths), path, config=Config(density=0.4, **SMALL, strict=True))
+    options = {"inner": "eager", "density": 0.4, **SMALL}
+    fast = torch.compile(model, backend="uta", options=options)
+    for lengths in (torch.tensor([384, 70]), torch.tensor([200, 1])):
+        (output,) = run(path, {"clip": clip.numpy(), "lengths": lengths.numpy()})
+        expected = fast(clip, lengths).numpy()
+        assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("joint", [False, True])
 def test_rectified_attention_is_the_same_node_and_two_operations(tmp_path, joint):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, double
-from test_onnx import SMALL, Joint, arrays_of, compiled, run, wan, wan_inputs
+from test_onnx import SMALL, Joint, Padded, arrays_of, compiled, run, wan, wan_inputs
 from test_onnx_plugin import Attention
 
 import uta_fx
@@ -456,6 +456,18 @@ def test_text_is_not_copied_for_every_query_block(tmp_path):
     (tail,) = [node for node in loaded.graph.node if node.name.endswith("/text/attend_tail")]
     producers = {output: node for node in loaded.graph.node for output in node.output}
     assert producers[tail.input[2]].op_type == "Unsqueeze"
+
+
+def test_a_video_with_padding_stays_dense(tmp_path):
+    """And with ``strict`` there is no file."""
+    inputs = (torch.randn(2, 3, 4, 16, 24), torch.tensor([384, 70]))
+    model, config = Padded().eval(), Config(density=0.4, **SMALL)
+    (site,) = export_tensorrt(model, inputs, tmp_path / "m.onnx", config=config).sites
+    assert not site.sparse and "files for TensorRT leave to dense" in site.reason
+    config = dataclasses.replace(config, strict=True)
+    with pytest.raises(ValueError, match=r"strict: .* its attention mask hides padding"):
+        export_tensorrt(model, inputs, tmp_path / "strict.onnx", config=config)
+    assert os.listdir(tmp_path) == ["m.onnx"]
 
 
 class NewerThan:

@@ -468,9 +468,9 @@ def _attend(
     A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
     """
     if video is None and attn_mask is not None:
-        lengths, doubt = _lengths(attn_mask, query)
+        lengths, misread = _lengths(attn_mask, query)
         output = _attend_to_lengths(query, key, value, lengths, config, grid, scale, in_order)
-        return (output + doubt.to(output.dtype) if config.trust_masks else output), None
+        return (output + misread.to(output.dtype) if config.trust_masks else output), None
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:

@@ -167,8 +167,9 @@ def export_tensorrt(
 
     opset = _opset(model, opset)
     program, explanation, branches = _sparse_program(
-        model, args, kwargs, None, config, decide_branches
-    )
+        model, args, kwargs, None, config, decide_branches,
+        "its attention mask hides padding, which files for TensorRT leave to dense attention",
+    )  # fmt: skip
     program = spell_out(program, plugins=form != "standard")
     if form == "engine":
         from uta_fx.export.tensorrt_torch import write_engine
@@ -360,8 +361,12 @@ def _sparse_program(
     dynamic_shapes: Any,
     config: Config,
     decide_branches: bool,
+    no_padding: str | None = None,
 ) -> tuple[ExportedProgram, Explanation, tuple[Branch, ...]]:
-    """Export and rewrite; what was decided is logged as the backend logs it."""
+    """Export and rewrite; what was decided is logged as the backend logs it.
+
+    ``no_padding`` is that of a ``Plan``, where the file's form cannot hold it.
+    """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if config.dense_until:
@@ -381,7 +386,9 @@ def _sparse_program(
         except Exception as error:  # of many kinds: data that decides, containers, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
-            program, sites = sparsify_program(program, plan_of(config), dynamic_shapes)
+            plan = plan_of(config)
+            plan = dataclasses.replace(plan, no_padding=plan.no_padding or no_padding)
+            program, sites = sparsify_program(program, plan, dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(

@@ -58,6 +58,8 @@ def sparse_cost(
 ) -> Cost:
     """What self- or joint attention costs dense, and what ``config`` makes of it.
 
+    Padding that a mask hides counts as tokens: only a run knows how much there is.
+
     Args:
         query: ``[B, H, Lq, D]``, a shape.
         key: ``[B, Hkv, Lk, D]``, a shape; Lk is Lq or more.
