@@ -67,7 +67,7 @@ def first(output):
     [
         (no_attention, {}, "the graph has no attention: it is compiled as it is"),
         (clip_text_encoder, {}, "is causal"),
-        (t5_text_encoder, {}, "has an attention mask"),
+        (t5_text_encoder, {}, "its attention mask differs from query to query"),
         (vae, {}, "query head dim 272 is not from 16 to 256"),
         (wrong_grid, {"grid": (4, 6, 9)}, "grid 4 x 6 x 9 = 216 does not match its 192 tokens"),
     ],

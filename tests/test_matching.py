@@ -255,7 +255,7 @@ def written_to(q, k, v):
         (weights_returned, "looks like attention, but its weights are used elsewhere too"),
         (dropped_out, "looks like attention, but it has dropout"),
         (filled, "looks like attention, but has an attention mask written as masked_fill"),
-        (biased, "has an attention mask"),
+        (biased, "its attention mask differs from query to query"),
         (mask_scaled, "looks like attention, but its mask is scaled"),
         (scale_computed, "looks like attention, but its scale is computed in the graph"),
         (written_to, "looks like attention, but its queries or keys are written to"),
