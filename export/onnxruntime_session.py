@@ -55,6 +55,7 @@ def bind(
                 raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
             kind, place = ELEMENT_TYPES[x.dtype], x.device.index or 0
             bind_one(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
+    binding.tensors = [*inputs.values(), *outputs.values()]  # it has their addresses alone
     return binding
 
 

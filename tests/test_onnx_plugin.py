@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_bad_input_to_a_session(tmp_path):
 
 
 def open_on_gpu(path, case, caplog):
-    """A session for a case by the plugin, bound to tensors on the GPU; those; the operator's."""
+    """A session for a case by the plugin, bound to tensors on the GPU; outputs; the operator's."""
     args, inputs = write_node(path, case)
     with caplog.at_level(logging.INFO, logger="uta_fx"):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
@@ -194,7 +195,22 @@ def open_on_gpu(path, case, caplog):
     expected = uta_fx.kernels.ops.sparse_attention(
         *(x.cuda() if torch.is_tensor(x) else x for x in args)
     )
-    return (session, binding), (on_gpu, output, lse), expected
+    return (session, binding), (output, lse), expected
+
+
+def test_bound_tensors_live_as_long_as_their_binding(tmp_path):
+    """A session reads and writes where they lie."""
+    path = tmp_path / "model.onnx"
+    args, inputs = write_node(path, Case())
+    session = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    output, lse = torch.empty(*args[0].shape), torch.empty(args[0].shape[:3])
+    binding = uta_fx.bind_tensors(session, inputs, {"output": output, "lse": lse})
+    bound = [weakref.ref(x) for x in (*inputs.values(), output, lse)]
+    del args, inputs, output, lse
+    assert all(x() is not None for x in bound)
+    session.run_with_iobinding(binding)
+    del binding
+    assert all(x() is None for x in bound)
 
 
 @pytest.mark.gpu
@@ -205,7 +221,7 @@ def open_on_gpu(path, case, caplog):
 def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
     """Bit for bit what the operator computes in PyTorch: the same kernels on the same inputs."""
     case = Case(dtype=dtype, tail=tail, slopes=slopes)
-    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    (session, binding), got, expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
     session.run_with_iobinding(binding)
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
@@ -217,7 +233,7 @@ def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
 def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
     """Where the operator takes the kernels for Hopper, so does the plugin; also the second time."""
     case = ON_HOPPER[name]
-    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    (session, binding), got, expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
     for _ in range(2):
         for x in got:
             x.fill_(torch.nan)

@@ -270,7 +270,7 @@ def bind_tensors(
         outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
 
     Returns:
-        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps no tensor alive.
+        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps the tensors alive.
 
     Raises:
         ValueError: A tensor is not contiguous.
