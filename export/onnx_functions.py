@@ -1,13 +1,12 @@
-"""The three operators in ONNX: functions of standard operations, and the schemas of their nodes.
+"""Our operators in ONNX: functions of standard operations, and the schemas of their nodes.
 
-``SparseAttention`` stays a node of our domain in the exported file, with its function beside it: a
-runtime that has a kernel for the node runs that, any other runs the function. ``BlockStatistics``
-and ``BlockScores`` are inlined. No function holds a tensor of Lq x Lk: they walk along the rows of
-lists, or along the heads (with a state that nobody reads: TensorRT's parser wants one). Arguments
-and results are those of ``uta_fx.kernels.reference``, except that in ONNX a tail always has rank 5,
-``[B, H, T, R, D]`` with T = 1 where all query blocks share their representatives, and that
-``per_block`` says whether the representatives stand for key blocks and leave the softmax of the
-rows that list theirs. Sums are float32.
+They stay nodes of our domain in the exported file, with their functions beside them: a runtime that
+has kernels for a node runs those, any other runs the function. No function holds a tensor of
+Lq x Lk: they walk along the rows of lists, or along the heads (with a state that nobody reads:
+TensorRT's parser wants one). Arguments and results are those of ``uta_fx.kernels.reference``,
+except that in ONNX a tail always has rank 5, ``[B, H, T, R, D]`` with T = 1 where all query blocks
+share their representatives, and that ``per_block`` says whether the representatives stand for key
+blocks and leave the softmax of the rows that list theirs. Sums are float32.
 """
 
 from __future__ import annotations
@@ -406,6 +405,53 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
 }
 """
 
+_SELECT_BLOCKS = """
+<domain: "uta", opset_import: ["" : OPSET]>
+SelectBlocks <kept, rows> (scores) => (exact)
+{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    infinity = Constant <value_float = inf> ()
+    minus_infinity = Constant <value_float = -inf> ()
+    largest = Constant <value_float = 3.4028234663852886e38> ()
+    kept_of_group = Constant <value_int: int = @kept> ()
+    wanted = Reshape (kept_of_group, one)
+    rows_of_group = Constant <value_int: int = @rows> ()
+    group_rows = Reshape (rows_of_group, one)
+    score_shape = Shape (scores)
+    blocks = Shape <start = 3, end = 4> (scores)
+    group_size = Mul (group_rows, blocks)
+    group_shape = Concat <axis = 0> (minus_one, group_size)
+
+    score_float = Cast <to = 1> (scores)
+    missing = IsNaN (score_float)
+    finite = Min (score_float, largest)
+    numbers = Where (missing, minus_infinity, finite)
+    best_column = ArgMax <axis = -1, keepdims = 1> (score_float)
+    first_column = Squeeze (zero)
+    end_column = Squeeze (blocks)
+    step = Squeeze (one)
+    column = Range (first_column, end_column, step)
+    best = Equal (best_column, column)
+    best_first = Where (best, infinity, numbers)
+    ranked = Reshape (best_first, group_shape)
+    kept_scores, ids = TopK <axis = -1, largest = 1, sorted = 0> (ranked, wanted)
+    false = Cast <to = 9> (zero)
+    true = Cast <to = 9> (one)
+    ranked_shape = Shape (ranked)
+    ids_shape = Shape (ids)
+    none = Expand (false, ranked_shape)
+    all_of_them = Expand (true, ids_shape)
+    mask = ScatterElements <axis = -1> (none, ids, all_of_them)
+    exact = Reshape (mask, score_shape)
+}
+"""
+"""TopK, the best of the rows made higher than all: of equal scores it takes the first.
+
+Infinity counts as the largest number below it. Runtimes sort no bfloat16.
+"""
+
 
 def sparse_attention_function(opset: int) -> onnx.FunctionProto:
     """What a ``SparseAttention`` node computes, in standard operations of that opset."""
@@ -431,8 +477,13 @@ def block_scores_function(opset: int, variance_power: float) -> onnx.FunctionPro
     return onnx.parser.parse_function(text)
 
 
+def select_blocks_function(opset: int) -> onnx.FunctionProto:
+    """What a ``SelectBlocks`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_SELECT_BLOCKS.replace("OPSET", str(opset)))
+
+
 def schemas() -> dict[str, OpSchema]:
-    """The schemas of the three nodes by name; ``SparseAttention`` is the one that files contain."""
+    """The schemas of our nodes by name."""
     return {
         schema.name: schema
         for schema in (
@@ -496,6 +547,16 @@ def schemas() -> dict[str, OpSchema]:
                     "rows": (int, "query rows in a group"),
                 },
             ),
+            make_schema(
+                "SelectBlocks",
+                "The best key block of every row, and of the others those with the highest scores.",
+                {"scores": ("S", "[B, H, Nq, Nk], NaN counts as -inf")},
+                {"exact": ("M", "[B, H, Nq, Nk], the blocks that are kept")},
+                {
+                    "kept": (int, "blocks that each budget keeps; of equal ones the first"),
+                    "rows": (int, "consecutive rows of a sample that share a budget"),
+                },
+            ),
         )
     }
 
@@ -512,7 +573,7 @@ def make_schema(
     Args:
         name: Of the node.
         doc: What it computes.
-        inputs: By name, type (T of the model, S of scores, F float32, I int32) and meaning.
+        inputs: By name, type (T of the model, S of scores, F float32, I int32, M bool) and meaning.
         outputs: As inputs.
         attributes: By name, ``float`` or ``int`` and meaning.
     """
@@ -529,6 +590,7 @@ def make_schema(
             ("S", ["tensor(float)", "tensor(bfloat16)"], "of scores"),
             ("F", ["tensor(float)"], "of sums"),
             ("I", ["tensor(int32)"], "of lists"),
+            ("M", ["tensor(bool)"], "of masks"),
         ],
         attributes=[
             OpSchema.Attribute(x, types[kind], text, required=True)

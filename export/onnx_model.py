@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import os
 import tempfile
 import warnings
@@ -16,7 +15,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -38,12 +36,15 @@ from uta_fx.export.onnx_functions import (
     block_scores_function,
     block_statistics_function,
     schemas,
+    select_blocks_function,
     sparse_attention_function,
 )
 from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+KEPT = ("SparseAttention", "SelectBlocks")
+"""Nodes of our domain in a file, beside their functions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,12 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the sites.
-        dialect: What becomes of our operators; None for ``SparseAttention`` beside its function.
+        dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
         ValueError: An operation of the model has no translation, or none in that opset.
     """
-    dialect = dialect or Dialect(lower=keep_sparse_attention)
+    dialect = dialect or Dialect(lower=keep_nodes)
     program = _without_factors(_without_complex_gaps(program))
     try:
         with _without_their_own_worries():
@@ -323,35 +324,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.Cast(scores, to=ir.DataType.BFLOAT16)
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
-        """TopK, the best of the rows made higher than all: of equal scores it takes the first.
-
-        Infinity counts as the largest number below it. Runtimes sort no bfloat16.
-        """
-        blocks = scores.shape[-1]
-        scores = opset18.Cast(scores, to=ir.DataType.FLOAT)
-        column = opset18.Constant(value_ints=list(range(blocks)))
-        best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)
-        infinity, lowest, largest = (
-            opset18.Constant(value_float=x)
-            for x in (math.inf, -math.inf, torch.finfo(torch.float32).max)
-        )
-        numbers = opset18.Where(opset18.IsNaN(scores), lowest, opset18.Min(scores, largest))
-        ranked = opset18.Reshape(
-            opset18.Where(best, infinity, numbers),
-            opset18.Constant(value_ints=[-1, rows * blocks]),
-        )
-        _, ids = opset18.TopK(
-            ranked, opset18.Constant(value_ints=[kept]), axis=-1, largest=1, sorted=0
-        )
-        none, all_of_them = (
-            opset18.Expand(opset18.Constant(value=onnx.numpy_helper.from_array(x)), shape)
-            for x, shape in (
-                (np.array(False), opset18.Shape(ranked)),
-                (np.array(True), opset18.Shape(ids)),
-            )
-        )
-        mask = opset18.ScatterElements(none, ids, all_of_them, axis=-1)
-        return opset18.Reshape(mask, opset18.Shape(scores))
+        return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
 
     def list_blocks(exact: Any) -> Any:
         """Running counts say where a block goes; what is not listed goes to one column too many."""
@@ -432,29 +405,28 @@ def nodes_of(model: ir.Model, name: str) -> list[ir.Node]:
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, name)]
 
 
-def keep_sparse_attention(model: ir.Model, opset: int) -> None:
-    """Leave ``SparseAttention`` a node beside its function; inline the functions of the others."""
+def keep_nodes(model: ir.Model, opset: int) -> None:
+    """Leave the nodes in ``KEPT`` beside their functions; inline the functions of the others."""
     sizes = {
         node: [(value.shape, value.dtype) for value in node.inputs]
-        for node in nodes_of(model, "SparseAttention")
+        for name in KEPT
+        for node in nodes_of(model, name)
     }
-    inline(
-        model,
-        [*pooling_functions(model, opset), sparse_attention_function(opset)],
-        keep={"SparseAttention"},
-    )
+    attention = [sparse_attention_function(opset)] if nodes_of(model, "SparseAttention") else []
+    inline(model, [*selection_functions(model, opset), *attention], keep=KEPT)
     for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
         for value, (shape, dtype) in zip(node.inputs, known, strict=True):
             value.shape, value.dtype = shape, dtype
 
 
-def pooling_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
-    """What ``BlockStatistics`` and ``BlockScores`` nodes of a model compute."""
+def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
+    """What those nodes of a model compute that come before attention."""
     powers = {
         node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
     }
     statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
-    return [*statistics, *(block_scores_function(opset, power) for power in powers)]
+    selection = [select_blocks_function(opset)] if nodes_of(model, "SelectBlocks") else []
+    return [*statistics, *(block_scores_function(opset, power) for power in powers), *selection]
 
 
 def inline(
