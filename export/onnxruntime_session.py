@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,10 @@ def open_session(
     library = _library(path, names, plugin)
     if library is not None:
         options.register_custom_ops_library(str(library))
-        logger.info("%s: sparse attention runs by the plugin %s", path, library)
+        logger.info(
+            "%s: %s run by the plugin %s, what else is ours by its function",
+            path, _nodes(library), library,
+        )  # fmt: skip
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
@@ -57,6 +61,13 @@ def bind(
             bind_one(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
     binding.tensors = [*inputs.values(), *outputs.values()]  # it has their addresses alone
     return binding
+
+
+def _nodes(library: Path) -> str:
+    """Which types of nodes run by a plugin."""
+    function = ctypes.CDLL(str(library)).uta_nodes
+    function.restype = ctypes.c_char_p
+    return ", ".join(function().decode().split())
 
 
 def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:

@@ -21,7 +21,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
-from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # need onnx, Triton
+from uta_fx.export import (  # noqa: E402  # need onnx, Triton
+    onnx_functions,
+    onnxruntime_attention,
+    onnxruntime_plugin,
+)
 
 CUDA = "CUDAExecutionProvider"
 HOPPER = Case(  # what the kernels for Hopper take
@@ -86,16 +90,17 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     path = tmp_path / "model.onnx"
     write_node(path, Case(dtype=torch.float16, tail="row", slopes="none"))
     model = onnx.load(path)
-    (variant,) = onnxruntime_plugin.variants_of(model)
-    assert variant == onnxruntime_plugin.Variant(
+    (variant,) = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx.TensorProto.FLOAT16, dim=32, dim_v=32, block_q=32, block_kv=64, sign=1,
         has_tail=True, per_block=False, has_variance=False, slopes=0, even=False,
         representatives=3,
     )  # fmt: skip
     model.graph.node.append(model.graph.node[0])
-    assert onnxruntime_plugin.variants_of(model) == [variant]
+    assert onnxruntime_plugin.variants_of(model) == {"SparseAttention": [variant]}
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
-    assert [x.even for x in onnxruntime_plugin.variants_of(model)] == [False, True]
+    variants = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    assert [x.even for x in variants] == [False, True]
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
     with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
         onnxruntime_plugin.variants_of(model)
@@ -127,8 +132,8 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     model = onnx.load(path)
     opset = model.opset_import[0].version
     assert opset == (22 if dtype == torch.bfloat16 else 18)  # ONNX Runtime 1.22 reads up to 22
-    (variant,) = onnxruntime_plugin.variants_of(model)
-    assert variant == onnxruntime_plugin.Variant(
+    (variant,) = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
         sign=1, has_tail=True, per_block=True, has_variance=True, slopes=1, even=True,
         representatives=12,
@@ -186,7 +191,7 @@ def open_on_gpu(path, case, caplog):
     args, inputs = write_node(path, case)
     with caplog.at_level(logging.INFO, logger="uta_fx"):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
-    assert "runs by the plugin" in caplog.text
+    assert "run by the plugin" in caplog.text
     on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
     output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=case.dtype, device="cuda")
     lse = torch.empty(args[0].shape[:3], device="cuda")

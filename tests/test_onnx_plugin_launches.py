@@ -120,8 +120,8 @@ def prepare(path, case, architecture, driver, monkeypatch):
     args = case.inputs()
     model, inputs = onnx_functions.node_model(args)
     variants = onnxruntime_plugin.variants_of(model)
-    compiled = [onnxruntime_kernels.compile_variant(x, architecture) for x in variants]
-    onnxruntime_plugin.link_plugin(variants, compiled, architecture, path, driver=str(driver))
+    compiled = onnxruntime_plugin.compile_variants(variants, architecture)
+    onnxruntime_plugin.link_plugin(compiled, architecture, path, driver=str(driver))
     launches = []
     for module, names in KERNELS.items():
         for name in names:
