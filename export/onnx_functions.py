@@ -623,6 +623,7 @@ ELEMENT_TYPES = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
 }
 
 

@@ -23,7 +23,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from uta_fx.export import onnx_functions, onnx_model  # noqa: E402  # need onnx
+import onnx_nodes  # noqa: E402  # need onnx
+
+from uta_fx.export import onnx_functions, onnx_model  # noqa: E402
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -41,26 +43,8 @@ def run(model_or_path, inputs):
 def run_node(function, inputs, attributes, expected):
     """Run one node of our domain by its function, whose results have the shapes of ``expected``."""
     arrays = {name: x.numpy() for name, x in inputs.items()}
-    schema = onnx_functions.schemas()[function.name]
-    node = onnx.helper.make_node(
-        function.name, list(arrays), [x.name for x in schema.outputs], domain="uta", **attributes
-    )
-    values = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
-        )
-        for name, x in arrays.items()
-    ]
-    results = [
-        onnx.helper.make_tensor_value_info(x.name, onnx.TensorProto.FLOAT, like.shape)
-        for x, like in zip(schema.outputs, expected, strict=True)
-    ]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one", values, results),
-        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", 1)],
-        functions=[function],
-        ir_version=10,
-    )
+    outputs = [x.float() for x in expected]
+    model = onnx_nodes.node_file(function, inputs, attributes, outputs)
     onnx.checker.check_model(model, full_check=True)
     return [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays)]
 
@@ -281,7 +265,7 @@ def test_text_beside_the_video_is_a_second_node(tmp_path):
     options = {"inner": "eager", "density": 0.4, **SMALL}
     expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
-    nodes = [node.name for node in onnx.load(path).graph.node if node.domain == "uta"]
+    nodes = [node.name for node in onnx.load(path).graph.node if node.op_type == "SparseAttention"]
     assert len(nodes) == 2
     assert nodes[0].endswith("/video/SparseAttention")
     assert nodes[1].endswith("/text/SparseAttention")
@@ -304,7 +288,9 @@ def test_rectified_attention_is_the_same_node_and_two_operations(tmp_path, joint
     options |= {"inner": "eager", **SMALL}
     expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
-    (node,) = (node.name for node in onnx.load(path).graph.node if node.domain == "uta")
+    (node,) = (
+        node.name for node in onnx.load(path).graph.node if node.op_type == "SparseAttention"
+    )
     assert node.endswith("/SparseAttention") and "/text" not in node
 
 

@@ -21,10 +21,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
+import onnx_nodes  # noqa: E402  # needs onnx
+
 from uta_fx.export import (  # noqa: E402  # need onnx, Triton
     onnx_functions,
     onnxruntime_attention,
     onnxruntime_plugin,
+    onnxruntime_selection,
 )
 
 CUDA = "CUDAExecutionProvider"
@@ -71,17 +74,30 @@ def build(model, library, architecture):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("architecture", "case"), [(86, Case()), (90, HOPPER)])
-def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture, case):
+def selection_file():
+    return onnx_nodes.select_file(torch.zeros(1, 2, 300, 320, dtype=torch.bfloat16), 20000, 300)
+
+
+FILES = {
+    "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
+    "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
+    "selection-90": (90, selection_file),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, name):
     """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
-    write_node(model, case)
+    architecture, write = FILES[name]
+    onnx.save(write(), model)
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
-    with pytest.raises(Exception, match="Could not find an implementation for SparseAttention"):
+    node = onnx.load(model).graph.node[0].op_type
+    with pytest.raises(Exception, match=f"Could not find an implementation for {node}"):
         onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
@@ -104,6 +120,23 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
     with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
         onnxruntime_plugin.variants_of(model)
+
+
+def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
+    """And all of its type in the file; the log says why."""
+    scores = torch.zeros(1, 2, 5, 12)
+    model = onnx_nodes.select_file(scores, 20, 5)
+    assert onnxruntime_plugin.variants_of(model) == {
+        "SelectBlocks": [onnxruntime_selection.SelectionVariant(onnx.TensorProto.FLOAT, 12, 5)]
+    }
+    attention, _ = onnx_functions.node_model(Case().inputs())
+    for part in ("node", "input"):
+        getattr(model.graph, part).extend(getattr(attention.graph, part))
+    assert list(onnxruntime_plugin.variants_of(model)) == ["SparseAttention", "SelectBlocks"]
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "blocks"
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        assert list(onnxruntime_plugin.variants_of(model)) == ["SparseAttention"]
+    assert "no kernels for SelectBlocks: node : dimension 3 of its input 0 must be" in caplog.text
 
 
 class Attention(nn.Module):
@@ -132,12 +165,16 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     model = onnx.load(path)
     opset = model.opset_import[0].version
     assert opset == (22 if dtype == torch.bfloat16 else 18)  # ONNX Runtime 1.22 reads up to 22
-    (variant,) = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    variants = onnxruntime_plugin.variants_of(model)
+    (variant,) = variants["SparseAttention"]
     assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
         sign=1, has_tail=True, per_block=True, has_variance=True, slopes=1, even=True,
         representatives=12,
     )  # fmt: skip
+    scores = onnx.TensorProto.FLOAT if dtype == torch.float32 else onnx.TensorProto.BFLOAT16
+    (selection,) = variants["SelectBlocks"]
+    assert (selection.dtype, selection.blocks) == (scores, 12)
 
 
 def test_bad_input_to_the_builder(tmp_path):
@@ -152,7 +189,7 @@ def test_bad_input_to_the_builder(tmp_path):
         uta_fx.build_onnxruntime_plugin(model, tmp_path / "no" / "p.so", architecture=90)
     plain = tmp_path / "plain.onnx"
     torch.onnx.export(nn.Linear(4, 4), (torch.ones(1, 4),), plain, dynamo=True, verbose=False)
-    with pytest.raises(ValueError, match="must have a node uta::SparseAttention"):
+    with pytest.raises(ValueError, match="must have a node such as uta::SparseAttention"):
         onnxruntime_plugin.variants_of(onnx.load(plain))
     assert not library.exists()
 
@@ -246,6 +283,54 @@ def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
         session.run_with_iobinding(binding)
         for x, y in zip(got, expected, strict=True):
             assert torch.equal(x, y)
+
+
+SELECTED = [  # batch, heads, Nq, Nk, kept, rows
+    (2, 3, 7, 19, 60, 7),
+    (1, 2, 300, 320, 20000, 300),
+    (1, 2, 33, 64, 300, 66),
+    (1, 3, 5, 12, 4, 1),
+    (1, 2, 5, 12, 60, 5),
+]
+
+
+def scores_with_ties(*shape, dtype):
+    """Many equal ones, and some that are no number."""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scores = (scores * 4).round() / 4
+    scores[..., 1, :3] = torch.nan
+    scores[..., 2, :] = -torch.inf
+    return scores.to(dtype)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SELECTED, ids=str)
+def test_the_plugin_selects_as_the_operator(tmp_path, sizes, dtype, caplog):
+    """The same blocks, twice."""
+    *shape, kept, rows = sizes
+    scores = scores_with_ties(*shape, dtype=dtype)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_nodes.select_file(scores, kept, rows), path)
+    exact = torch.empty(scores.shape, dtype=torch.bool, device="cuda")
+    session, binding = open_node(path, {"scores": scores}, {"exact": exact}, caplog)
+    expected = uta_fx.kernels.ops.select_blocks(scores.cuda(), kept, rows)
+    for wrong in (False, True):
+        exact.fill_(wrong)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        assert torch.equal(exact, expected)
+
+
+def open_node(path, inputs, outputs, caplog):
+    """A session for a file of one node by the plugin, bound to tensors on the GPU."""
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "run by the plugin" in caplog.text
+    on_gpu = {name: x.cuda() for name, x in inputs.items()}
+    torch.cuda.synchronize()
+    return session, uta_fx.bind_tensors(session, on_gpu, outputs)
 
 
 @pytest.mark.gpu

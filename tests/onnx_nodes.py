@@ -1,0 +1,45 @@
+"""Files of one node of our domain, for tests of functions and of the plugin."""
+
+import onnx
+import torch
+
+from uta_fx.export import onnx_functions
+
+
+def node_file(function, inputs, attributes, outputs):
+    """A model of one node with its function.
+
+    Args:
+        function: Of the node.
+        inputs: Tensors by name.
+        attributes: By name.
+        outputs: Tensors of the outputs' dtypes and shapes, in order.
+    """
+    schema = onnx_functions.schemas()[function.name]
+    names = [x.name for x in schema.outputs]
+
+    def described(name, x):
+        return onnx.helper.make_tensor_value_info(
+            name, onnx_functions.ELEMENT_TYPES[x.dtype], x.shape
+        )
+
+    node = onnx.helper.make_node(function.name, list(inputs), names, domain="uta", **attributes)
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [described(name, x) for name, x in inputs.items()],
+        [described(name, x) for name, x in zip(names, outputs, strict=True)],
+    )
+    return onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", 1)],
+        functions=[function],
+        ir_version=10,
+    )
+
+
+def select_file(scores, kept, rows):
+    """Of ``SelectBlocks``."""
+    function = onnx_functions.select_blocks_function(18)
+    exact = torch.empty(scores.shape, dtype=torch.bool)
+    return node_file(function, {"scores": scores}, {"kept": kept, "rows": rows}, [exact])
