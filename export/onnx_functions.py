@@ -308,7 +308,7 @@ BlockStatistics <block_kv> (key, value)
 
 _BLOCK_SCORES = """
 <domain: "uta", opset_import: ["" : OPSET]>
-BlockScores <scale, variance_weight, variance_power, block_q, rows>
+BlockScores <scale, variance_weight, variance_power, block_q, rows, score_type>
     (query, key_mean, key_variance, log_size) => (scores)
 {
     one = Constant <value_ints = [1]> ()
@@ -401,7 +401,8 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
         score_rows = Sqrt (mean_square)
     }> (nothing, queries, means, variances, sizes)
     score_shape = Concat <axis = 0> (lead, blocks, columns)
-    scores = Reshape (head_scores, score_shape)
+    score_float = Reshape (head_scores, score_shape)
+    scores = Cast <to: int = @score_type> (score_float)
 }
 """
 
@@ -464,10 +465,19 @@ def block_statistics_function(opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_BLOCK_STATISTICS.replace("OPSET", str(opset)))
 
 
-def block_scores_function(opset: int, variance_power: float) -> onnx.FunctionProto:
-    """What a ``BlockScores`` node of that power computes, in standard operations of that opset."""
+def block_scores_function(opset: int, variance_power: float | None) -> onnx.FunctionProto:
+    """What a ``BlockScores`` node computes, in standard operations of that opset.
+
+    Args:
+        opset: Of the operations.
+        variance_power: The node's, or None for any.
+    """
     # a power of numbers one by one is slow, and the common ones need none
-    weighted = {0.0: "weighted = Identity (p)", 1.0: "weighted = Mul (p, sigma2)"}.get(
+    known: dict[float | None, str] = {
+        0.0: "weighted = Identity (p)",
+        1.0: "weighted = Mul (p, sigma2)",
+    }
+    weighted = known.get(
         variance_power,
         "power = Constant <value_float: float = @variance_power> ()\n"
         "        spread = Pow (sigma2, power)\n"
@@ -538,13 +548,14 @@ def schemas() -> dict[str, OpSchema]:
                     "key_variance": ("T", "[B, H, Nk, D]"),
                     "log_size": ("F", "[B, H, Nk]"),
                 },
-                {"scores": ("F", "[B, H, Nq, Nk]")},
+                {"scores": ("S", "[B, H, Nq, Nk]")},
                 {
                     "scale": (float, "multiplies the logits"),
                     "variance_weight": (float, "share of half the logit variance in the logit"),
                     "variance_power": (float, "exponent of the variance in the score"),
                     "block_q": (int, "query rows in a block"),
                     "rows": (int, "query rows in a group"),
+                    "score_type": (int, "of the scores: 1 float32, or 16 bfloat16"),
                 },
             ),
             make_schema(

@@ -43,7 +43,7 @@ from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
-KEPT = ("SparseAttention", "SelectBlocks")
+KEPT = ("SparseAttention", "BlockScores", "SelectBlocks")
 """Nodes of our domain in a file, beside their functions."""
 
 
@@ -314,14 +314,12 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         block_q: int,
         rows: int,
     ) -> Any:
-        scores = nodes["BlockScores"](
+        wide = query.dtype == ir.DataType.FLOAT
+        return nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
-            rows=rows,
+            rows=rows, score_type=ir.DataType.FLOAT if wide else ir.DataType.BFLOAT16,
         )  # fmt: skip
-        if query.dtype == ir.DataType.FLOAT:
-            return scores
-        return opset18.Cast(scores, to=ir.DataType.BFLOAT16)
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
         return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
@@ -426,7 +424,8 @@ def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]
     }
     statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
     selection = [select_blocks_function(opset)] if nodes_of(model, "SelectBlocks") else []
-    return [*statistics, *(block_scores_function(opset, power) for power in powers), *selection]
+    scores = [block_scores_function(opset, powers.pop() if len(powers) == 1 else None)]
+    return [*statistics, *(scores if nodes_of(model, "BlockScores") else []), *selection]
 
 
 def inline(

@@ -86,7 +86,7 @@ class Kernel:
         cubin: Machine code.
         shared: Bytes of shared memory.
         threads: Of one program.
-        programs: How many there are for ``blocks`` blocks.
+        programs: How many there are for ``blocks`` blocks, or rows.
         blocks: See ``programs``.
         parameters: Their names in the C source, in order.
         maps: Of the parameters that are tensor maps, in order.

@@ -178,8 +178,10 @@ enum { MAP_ARGUMENTS = 9 };
   X(whole) X(last_keys) X(scale) X(scale_log2) X(half_weight_log2)                                \
   X(bits_ptr) X(best_ptr) X(digits_ptr) X(tied_ptr) X(kept_ptr)                                   \
   X(wanted) X(rows) X(blocks) X(share) X(programs)                                                \
+  X(mean_ptr) X(var_ptr) X(size_ptr) X(scores_ptr) X(power)                                       \
+  X(mean_sb) X(mean_sh) X(mean_sn) X(var_sb) X(var_sh) X(var_sn) X(size_sb) X(size_sh)            \
   MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
-  MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc)
+  MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc) MAP(X, mean_desc) MAP(X, var_desc)
 #define NAME_ARGUMENT(name) ARG_##name,
 enum { ARGUMENTS(NAME_ARGUMENT) ARGUMENT_COUNT };
 
@@ -201,7 +203,7 @@ typedef struct Map {
 typedef struct Kernel {
   const unsigned char *code; /* NULL: this variant does not need it */
   const char *name;
-  int shared, threads, programs, blocks; /* so many programs for so many blocks */
+  int shared, threads, programs, blocks; /* so many programs for so many blocks or rows */
   const unsigned char *arguments;
   int argument_count;
   const Map *maps;
@@ -209,8 +211,9 @@ typedef struct Kernel {
 } Kernel;
 
 /* types of nodes, and the kernels of each in the order in which they run */
-enum { SPARSE_ATTENTION, SELECT_BLOCKS };
+enum { SPARSE_ATTENTION, BLOCK_SCORES, SELECT_BLOCKS };
 enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED };
+enum { SCORE };
 enum { IN_ROW, FIRST, NEXT, KEEP = NEXT + 5 }; /* alone, or one after the other */
 enum { KERNELS = 8, KEY_SIZE = 11 };
 
@@ -265,7 +268,7 @@ typedef struct Node {
   const NodeType *type;
   int dtype;
   Allocator *allocator;
-  float scale, variance_weight;
+  float scale, variance_weight, variance_power;
   int64_t block_q, block_kv, per_block, kept, rows;
 } Node;
 
@@ -281,7 +284,7 @@ typedef struct Run {
 
 typedef struct Attribute { const char *name; int is_integer; size_t place; } Attribute;
 
-/* T: the node's dtype; F: float32; I: int32; M: bool */
+/* T: the node's dtype; S: bfloat16 where that has 16 bits; F: float32; I: int32; M: bool */
 struct NodeType {
   const char *name, *inputs, *outputs;
   int ranks[MOST_INPUTS];
@@ -625,6 +628,52 @@ static Status *sparse_attention(Run *run) {
   return kernels[PAIRED].code ? launch_parts(run, most) : NULL;
 }
 
+/* ---- BlockScores ----------------------------------------------------------------------------- */
+
+enum { MEAN = 1, SPREAD, SIZE };
+
+/* As triton_scores.block_scores and gluon_scores.block_scores. */
+static Status *block_scores(Run *run) {
+  const Node *node = run->node;
+  const Tensor *x = run->x;
+  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
+  int64_t blocks_q = divide_up(length_q, node->block_q), blocks = x[MEAN].sizes[2];
+  float power = node->variance_power;
+  const int key[KEY_SIZE] = {
+      node->dtype, (int)x[QUERY].sizes[3], (int)blocks, (int)node->block_q, (int)node->rows,
+      node->variance_weight != 0, power == 0 ? 0 : power == 0.5 ? 1 : power == 1 ? 2 : 3};
+  TRY(find_variant(run, BLOCK_SCORES, key));
+  TRY(make_output(run, 0, 4, (int64_t[]){batch, heads, blocks_q, blocks}));
+  if (batch * heads * blocks_q * blocks == 0) return NULL;
+  TRY(begin(run));
+  Value *values = run->values;
+  values[ARG_q_ptr].pointer = (uint64_t)x[QUERY].data;
+  values[ARG_mean_ptr].pointer = (uint64_t)x[MEAN].data;
+  values[ARG_var_ptr].pointer = (uint64_t)x[SPREAD].data;
+  values[ARG_size_ptr].pointer = (uint64_t)x[SIZE].data;
+  values[ARG_scores_ptr].pointer = (uint64_t)run->outputs[0].data;
+  STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
+  STRIDES(x[MEAN], 4, ARG_mean_sb, ARG_mean_sh, ARG_mean_sn);
+  STRIDES(x[SPREAD], 4, ARG_var_sb, ARG_var_sh, ARG_var_sn);
+  STRIDES(x[SIZE], 3, ARG_size_sb, ARG_size_sh);
+  values[ARG_heads].integer = heads;
+  values[ARG_length_q].integer = length_q;
+  values[ARG_blocks_q].integer = blocks_q;
+  values[ARG_blocks].integer = blocks;
+  values[ARG_scale].number = node->scale;
+  values[ARG_scale_log2].number = node->scale * M_LOG2E;
+  values[ARG_half_weight_log2].number = node->variance_weight / 2.0 * M_LOG2E;
+  values[ARG_power].number = power;
+  const Kernel *kernel = &VARIANTS[run->variant].kernels[SCORE];
+  const Part whole = {0, batch, heads};
+  for (int i = 0; i < kernel->map_count; ++i) {
+    const Map *map = &kernel->maps[i];
+    const Tensor *mapped = &x[map->argument == ARG_mean_desc ? MEAN : SPREAD];
+    TRY(set_map(values, map, mapped, &whole, node->dtype));
+  }
+  return launch(run, SCORE, divide_up(length_q, kernel->blocks), batch * heads);
+}
+
 /* ---- SelectBlocks ---------------------------------------------------------------------------- */
 
 /* As triton_selection.select_blocks. */
@@ -677,6 +726,9 @@ static const NodeType TYPES[] = {
     [SPARSE_ATTENTION] = {"SparseAttention", "TTTIITTFTT", "TF", {4, 4, 4, 4, 3, 5, 5, 4, 4, 5},
                           {FLOAT(scale), FLOAT(variance_weight), INTEGER(block_q),
                            INTEGER(block_kv), INTEGER(per_block)}, sparse_attention},
+    [BLOCK_SCORES] = {"BlockScores", "TTTF", "S", {4, 4, 4, 3},
+                      {FLOAT(scale), FLOAT(variance_weight), FLOAT(variance_power),
+                       INTEGER(block_q), INTEGER(rows)}, block_scores},
     [SELECT_BLOCKS] = {"SelectBlocks", "T", "M", {4}, {INTEGER(kept), INTEGER(rows)},
                        select_blocks},
 };
@@ -725,6 +777,7 @@ static int type_of(char letter, int dtype) {
   switch (letter) {
     case 'F': return TYPE_FLOAT;
     case 'I': return TYPE_INT32;
+    case 'S': return dtype == TYPE_FLOAT ? TYPE_FLOAT : TYPE_BFLOAT16;
     case 'M': return TYPE_BOOL;
     default: return dtype;
   }

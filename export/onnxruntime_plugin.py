@@ -24,12 +24,16 @@ import onnx
 import triton
 from triton.runtime.jit import JITFunction
 
-from uta_fx.export import onnxruntime_attention, onnxruntime_kernels, onnxruntime_selection
 from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
 from uta_fx.export.onnxruntime_kernels import SHARED_KB, Kernel, NodeOfFile
-from uta_fx.export.onnxruntime_selection import compile_selection, selection_variants
-from uta_fx.kernels import triton_attention, triton_selection
-from uta_fx.kernels.triton_attention import gluon_attention, gluon_tail
+from uta_fx.export.onnxruntime_selection import (
+    compile_scores,
+    compile_selection,
+    scores_variants,
+    selection_variants,
+)
+from uta_fx.kernels import triton_attention
+from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_selection import SIZES
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 NODES: dict[str, tuple[Callable[[NodeOfFile], list[Any]], Callable[[Any, int], dict[str, Kernel]]]]
 NODES = {
     "SparseAttention": (attention_variants, compile_attention),
+    "BlockScores": (scores_variants, compile_scores),
     "SelectBlocks": (selection_variants, compile_selection),
 }
 """By type of node: what a node asks of the kernels, and the kernels compiled for it."""
@@ -108,11 +113,8 @@ def link_plugin(
 def build_cached(model: Path, architecture: int) -> Path:
     """The plugin for a file and an architecture in ``CACHE``, built where it is not there yet."""
     variants = variants_of(onnx.load(model, load_external_data=False))
-    modules = (
-        onnxruntime_attention, onnxruntime_kernels, onnxruntime_selection, triton_attention,
-        gluon_attention, gluon_tail, triton_selection,
-    )  # fmt: skip
-    files = [Path(str(module.__file__)) for module in modules if module is not None]
+    kernels = Path(str(triton_attention.__file__)).parent.glob("*.py")
+    files = sorted((*kernels, *SOURCE.parent.glob("onnxruntime_*.py")))
     parts = (repr(variants), triton.__version__, *(x.read_text() for x in (SOURCE, *files)))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     library = CACHE / f"{digest[:16]}.sm_{architecture}.so"

@@ -2,15 +2,109 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onnx import TensorProto
 
-from uta_fx.export.onnxruntime_kernels import Kernel, NodeOfFile, compile_kernel
-from uta_fx.kernels import triton_selection
+from uta_fx.export.onnxruntime_kernels import (
+    DTYPES,
+    HOPPER,
+    SHARED_KB,
+    Kernel,
+    NodeOfFile,
+    compile_kernel,
+)
+from uta_fx.kernels import triton_scores, triton_selection
+from uta_fx.kernels.triton_attention import gluon_attention
+from uta_fx.kernels.triton_scores import gluon_scores
 from uta_fx.kernels.triton_selection import SIZES
 
 _NAMES = {"counts_ptr": "digits_ptr"}
+_POWERS = (0.0, 0.5, 1.0)  # that kernels know; the C source numbers them so
+
+
+class ScoresVariant(NamedTuple):
+    """For which ``BlockScores`` nodes a kernel is compiled; the key as in the C source."""
+
+    dtype: int
+    dim: int
+    blocks: int  # of keys
+    block_q: int
+    rows: int  # of a group
+    weighted: bool  # the variance takes part in the logits
+    power: int  # its place in ``_POWERS``, or beyond
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What a node must have too."""
+        return tuple(map(int, self))
+
+
+def scores_variants(node: NodeOfFile) -> list[ScoresVariant]:
+    """The one of a ``BlockScores`` node.
+
+    Raises:
+        ValueError: A size that a kernel needs is not known.
+    """
+    attributes = node.attributes
+    power = attributes["variance_power"]
+    return [
+        ScoresVariant(
+            dtype=node.dtype(0),
+            dim=node.known(0, 3),
+            blocks=node.known(1, 2),
+            block_q=attributes["block_q"],
+            rows=attributes["rows"],
+            weighted=attributes["variance_weight"] != 0,
+            power=_POWERS.index(power) if power in _POWERS else len(_POWERS),
+        )
+    ]
+
+
+def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kernel]:
+    """The kernel of a variant, as PyTorch's operator takes it.
+
+    Raises:
+        RuntimeError: Triton could not compile it.
+    """
+    dtype, name = DTYPES[variant.dtype]
+    weight, power = float(variant.weighted), (*_POWERS, -1.0)[variant.power]  # of their kinds
+    numbers = (weight, power, variant.block_q, variant.rows)
+    function: Any
+    if (
+        architecture == HOPPER
+        and gluon_scores is not None
+        and gluon_scores.takes_sizes(dtype, variant.dim, *numbers)
+    ):
+        function = gluon_scores._scores_kernel
+        options = gluon_scores.score_options(variant.dim, variant.block_q, variant.rows)
+        rows = gluon_scores.rows_of_program(variant.rows)
+    else:
+        function, limit = triton_scores._scores_kernel, SHARED_KB[architecture] * 1024
+        tile = triton_scores.score_tile(dtype, variant.dim, variant.blocks, limit)
+        options = triton_scores.score_options(dtype, variant.dim, *numbers, tile)
+        rows = triton_scores.rows_of_program(tile, variant.block_q, variant.rows)
+    wide = "fp32" if variant.dtype == TensorProto.FLOAT else "bf16"
+    types = {"size_ptr": "*fp32", "scores_ptr": f"*{wide}", "power": "fp32", "scale": "fp32"}
+    types |= {"scale_log2": "fp32", "half_weight_log2": "fp32"}
+    divisible = {"q_ptr", "mean_ptr", "var_ptr", "size_ptr", "scores_ptr"}
+    if variant.dim % 16 == 0:
+        divisible |= {"q_sb", "q_sh", "q_sm", "mean_sb", "mean_sh", "mean_sn"}
+        divisible |= {"var_sb", "var_sh", "var_sn"}
+    if variant.blocks % 16 == 0:
+        divisible |= {"blocks", "size_sb", "size_sh"}
+    for parameter in function.arg_names:
+        if parameter.endswith("_desc"):
+            tile_type = f"{name}[1, 1, {gluon_scores.TILE}, {variant.dim}]"
+            types[parameter] = f"tensordesc<{tile_type},{gluon_attention.MAP_LAYOUT!r}>"
+        elif parameter.endswith("_ptr"):
+            types.setdefault(parameter, f"*{name}")
+        else:
+            types.setdefault(parameter, "i64" if parameter.endswith(("_sb", "_sh")) else "i32")
+    kernel = compile_kernel(
+        function, architecture, options, types=types, divisible=divisible, blocks=rows
+    )
+    return {"SCORE": kernel}
 
 
 class SelectionVariant(NamedTuple):

@@ -4,6 +4,7 @@ import onnx
 import torch
 
 from uta_fx.export import onnx_functions
+from uta_fx.kernels import reference
 
 
 def node_file(function, inputs, attributes, outputs):
@@ -36,6 +37,23 @@ def node_file(function, inputs, attributes, outputs):
         functions=[function],
         ir_version=10,
     )
+
+
+def scores_file(inputs, scale, weight, power, block_q, rows):
+    """Of ``BlockScores``, by its tensors in order and its numbers; and what to feed it."""
+    query, mean = inputs[:2]
+    dtype = reference.score_dtype(query.dtype)
+    scores = torch.empty(
+        *query.shape[:2], -(-query.shape[2] // block_q), mean.shape[2], dtype=dtype
+    )
+    function = onnx_functions.block_scores_function(18, power)
+    attributes = {
+        "scale": scale, "variance_weight": weight, "variance_power": power, "block_q": block_q,
+        "rows": rows, "score_type": onnx_functions.ELEMENT_TYPES[dtype],
+    }  # fmt: skip
+    names = [x.name for x in onnx_functions.schemas()["BlockScores"].inputs]
+    named = dict(zip(names, inputs, strict=True))
+    return node_file(function, named, attributes, [scores]), named
 
 
 def select_file(scores, kept, rows):

@@ -100,6 +100,7 @@ def test_the_function_of_scores_is_the_operator(power):
     }
     attributes = {
         "scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32, "rows": 2,
+        "score_type": 1,
     }  # fmt: skip
     exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
     function = onnx_functions.block_scores_function(18, power)

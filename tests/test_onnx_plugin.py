@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import Case, double
+from cases import Case, double, score_inputs
 from torch import nn
 
 import uta_fx
@@ -78,7 +78,14 @@ def selection_file():
     return onnx_nodes.select_file(torch.zeros(1, 2, 300, 320, dtype=torch.bfloat16), 20000, 300)
 
 
+def scores_model():
+    inputs = score_inputs(1, 2, 300, 48, 128, torch.bfloat16)
+    return onnx_nodes.scores_file(inputs, 0.1, 0.0, 1.0, 64, 16)[0]
+
+
 FILES = {
+    "scores-90": (90, scores_model),
+    "scores-80": (80, scores_model),
     "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
     "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
     "selection-90": (90, selection_file),
@@ -173,6 +180,8 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
         representatives=12,
     )  # fmt: skip
     scores = onnx.TensorProto.FLOAT if dtype == torch.float32 else onnx.TensorProto.BFLOAT16
+    (of_scores,) = variants["BlockScores"]
+    assert (of_scores.dtype, of_scores.dim, of_scores.blocks) == (variant.dtype, 16, 12)
     (selection,) = variants["SelectBlocks"]
     assert (selection.dtype, selection.blocks) == (scores, 12)
 
@@ -321,6 +330,37 @@ def test_the_plugin_selects_as_the_operator(tmp_path, sizes, dtype, caplog):
         torch.cuda.synchronize()
         session.run_with_iobinding(binding)
         assert torch.equal(exact, expected)
+
+
+SCORED = {  # dtype; D, length, Nk; weight, power, block_q, rows
+    "hopper": (torch.bfloat16, 128, 5000, 320, 0.0, 1.0, 64, 16),
+    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
+    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
+    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 64),
+    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
+    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
+    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
+}
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("name", SCORED)
+def test_the_plugin_scores_as_the_operator(tmp_path, name, caplog):
+    """Bit for bit, twice; where the operator takes the kernel for Hopper, so does the plugin."""
+    dtype, dim, length, blocks, *numbers = SCORED[name]
+    inputs, path = score_inputs(2, 3, length, blocks, dim, dtype), tmp_path / "model.onnx"
+    numbers = (0.25, *numbers)  # the scale
+    model, named = onnx_nodes.scores_file(inputs, *numbers)
+    onnx.save(model, path)
+    expected = uta_fx.kernels.ops.block_scores(*(x.cuda() for x in inputs), *numbers)
+    scores = torch.empty_like(expected)
+    session, binding = open_node(path, named, {"scores": scores}, caplog)
+    for _ in range(2):
+        scores.fill_(torch.nan)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        assert torch.equal(scores, expected)
 
 
 def open_node(path, inputs, outputs, caplog):

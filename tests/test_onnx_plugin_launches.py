@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, score_inputs
 
 pytest.importorskip("onnx")
 pytest.importorskip("triton")
@@ -16,13 +16,22 @@ import onnx_nodes  # need onnx, Triton
 import plugin_runtime
 
 from uta_fx.export import onnx_functions, onnxruntime_kernels, onnxruntime_plugin
-from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention, triton_selection
+from uta_fx.kernels import (
+    gluon_attention,
+    gluon_scores,
+    gluon_tail,
+    triton_attention,
+    triton_scores,
+    triton_selection,
+)
 
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
     triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
     gluon_attention: ("_pair_lists_kernel", "_longest_first_kernel", "_paired_kernel"),
     gluon_tail: ("_pooled_variance_kernel",),
+    triton_scores: ("_scores_kernel",),
+    gluon_scores: ("_scores_kernel",),
     triton_selection: (
         "_first_pass_kernel",
         "_next_pass_kernel",
@@ -137,7 +146,9 @@ def prepare(path, case, architecture, driver, monkeypatch):
 def prepare_node(path, model, inputs, operator, architecture, driver, monkeypatch):
     """As ``prepare``, for a file of one node and a call of its operator."""
     monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
-    monkeypatch.setattr(triton_attention, "shared_limit", lambda x: LIMITS[architecture])
+    monkeypatch.setattr(gluon_scores, "on_hopper", lambda x: architecture == 90)
+    for module in (triton_attention, triton_scores):
+        monkeypatch.setattr(module, "shared_limit", lambda x: LIMITS[architecture])
     compiler = Compiler()
     monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
     variants = onnxruntime_plugin.variants_of(model)
@@ -223,6 +234,34 @@ def assert_launches(runtime, compiled, expected):
             assert got == value or name.startswith(unread), (kernel, name)
     starts = sorted(spans)
     assert all(start + spans[start][0] <= after for start, after in itertools.pairwise(starts))
+
+
+SCORES = {  # dtype; D, length, Nk; weight, power, block_q, rows
+    "hopper": (torch.bfloat16, 128, 1000, 48, 0.0, 1.0, 64, 16),
+    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
+    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
+    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 64),
+    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
+    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
+    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_launches_of_scores_are_the_operator_s(tmp_path, architecture, name, driver, monkeypatch):
+    """By the kernel for Hopper where the operator takes it."""
+    dtype, dim, length, blocks, weight, power, block_q, rows = SCORES[name]
+    inputs = score_inputs(2, 3, length, blocks, dim, dtype)
+    numbers = (0.25, weight, power, block_q, rows)
+    model, named = onnx_nodes.scores_file(inputs, *numbers)
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, named,
+        lambda: [triton_scores.block_scores(*inputs, *numbers)], architecture, driver, monkeypatch,
+    )  # fmt: skip
+    by_maps = architecture == 90 and name.startswith("hopper")
+    assert [("mean_desc" in given) for *_, given in expected] == [by_maps]
+    assert_launches(runtime, compiled, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
