@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import itertools
@@ -113,6 +114,7 @@ def write_onnx(
     model = exported.model
     with _without_their_own_worries():
         fold_constants(model)
+    _name_nodes(model)
     _name_sites(nodes_of(model, dialect.site_node), [site for site in sites if site.sparse])
     dialect.lower(model, opset)
     tidy = Passes(
@@ -222,7 +224,9 @@ def _reduced_qr(matrix: torch.Tensor, mode: str = "reduced") -> Any:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How the exporter writes our operators: as nodes of our domain."""
+    """How the exporter writes our operators, as nodes of our domain, and some of PyTorch's."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter  # slow to import
+
     domain = Opset(DOMAIN, VERSION)
     nodes = {name: Op(domain, name, schema) for name, schema in schemas().items()}
 
@@ -367,6 +371,42 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         return sort(x, dim, descending)
 
+    def slice_scatter(
+        x: Any,
+        source: Any,
+        dim: int = 0,
+        start: int | None = None,
+        end: int | None = None,
+        step: int = 1,
+    ) -> Any:
+        """Numbers side by side with those that they do not replace.
+
+        Models turn pairs of channels so (rotary embeddings). The exporter's own form, ScatterND,
+        takes an index for each number.
+        """
+        sizes, dim = list(x.shape), dim % len(x.shape)
+        size, count, inner = sizes[dim], source.shape[dim], sizes[dim + 1 :]
+        several = step > 1
+        known = all(isinstance(n, int) for n in (size, count, *(inner if several else ())))
+        first = slice(start, end).indices(size)[0] if known else 0
+        if not known or (several and (count * step != size or first >= step)):
+            return aten_slice_scatter(x, source, dim, start, end, step)
+
+        def numbers(*values: int) -> Any:
+            return opset18.Constant(value_ints=list(values))
+
+        if several:  # in a dimension of their own; a 0 is a size that stays
+            x = opset18.Reshape(x, numbers(*[0] * dim, count, step, *inner))
+            source = opset18.Reshape(source, numbers(*[0] * dim, count, 1, *inner))
+        axis = dim + several
+        rest = first + (1 if several else count), step if several else size
+        before, after = (
+            [opset18.Slice(x, numbers(low), numbers(high), numbers(axis))] if high > low else []
+            for low, high in ((0, first), rest)
+        )
+        joined = opset18.Concat(*before, source, *after, axis=axis)
+        return opset18.Reshape(joined, numbers(*[0] * dim, size, *inner)) if several else joined
+
     def written(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         """An operator that returns a constant, as that constant."""
 
@@ -380,6 +420,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.slice_scatter.default: slice_scatter,
         torch.ops.aten.sort.default: sort,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
@@ -461,6 +502,21 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], parts, node.outputs, [value]
         )
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes after the modules that they are of, which a viewer shows, such as Netron.
+
+    Of what the exporter notes beside a node its namespace alone stays, by which viewers fold a
+    graph: stack traces hold the paths of this machine.
+    """
+    for node in model.graph:
+        notes = node.metadata_props
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))  # and its own
+        path = scopes[-2] if len(scopes) > 1 else ""
+        node.name = f"{path}/{(node.name or '').removeprefix('node_')}".removeprefix("/")
+        for key in [key for key in notes if key != "namespace"]:
+            del notes[key]
 
 
 def _name_sites(nodes: Sequence[ir.Node], sites: Sequence[Site]) -> None:

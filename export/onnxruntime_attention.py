@@ -6,7 +6,7 @@ operator takes them too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -124,9 +124,10 @@ def compile_attention(variant: AttentionVariant, architecture: int) -> dict[str,
     if not paired:
         kernels["LISTED"] = _compile_listed(variant, architecture)
         return kernels
+    unaligned = gluon_attention.OF_PARTS["do_not_specialize_on_alignment"]
     kernels["ORDER"] = _compile(
         gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
-        blocks=2,
+        blocks=2, unaligned=unaligned,
     )  # fmt: skip
     kernels["TURNS"] = _compile(
         gluon_attention._longest_first_kernel, variant, architecture,
@@ -143,7 +144,7 @@ def compile_attention(variant: AttentionVariant, architecture: int) -> dict[str,
     )
     kernels["PAIRED"] = _compile(
         gluon_attention._paired_kernel, variant, architecture, options,
-        blocks=gluon_attention.blocks_of_program(variant.dim),
+        blocks=gluon_attention.blocks_of_program(variant.dim), unaligned=unaligned,
     )  # fmt: skip
     return kernels
 
@@ -198,6 +199,7 @@ def _compile(
     *,
     programs: int = 1,
     blocks: int = 1,
+    unaligned: Container[str] = (),
 ) -> Kernel:
     names = _NAMES.get(function.__name__, {})
     maps = [name for name in function.arg_names if name.endswith("_desc")]
@@ -209,7 +211,9 @@ def _compile(
             for name in function.arg_names
         },
         divisible={
-            name for name in function.arg_names if _is_divisible(names.get(name, name), variant)
+            name
+            for name in function.arg_names
+            if name not in unaligned and _is_divisible(names.get(name, name), variant)
         },
     )  # fmt: skip
 
@@ -237,7 +241,7 @@ def _map_types(
 
 
 def _is_divisible(name: str, variant: AttentionVariant) -> bool:
-    """Whether 16 divides a parameter: the plugin checks pointers, and tensors are contiguous."""
+    """Whether 16 divides a parameter: the plugin checks tensors, which are contiguous."""
     if name.endswith("_ptr"):
         return True
     tensor, _, stride = name.rpartition("_s")

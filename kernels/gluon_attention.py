@@ -59,6 +59,12 @@ MAX_BLOCKS = 1 << 16  # of keys: their order is kept in 16 bits
 SHARE = 25
 FILL = 2048  # 15 on each multiprocessor, one after the other
 MAP_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+# the parts of the heads differ in number and in where they begin in memory, which changes nothing
+# in the code of their kernels: they are compiled once
+OF_PARTS: dict[str, Any] = {
+    "do_not_specialize": ["heads"],
+    "do_not_specialize_on_alignment": ["lse_ptr", "size_ptr", "listed_ptr", "counts_ptr"],
+}
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def _fields(word, FIELD: tl.constexpr):
     return word & mask, word >> FIELD & mask, word >> 2 * FIELD
 
 
-@triton.jit
+@triton.jit(**OF_PARTS)
 def _pair_lists_kernel(
     ids_out_ptr,  # uint16 [B, H, pairs, Nk]
     plan_ptr,  # int32 [B, H, pairs, PLAN]
@@ -465,7 +471,7 @@ def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
     return attend, copy
 
 
-@gluon.jit
+@gluon.jit(**OF_PARTS)
 def _paired_kernel(
     q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
     o_ptr, lse_ptr, ids_ptr, plan_ptr, size_ptr, sigma2_ptr, listed_ptr,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -72,8 +72,7 @@ def note_launches(function: Callable[..., Any], args: Sequence[Any]) -> list[Lau
         args: For it; tensors among them are of one ``FakeTensorMode``, and each that is not a view
             is taken to lie at a multiple of 16 bytes, as PyTorch allocates.
     """
-    mode = detect_fake_mode(args)
-    assert mode is not None
+    mode = next(x.fake_mode for x in args if isinstance(x, FakeTensor))
     launches: list[Launch] = []
     token = _noted.set(launches)
     try:

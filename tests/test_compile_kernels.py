@@ -1,5 +1,6 @@
 """Kernels that are compiled while Inductor compiles the graph are those that it then launches."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from uta_fx import compile_kernels
 from uta_fx.kernels import ops
-from uta_fx.kernels.launches import Pointer, launcher, note_launches
+from uta_fx.kernels.launches import Launch, Pointer, launcher, note_launches
 
 MODEL = """
 import torch
@@ -39,11 +40,10 @@ def run(dtype, device):
 """
 
 # a driver says that there is an H100; what a kernel is compiled for is noted, and not compiled
-KEYS = (
-    MODEL
-    + """
+DRIVER = """
 import contextlib
 import threading
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -69,7 +69,7 @@ compile_kernels.device_of = lambda args: 0
 compile_kernels.load_driver = lambda indices: None
 for module in (gluon_attention, gluon_scores, gluon_statistics):
     module.on_hopper = lambda x: True
-before, launched, running = set(), set(), []
+before, launched = set(), set()
 
 
 def note(kernel, key, *rest):
@@ -78,6 +78,13 @@ def note(kernel, key, *rest):
 
 
 JITFunction._do_compile = note
+"""
+
+KEYS = (
+    MODEL
+    + DRIVER
+    + """
+running = []
 for op, launch in ops.LAUNCHERS.items():
     name = op._schema.name.removeprefix("uta::")
 
@@ -92,8 +99,35 @@ for op, launch in ops.LAUNCHERS.items():
     setattr(cpu, name, run_and_launch)
 run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
-kernels = {kernel for _, kernel, _ in before}
-assert len(kernels) == 10, kernels
+names = {name for _, name, _ in before}
+assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
+"""
+)
+
+# HunyuanVideo's 33 x 45 x 80 tokens, which go by eight heads
+PARTS = (
+    DRIVER
+    + """
+from torch._subclasses.fake_tensor import FakeTensorMode
+from uta_fx.kernels.launches import note_launches
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(1, 24, *shape, dtype=dtype)
+
+
+with FakeTensorMode():
+    blocks = 1857
+    tokens = [empty(118800, 128) for _ in range(3)]
+    tail = [empty(blocks, 128), empty(blocks, 128), empty(blocks, dtype=torch.float32)]
+    slope = [empty(blocks, 128), empty(1, 128, 128)]
+    exact = empty(blocks, blocks, dtype=torch.bool)
+launch = ops.LAUNCHERS[torch.ops.uta.block_masked_attention.default]
+launches = note_launches(launch, (*tokens, exact, *tail, *slope, 0.1, 0.5, 64, 64))
+assert len(launches) == 3 * 4, len(launches)
+for launch in launches:
+    launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+assert len(launched) == 4, launched
 """
 )
 
@@ -111,6 +145,12 @@ def test_what_is_compiled_before_is_what_launches_ask_for(tmp_path):
     """Types, strides of 1, what 16 divides, constants and options, as Inductor lays tensors out."""
     pytest.importorskip("triton")
     run_script(KEYS, tmp_path)
+
+
+def test_parts_of_the_heads_share_their_kernels(tmp_path):
+    """However many heads they are, and wherever in memory they begin."""
+    pytest.importorskip("triton")
+    run_script(PARTS, tmp_path)
 
 
 ON_GPU = (
@@ -193,6 +233,27 @@ def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
     torch._dynamo.reset()
     assert torch.equal(sparse_toy()(x), expected)
     assert {"noted", "failed"} <= set(calls)
+
+
+def test_what_cannot_be_loaded_is_left_to_the_launch(monkeypatch):
+    """Which asks for it anew: on that device it is as if it had not been compiled."""
+
+    class Compiled:
+        @property
+        def run(self):
+            raise RuntimeError("no room")
+
+    class Kernel:
+        def __init__(self):
+            self.device_caches = {0: "its kernels", 1: "those of another device"}
+
+        def warmup(self, *args, **options):
+            return Compiled()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    kernel = Kernel()
+    compile_kernels._compile([Launch(kernel, (), {})], 0)
+    assert kernel.device_caches == {1: "those of another device"}
 
 
 def test_the_graphs_error_is_the_one_that_is_raised(on_gpu):

@@ -192,6 +192,12 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     assert {function.name for function in loaded.functions} == {node.op_type for node in nodes}
     assert [x.name for x in loaded.graph.input] == list(inputs)
     assert [x.name for x in loaded.graph.output] == ["output"]
+    names = [node.name for node in loaded.graph.node]
+    assert any(name.startswith("blocks.1.ffn.net.2/linear") for name in names)
+    assert len(set(names)) == len(names)
+    assert {entry.key for node in loaded.graph.node for entry in node.metadata_props} == {
+        "namespace"
+    }
     metadata = {entry.key: entry.value for entry in loaded.metadata_props}
     assert json.loads(metadata["uta_fx.config"])["density"] == 0.3
     assert [site["name"] for site in json.loads(metadata["uta_fx.sites"])] == [
@@ -619,3 +625,32 @@ def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     results = run(path, {"scores": scores.numpy()})
     for got, want in zip(results, Select()(scores), strict=True):
         assert torch.equal(torch.from_numpy(got), want)
+
+
+class Assigns(nn.Module):
+    """Numbers replaced in place: channels of a rotary embedding, every third token, some tokens."""
+
+    def forward(self, x, y):
+        turned = torch.empty_like(x)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned[..., 0::2] = a * y - b
+        turned[..., 1::2] = a + b * y
+        third, some, last, tall = x.clone(), x.clone(), x.clone(), x.clone()
+        third[:, 1::3] = y[:, 1::3].repeat_interleave(2, -1)
+        some[:, 2:5] = 0.5
+        last[:, -3:] = x[:, :3]
+        tall[1:, ::4] = x[1:, ::4] + 1  # tokens are no multiple of four
+        return turned, third, some, last, tall
+
+
+def test_numbers_are_replaced_without_an_index_each(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 9, 8, generator=generator), torch.randn(2, 9, 4, generator=generator)
+    model = Assigns().eval()
+    export_onnx(model, (x, y), tmp_path / "model.onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert sum(node.op_type == "ScatterND" for node in nodes) == 1
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), (x, y), strict=True)}
+    for got, expected in zip(session.run(None, feed), model(x, y), strict=True):
+        assert torch.equal(torch.from_numpy(got), expected)

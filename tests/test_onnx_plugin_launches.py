@@ -98,7 +98,10 @@ class Recorder:
 
 
 class Compiler:
-    """Stands in for ``triton.compile``; keeps signature, constants and options by kernel."""
+    """Stands in for ``triton.compile``; keeps by kernel what it is compiled for.
+
+    That is its signature, constants, options, and the parameters that 16 divides.
+    """
 
     def __init__(self):
         self.given = {}
@@ -107,7 +110,8 @@ class Compiler:
         names, signature = source.fn.arg_names, source.signature
         constants = {names[index]: x for (index,), x in source.constants.items()}
         name = known_as(source.fn, constants)
-        self.given[name] = (signature, constants, options)
+        divisible = {names[index] for (index,) in source.attrs}
+        self.given[name] = (signature, constants, options, divisible)
         maps = [kind for kind in signature.values() if kind.startswith("tensordesc")]
         metadata = SimpleNamespace(
             name=name, shared=60000, num_warps=options.get("num_warps", 4),
@@ -212,7 +216,8 @@ def assert_launches(runtime, compiled, expected):
         grid = (*grid, 1)[:2]
         assert (launch.kernel, launch.grid, launch.shared) == (kernel, grid, 60000)
         assert launch.threads == 32 * arguments.get("num_warps", 4)
-        _, constants, options = compiled[kernel]
+        _, constants, options, divisible = compiled[kernel]
+        assert not any(launch.arguments[name] % 16 for name in divisible)
         for name, value in (constants | options).items():
             assert value == arguments.pop(name), (kernel, name)
         unread = tuple(

@@ -108,3 +108,5 @@ def _compile(launches: list[Launch], index: int) -> None:
                 compiled.run  # noqa: B018 - what launches it is built when it is asked for
         except Exception:
             logger.debug("%s compiles when launched", launch.kernel, exc_info=True)
+            # what was compiled but could not be loaded would be taken for ready
+            getattr(launch.kernel, "device_caches", {}).pop(index, None)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from uta_fx.backend import plan_of
 from uta_fx.config import Config
+from uta_fx.explain import FULL_CAPTURE
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import understand
 
@@ -42,7 +43,7 @@ def with_surroundings(
         sites.extend(site for site in found if site.expected)
         return _stop if any(site.grid for site in sites) else gm.forward
 
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
         try:
             torch.compile(forward, backend=look, dynamic=False)(*args, **kwargs)
         except _Seen:
