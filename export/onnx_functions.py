@@ -274,12 +274,14 @@ BlockStatistics <block_kv> (key, value)
     keys = Reshape (padded_key, key_shape)
     key_total = ReduceSum <keepdims = 1> (keys, token_axis)
     key_center = Div (key_total, size)
-    key_mean = Squeeze (key_center, token_axis)
+    key_mean_float = Squeeze (key_center, token_axis)
+    key_mean = CastLike (key_mean_float, key)
     key_off = Sub (keys, key_center)
     key_deviation = Mul (key_off, inside)
     key_square = ReduceSumSquare <keepdims = 1> (key_deviation, token_axis)
     key_spread = Div (key_square, size)
-    key_variance = Squeeze (key_spread, token_axis)
+    key_variance_float = Squeeze (key_spread, token_axis)
+    key_variance = CastLike (key_variance_float, key)
 
     value_float = Cast <to = 1> (value)
     missing_v_shape = Concat <axis = 0> (lead, missing, dim_v)
@@ -289,7 +291,8 @@ BlockStatistics <block_kv> (key, value)
     values = Reshape (padded_value, value_shape)
     value_total = ReduceSum <keepdims = 1> (values, token_axis)
     value_center = Div (value_total, size)
-    value_mean = Squeeze (value_center, token_axis)
+    value_mean_float = Squeeze (value_center, token_axis)
+    value_mean = CastLike (value_mean_float, key)
     value_off = Sub (values, value_center)
     value_deviation = Mul (value_off, inside)
     value_square = ReduceSumSquare <keepdims = 1> (value_deviation, token_axis)
@@ -453,6 +456,38 @@ SelectBlocks <kept, rows> (scores) => (exact)
 Infinity counts as the largest number below it. Runtimes sort no bfloat16.
 """
 
+_LIST_BLOCKS = """
+<domain: "uta", opset_import: ["" : OPSET]>
+ListBlocks (exact) => (block_ids, block_counts)
+{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    last_axis = Constant <value_ints = [-1]> ()
+    lead = Shape <start = 0, end = 3> (exact)
+    blocks = Shape <start = 3, end = 4> (exact)
+    first_column = Squeeze (zero)
+    end_column = Squeeze (blocks)
+    step = Squeeze (one)
+    wide_column = Range (first_column, end_column, step)
+    column = Cast <to = 6> (wide_column)
+    one_if_listed = Cast <to = 7> (exact)
+    running = CumSum (one_if_listed, last_axis)
+    place = Sub (running, one)
+    target = Where (exact, place, blocks)
+    target_shape = Shape (target)
+    ids = Expand (column, target_shape)
+    one_more = Add (blocks, one)
+    spilled_shape = Concat <axis = 0> (lead, one_more)
+    narrow_zero = Cast <to = 6> (zero)
+    zeros = Expand (narrow_zero, spilled_shape)
+    spilled = ScatterElements <axis = -1> (zeros, target, ids)
+    block_ids = Slice (spilled, zero, blocks, last_axis)
+    listed = Cast <to = 6> (exact)
+    block_counts = ReduceSum <keepdims = 0> (listed, last_axis)
+}
+"""
+"""Running counts say where a block goes; what is not listed goes to one column too many."""
+
 
 def sparse_attention_function(opset: int) -> onnx.FunctionProto:
     """What a ``SparseAttention`` node computes, in standard operations of that opset."""
@@ -490,6 +525,11 @@ def block_scores_function(opset: int, variance_power: float | None) -> onnx.Func
 def select_blocks_function(opset: int) -> onnx.FunctionProto:
     """What a ``SelectBlocks`` node computes, in standard operations of that opset."""
     return onnx.parser.parse_function(_SELECT_BLOCKS.replace("OPSET", str(opset)))
+
+
+def list_blocks_function(opset: int) -> onnx.FunctionProto:
+    """What a ``ListBlocks`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_LIST_BLOCKS.replace("OPSET", str(opset)))
 
 
 def schemas() -> dict[str, OpSchema]:
@@ -530,9 +570,9 @@ def schemas() -> dict[str, OpSchema]:
                 "Means and variances of the blocks of keys and values, over their true tokens.",
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
                 {
-                    "key_mean": ("F", "[B, H, Nk, D]"),
-                    "key_variance": ("F", "[B, H, Nk, D]"),
-                    "value_mean": ("F", "[B, H, Nk, Dv]"),
+                    "key_mean": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D]"),
+                    "value_mean": ("T", "[B, H, Nk, Dv]"),
                     "value_variance": ("F", "[B, H, Nk], summed over the channels"),
                     "covariance": ("F", "[B, H, D, Dv]"),
                 },
@@ -567,6 +607,16 @@ def schemas() -> dict[str, OpSchema]:
                     "kept": (int, "blocks that each budget keeps; of equal ones the first"),
                     "rows": (int, "consecutive rows of a sample that share a budget"),
                 },
+            ),
+            make_schema(
+                "ListBlocks",
+                "The lists of ``SparseAttention`` from a mask of blocks.",
+                {"exact": ("M", "[B, H, Nq, Nk]")},
+                {
+                    "block_ids": ("I", "[B, H, Nq, Nk], ascending, then zeros"),
+                    "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),
+                },
+                {},
             ),
         )
     }

@@ -36,6 +36,7 @@ from uta_fx.export.onnx_functions import (
     VERSION,
     block_scores_function,
     block_statistics_function,
+    list_blocks_function,
     schemas,
     select_blocks_function,
     sparse_attention_function,
@@ -44,7 +45,7 @@ from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
-KEPT = ("SparseAttention", "BlockScores", "SelectBlocks")
+KEPT = ("SparseAttention", "BlockStatistics", "BlockScores", "SelectBlocks", "ListBlocks")
 """Nodes of our domain in a file, beside their functions."""
 
 
@@ -301,11 +302,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
 
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
-        statistics = nodes["BlockStatistics"](key, value, block_kv=block_kv)
-        if key.dtype == ir.DataType.FLOAT:
-            return statistics
-        rounded = [opset18.Cast(x, to=key.dtype) for x in statistics[:3]]
-        return (*rounded, *statistics[3:])
+        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
 
     def block_scores(
         query: Any,
@@ -329,23 +326,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
 
     def list_blocks(exact: Any) -> Any:
-        """Running counts say where a block goes; what is not listed goes to one column too many."""
-        blocks = exact.shape[-1]
-        one, end = (opset18.Constant(value_ints=[x]) for x in (1, blocks))
-        last = opset18.Constant(value_ints=[-1])
-        position = opset18.CumSum(opset18.Cast(exact, to=ir.DataType.INT64), last)
-        target = opset18.Where(exact, opset18.Sub(position, one), end)
-        column = opset18.Cast(
-            opset18.Constant(value_ints=list(range(blocks))), to=ir.DataType.INT32
-        )
-        ids = opset18.Expand(column, opset18.Shape(target))
-        lead = opset18.Shape(exact, start=0, end=3)
-        wide = opset18.Concat(lead, opset18.Constant(value_ints=[blocks + 1]), axis=0)
-        zero = opset18.Cast(opset18.Constant(value_ints=[0]), to=ir.DataType.INT32)
-        spilled = opset18.ScatterElements(opset18.Expand(zero, wide), target, ids, axis=-1)
-        start = opset18.Constant(value_ints=[0])
-        counts = opset18.ReduceSum(opset18.Cast(exact, to=ir.DataType.INT32), last, keepdims=0)
-        return opset18.Slice(spilled, start, end, last), counts
+        return nodes["ListBlocks"](exact)
 
     def squeeze(x: Any, dim: int) -> Any:
         """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
@@ -463,10 +444,14 @@ def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]
     powers = {
         node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
     }
-    statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
-    selection = [select_blocks_function(opset)] if nodes_of(model, "SelectBlocks") else []
-    scores = [block_scores_function(opset, powers.pop() if len(powers) == 1 else None)]
-    return [*statistics, *(scores if nodes_of(model, "BlockScores") else []), *selection]
+    power = powers.pop() if len(powers) == 1 else None
+    functions = {
+        "BlockStatistics": block_statistics_function(opset),
+        "BlockScores": block_scores_function(opset, power),
+        "SelectBlocks": select_blocks_function(opset),
+        "ListBlocks": list_blocks_function(opset),
+    }
+    return [function for name, function in functions.items() if nodes_of(model, name)]
 
 
 def inline(

@@ -70,7 +70,7 @@ class AttentionVariant(NamedTuple):
         return tuple(map(int, self[:-1]))
 
 
-def attention_variants(node: NodeOfFile) -> list[AttentionVariant]:
+def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVariant]:
     """One, or two where the length of the keys is not known: ragged or not.
 
     Raises:

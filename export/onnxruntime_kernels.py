@@ -34,11 +34,13 @@ class NodeOfFile:
         types: Of all values that have one, by name.
 
     Attributes:
+        name: Of the node.
         attributes: By name.
     """
 
     def __init__(self, node: onnx.NodeProto, types: Mapping[str, Any]) -> None:
         self.attributes = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
+        self.name = node.name
         self._node, self._types = node, types
 
     def dtype(self, index: int) -> int:
@@ -63,7 +65,7 @@ class NodeOfFile:
         value = self.size(index, dim)
         if value is None:
             raise ValueError(
-                f"node {self._node.name}: dimension {dim} of its input {index} must be known to"
+                f"node {self.name}: dimension {dim} of its input {index} must be known to"
                 " build a plugin for it"
             )
         return value

@@ -179,6 +179,8 @@ enum { MAP_ARGUMENTS = 9 };
   X(bits_ptr) X(best_ptr) X(digits_ptr) X(tied_ptr) X(kept_ptr)                                   \
   X(wanted) X(rows) X(blocks) X(share) X(programs)                                                \
   X(mean_ptr) X(var_ptr) X(size_ptr) X(scores_ptr) X(power)                                       \
+  X(k_mean_ptr) X(k_var_ptr) X(v_mean_ptr) X(v_var_ptr) X(sums_ptr) X(total_ptr)                  \
+  X(length) X(blocks_per_program) X(parts) X(size)                                                \
   X(mean_sb) X(mean_sh) X(mean_sn) X(var_sb) X(var_sh) X(var_sn) X(size_sb) X(size_sh)            \
   MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
   MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc) MAP(X, mean_desc) MAP(X, var_desc)
@@ -211,10 +213,12 @@ typedef struct Kernel {
 } Kernel;
 
 /* types of nodes, and the kernels of each in the order in which they run */
-enum { SPARSE_ATTENTION, BLOCK_SCORES, SELECT_BLOCKS };
+enum { SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, LIST_BLOCKS };
 enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED };
+enum { POOL, SUM };
 enum { SCORE };
 enum { IN_ROW, FIRST, NEXT, KEEP = NEXT + 5 }; /* alone, or one after the other */
+enum { LIST };
 enum { KERNELS = 8, KEY_SIZE = 11 };
 
 /* for which nodes and shapes the kernels were compiled: the numbers that a node must have too */
@@ -628,6 +632,50 @@ static Status *sparse_attention(Run *run) {
   return kernels[PAIRED].code ? launch_parts(run, most) : NULL;
 }
 
+/* ---- BlockStatistics ------------------------------------------------------------------------- */
+
+/* As gluon_statistics.block_statistics, and the sum of its last result. */
+static Status *block_statistics(Run *run) {
+  enum { KEYS, VALUES };
+  const Tensor *x = run->x;
+  int64_t batch = x[KEYS].sizes[0], heads = x[KEYS].sizes[1], length = x[KEYS].sizes[2];
+  int64_t dim = x[KEYS].sizes[3], dim_v = x[VALUES].sizes[3], batch_heads = batch * heads;
+  int64_t blocks = divide_up(length, run->node->block_kv);
+  TRY(find_variant(run, BLOCK_STATISTICS,
+                   (int[KEY_SIZE]){run->node->dtype, (int)dim, (int)dim_v,
+                                   (int)run->node->block_kv}));
+  TRY(make_output(run, 0, 4, (int64_t[]){batch, heads, blocks, dim}));
+  TRY(make_output(run, 1, 4, (int64_t[]){batch, heads, blocks, dim}));
+  TRY(make_output(run, 2, 4, (int64_t[]){batch, heads, blocks, dim_v}));
+  TRY(make_output(run, 3, 3, (int64_t[]){batch, heads, blocks}));
+  TRY(make_output(run, 4, 4, (int64_t[]){batch, heads, dim, dim_v}));
+  if (batch_heads * blocks == 0) return NULL;
+  TRY(begin(run));
+  int64_t parts = divide_up(blocks, divide_up(blocks * batch_heads, PROGRAMS));
+  size_t bytes = 0, sums = reserve(&bytes, batch_heads * parts * dim * dim_v * 4);
+  TRY(take_workspace(run, bytes));
+  Value *values = run->values;
+  static const int pointers[] = {ARG_k_mean_ptr, ARG_k_var_ptr, ARG_v_mean_ptr, ARG_v_var_ptr,
+                                 ARG_total_ptr};
+  for (int i = 0; i < 5; ++i) values[pointers[i]].pointer = (uint64_t)run->outputs[i].data;
+  values[ARG_sums_ptr].pointer = (uint64_t)run->memory + sums;
+  values[ARG_heads].integer = heads;
+  values[ARG_length].integer = length;
+  values[ARG_blocks].integer = blocks;
+  values[ARG_blocks_per_program].integer = divide_up(blocks, parts);
+  values[ARG_parts].integer = parts;
+  values[ARG_size].integer = dim * dim_v;
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  const Part whole = {0, batch, heads};
+  for (int i = 0; i < kernels[POOL].map_count; ++i) {
+    const Map *map = &kernels[POOL].maps[i];
+    const Tensor *mapped = &x[map->argument == ARG_k_desc ? KEYS : VALUES];
+    TRY(set_map(values, map, mapped, &whole, run->node->dtype));
+  }
+  TRY(launch(run, POOL, parts, batch_heads));
+  return launch(run, SUM, divide_up(dim * dim_v, kernels[SUM].blocks), batch_heads);
+}
+
 /* ---- BlockScores ----------------------------------------------------------------------------- */
 
 enum { MEAN = 1, SPREAD, SIZE };
@@ -717,6 +765,26 @@ static Status *select_blocks(Run *run) {
   return NULL;
 }
 
+/* ---- ListBlocks ------------------------------------------------------------------------------ */
+
+/* As triton_selection.list_blocks. */
+static Status *list_blocks(Run *run) {
+  const int64_t *sizes = run->x[0].sizes;
+  int64_t rows = sizes[0] * sizes[1] * sizes[2];
+  TRY(find_variant(run, LIST_BLOCKS, (int[KEY_SIZE]){run->node->dtype, (int)sizes[3]}));
+  TRY(make_output(run, 0, 4, sizes));
+  TRY(make_output(run, 1, 3, sizes));
+  if (rows == 0) return NULL;
+  TRY(begin(run));
+  Value *values = run->values;
+  values[ARG_kept_ptr].pointer = (uint64_t)run->x[0].data;
+  values[ARG_ids_ptr].pointer = (uint64_t)run->outputs[0].data;
+  values[ARG_counts_ptr].pointer = (uint64_t)run->outputs[1].data;
+  values[ARG_rows].integer = rows;
+  values[ARG_blocks].integer = sizes[3];
+  return launch(run, LIST, divide_up(rows, VARIANTS[run->variant].kernels[LIST].blocks), 1);
+}
+
 /* ---- All of them ----------------------------------------------------------------------------- */
 
 #define FLOAT(name) {#name, 0, offsetof(Node, name)}
@@ -726,11 +794,14 @@ static const NodeType TYPES[] = {
     [SPARSE_ATTENTION] = {"SparseAttention", "TTTIITTFTT", "TF", {4, 4, 4, 4, 3, 5, 5, 4, 4, 5},
                           {FLOAT(scale), FLOAT(variance_weight), INTEGER(block_q),
                            INTEGER(block_kv), INTEGER(per_block)}, sparse_attention},
+    [BLOCK_STATISTICS] = {"BlockStatistics", "TT", "TTTFF", {4, 4}, {INTEGER(block_kv)},
+                          block_statistics},
     [BLOCK_SCORES] = {"BlockScores", "TTTF", "S", {4, 4, 4, 3},
                       {FLOAT(scale), FLOAT(variance_weight), FLOAT(variance_power),
                        INTEGER(block_q), INTEGER(rows)}, block_scores},
     [SELECT_BLOCKS] = {"SelectBlocks", "T", "M", {4}, {INTEGER(kept), INTEGER(rows)},
                        select_blocks},
+    [LIST_BLOCKS] = {"ListBlocks", "M", "II", {4}, {{0}}, list_blocks},
 };
 
 static Status *compute(void *state, void *context) {

@@ -27,24 +27,32 @@ from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
 from uta_fx.export.onnxruntime_kernels import SHARED_KB, Kernel, NodeOfFile
 from uta_fx.export.onnxruntime_selection import (
+    compile_lists,
     compile_scores,
     compile_selection,
+    compile_statistics,
+    lists_variants,
     scores_variants,
     selection_variants,
+    statistics_variants,
 )
 from uta_fx.kernels import triton_attention
 from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_selection import SIZES
+from uta_fx.kernels.triton_statistics import PROGRAMS
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "uta-fx"
 SOURCE = Path(__file__).with_suffix(".c")
-NODES: dict[str, tuple[Callable[[NodeOfFile], list[Any]], Callable[[Any, int], dict[str, Kernel]]]]
-NODES = {
+NODES: dict[
+    str, tuple[Callable[[NodeOfFile, int], list[Any]], Callable[[Any, int], dict[str, Kernel]]]
+] = {
     "SparseAttention": (attention_variants, compile_attention),
+    "BlockStatistics": (statistics_variants, compile_statistics),
     "BlockScores": (scores_variants, compile_scores),
     "SelectBlocks": (selection_variants, compile_selection),
+    "ListBlocks": (lists_variants, compile_lists),
 }
 """By type of node: what a node asks of the kernels, and the kernels compiled for it."""
 
@@ -70,7 +78,7 @@ def build_plugin(model: Path, architecture: int, target: Path) -> None:
         )
     if not isinstance(triton_attention._listed_kernel, JITFunction):
         raise RuntimeError("kernels cannot be compiled in Triton's interpreter: unset it")
-    variants = variants_of(onnx.load(model, load_external_data=False))
+    variants = variants_of(onnx.load(model, load_external_data=False), architecture)
     link_plugin(compile_variants(variants, architecture), architecture, target)
 
 
@@ -112,7 +120,7 @@ def link_plugin(
 
 def build_cached(model: Path, architecture: int) -> Path:
     """The plugin for a file and an architecture in ``CACHE``, built where it is not there yet."""
-    variants = variants_of(onnx.load(model, load_external_data=False))
+    variants = variants_of(onnx.load(model, load_external_data=False), architecture)
     kernels = Path(str(triton_attention.__file__)).parent.glob("*.py")
     files = sorted((*kernels, *SOURCE.parent.glob("onnxruntime_*.py")))
     parts = (repr(variants), triton.__version__, *(x.read_text() for x in (SOURCE, *files)))
@@ -155,7 +163,7 @@ def gpu_architecture() -> int:
     return max(fits)
 
 
-def variants_of(model: onnx.ModelProto) -> dict[str, list[Any]]:
+def variants_of(model: onnx.ModelProto, architecture: int) -> dict[str, list[Any]]:
     """What the nodes of a file ask of the kernels, by type of node.
 
     A type of which the kernels do not serve all nodes is left out, with the reason in the log; its
@@ -175,7 +183,7 @@ def variants_of(model: onnx.ModelProto) -> dict[str, list[Any]]:
     for name, (variants_of_node, _) in NODES.items():
         nodes = [NodeOfFile(x, types) for x in graph.node if (x.domain, x.op_type) == ("uta", name)]
         try:
-            variants = {x for node in nodes for x in variants_of_node(node)}
+            variants = {x for node in nodes for x in variants_of_node(node, architecture)}
         except ValueError as error:
             if name == "SparseAttention":
                 raise
@@ -234,7 +242,7 @@ def _write_variants(
     numbers = {
         "VARIANT_COUNT": len(compiled), "OPERATOR_COUNT": len(operators),
         "SELECTED_ROWS": SIZES.rows, "SELECTING": SIZES.programs,
-        "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
+        "PROGRAMS": PROGRAMS, "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
     } | {
         # without Gluon no kernel asks for them
         name: 1 if gluon_attention is None else getattr(gluon_attention, name)

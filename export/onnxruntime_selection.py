@@ -14,13 +14,81 @@ from uta_fx.export.onnxruntime_kernels import (
     NodeOfFile,
     compile_kernel,
 )
-from uta_fx.kernels import triton_scores, triton_selection
+from uta_fx.kernels import triton_scores, triton_selection, triton_statistics
 from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_scores import gluon_scores
 from uta_fx.kernels.triton_selection import SIZES
+from uta_fx.kernels.triton_statistics import gluon_statistics
 
 _NAMES = {"counts_ptr": "digits_ptr"}
 _POWERS = (0.0, 0.5, 1.0)  # that kernels know; the C source numbers them so
+
+
+def _map_type(dtype: str, rows: int, dim: int) -> str:
+    """Triton's type of a tensor map of so many rows."""
+    return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{gluon_attention.MAP_LAYOUT!r}>"
+
+
+class StatisticsVariant(NamedTuple):
+    """For which ``BlockStatistics`` nodes kernels are compiled; the key as in the C source."""
+
+    dtype: int
+    dim: int
+    dim_v: int
+    block_kv: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What a node must have too."""
+        return tuple(self)
+
+
+def statistics_variants(node: NodeOfFile, architecture: int) -> list[StatisticsVariant]:
+    """The one of a ``BlockStatistics`` node.
+
+    Raises:
+        ValueError: A size that a kernel needs is not known, or there is no kernel: only that for
+            Hopper stores means in 16 bits.
+    """
+    block = node.attributes["block_kv"]
+    variant = StatisticsVariant(node.dtype(0), node.known(0, 3), node.known(1, 3), block)
+    if (
+        architecture != HOPPER
+        or gluon_statistics is None
+        or not gluon_attention.takes_sizes(
+            DTYPES[variant.dtype][0], variant.dim, variant.dim_v, block, block
+        )
+    ):
+        raise ValueError(f"node {node.name}: there is no kernel for {variant} on sm_{architecture}")
+    return [variant]
+
+
+def compile_statistics(variant: StatisticsVariant, architecture: int) -> dict[str, Kernel]:
+    """The kernels of a variant by their place in the C source, in the order in which they run.
+
+    Raises:
+        RuntimeError: Triton could not compile one of them.
+    """
+    name = DTYPES[variant.dtype][1]
+    tile = _map_type(name, variant.block_kv, variant.dim)
+    types = {"k_desc": tile, "v_desc": tile} | dict.fromkeys(
+        ("k_mean_ptr", "k_var_ptr", "v_mean_ptr"), f"*{name}"
+    )
+    floats = ("v_var_ptr", "cov_ptr", "sums_ptr", "total_ptr")
+    pool, add = gluon_statistics._statistics_kernel, triton_statistics._sum_kernel
+    types |= dict.fromkeys(floats, "*fp32")
+    types = dict.fromkeys((*pool.arg_names, *add.arg_names), "i32") | types
+    divisible = {parameter for parameter in types if parameter.endswith("_ptr")}
+    return {
+        "POOL": compile_kernel(
+            pool, architecture, gluon_statistics.statistics_options(variant.dim), types=types,
+            divisible=divisible, names={"cov_ptr": "sums_ptr"},
+        ),
+        "SUM": compile_kernel(
+            add, architecture, triton_statistics.SUM_OPTIONS, types=types,
+            divisible=divisible | {"size"}, blocks=triton_statistics.SUM_COLUMNS,
+        ),
+    }  # fmt: skip
 
 
 class ScoresVariant(NamedTuple):
@@ -40,7 +108,7 @@ class ScoresVariant(NamedTuple):
         return tuple(map(int, self))
 
 
-def scores_variants(node: NodeOfFile) -> list[ScoresVariant]:
+def scores_variants(node: NodeOfFile, architecture: int) -> list[ScoresVariant]:
     """The one of a ``BlockScores`` node.
 
     Raises:
@@ -95,8 +163,7 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
         divisible |= {"blocks", "size_sb", "size_sh"}
     for parameter in function.arg_names:
         if parameter.endswith("_desc"):
-            tile_type = f"{name}[1, 1, {gluon_scores.TILE}, {variant.dim}]"
-            types[parameter] = f"tensordesc<{tile_type},{gluon_attention.MAP_LAYOUT!r}>"
+            types[parameter] = _map_type(name, gluon_scores.TILE, variant.dim)
         elif parameter.endswith("_ptr"):
             types.setdefault(parameter, f"*{name}")
         else:
@@ -120,7 +187,7 @@ class SelectionVariant(NamedTuple):
         return tuple(self)
 
 
-def selection_variants(node: NodeOfFile) -> list[SelectionVariant]:
+def selection_variants(node: NodeOfFile, architecture: int) -> list[SelectionVariant]:
     """The one of a ``SelectBlocks`` node.
 
     Raises:
@@ -156,3 +223,39 @@ def compile_selection(variant: SelectionVariant, architecture: int) -> dict[str,
         )
         for place, (function, options) in zip(places, kernels, strict=True)
     }  # fmt: skip
+
+
+class ListsVariant(NamedTuple):
+    """For which ``ListBlocks`` nodes a kernel is compiled; the key as in the C source."""
+
+    dtype: int
+    blocks: int  # of keys
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What a node must have too."""
+        return tuple(self)
+
+
+def lists_variants(node: NodeOfFile, architecture: int) -> list[ListsVariant]:
+    """The one of a ``ListBlocks`` node.
+
+    Raises:
+        ValueError: How many blocks there are is not known.
+    """
+    return [ListsVariant(TensorProto.BOOL, node.known(0, 3))]
+
+
+def compile_lists(variant: ListsVariant, architecture: int) -> dict[str, Kernel]:
+    """The kernel of a variant.
+
+    Raises:
+        RuntimeError: Triton could not compile it.
+    """
+    pointers = {"kept_ptr": "*u8", "ids_ptr": "*i32", "counts_ptr": "*i32"}
+    kernel = compile_kernel(
+        triton_selection._list_kernel, architecture, triton_selection.list_options(variant.blocks),
+        types={"rows": "i32", "blocks": "i32"} | pointers, blocks=SIZES.list_rows,
+        divisible={*pointers, *(["blocks"] if variant.blocks % 16 == 0 else [])},
+    )  # fmt: skip
+    return {"LIST": kernel}

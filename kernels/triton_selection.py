@@ -421,8 +421,17 @@ def list_blocks(exact: Tensor, *, sizes: Sizes = SIZES) -> tuple[Tensor, Tensor]
     counts = exact.new_empty((batch, heads, blocks_q), dtype=torch.int32)
     with torch.cuda.device_of(exact):
         launcher(_list_kernel, (triton.cdiv(counts.numel(), sizes.list_rows),))(
-            exact.contiguous().view(torch.uint8), ids, counts, counts.numel(), blocks,
-            ROWS=sizes.list_rows, COLUMNS=min(sizes.list_columns, triton.next_power_of_2(blocks)),
-            num_warps=sizes.num_warps,
-        )  # fmt: skip
+            exact.contiguous().view(torch.uint8),
+            ids,
+            counts,
+            counts.numel(),
+            blocks,
+            **list_options(blocks, sizes),
+        )
     return ids, counts
+
+
+def list_options(blocks: int, sizes: Sizes = SIZES) -> dict[str, int]:
+    """Constants and compiler options of the kernel of ``list_blocks``, for Nk."""
+    columns = min(sizes.list_columns, triton.next_power_of_2(blocks))
+    return {"ROWS": sizes.list_rows, "COLUMNS": columns, "num_warps": sizes.num_warps}

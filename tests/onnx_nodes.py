@@ -39,6 +39,20 @@ def node_file(function, inputs, attributes, outputs):
     )
 
 
+def statistics_file(key, value, block_kv):
+    """Of ``BlockStatistics``; and what to feed it."""
+    outputs = reference.block_statistics(key, value, block_kv)
+    named = {"key": key, "value": value}
+    function = onnx_functions.block_statistics_function(18)
+    return node_file(function, named, {"block_kv": block_kv}, outputs), named
+
+
+def lists_file(exact):
+    """Of ``ListBlocks``."""
+    function = onnx_functions.list_blocks_function(18)
+    return node_file(function, {"exact": exact}, {}, reference.list_blocks(exact))
+
+
 def scores_file(inputs, scale, weight, power, block_q, rows):
     """Of ``BlockScores``, by its tensors in order and its numbers; and what to feed it."""
     query, mean = inputs[:2]

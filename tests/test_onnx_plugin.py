@@ -83,7 +83,13 @@ def scores_model():
     return onnx_nodes.scores_file(inputs, 0.1, 0.0, 1.0, 64, 16)[0]
 
 
+def statistics_model():
+    return onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)[0]
+
+
 FILES = {
+    "statistics-90": (90, statistics_model),
+    "lists-120": (120, lambda: onnx_nodes.lists_file(torch.zeros(1, 2, 5, 12) > 0)),
     "scores-90": (90, scores_model),
     "scores-80": (80, scores_model),
     "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
@@ -113,37 +119,41 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     path = tmp_path / "model.onnx"
     write_node(path, Case(dtype=torch.float16, tail="row", slopes="none"))
     model = onnx.load(path)
-    (variant,) = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    (variant,) = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
     assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx.TensorProto.FLOAT16, dim=32, dim_v=32, block_q=32, block_kv=64, sign=1,
         has_tail=True, per_block=False, has_variance=False, slopes=0, even=False,
         representatives=3,
     )  # fmt: skip
     model.graph.node.append(model.graph.node[0])
-    assert onnxruntime_plugin.variants_of(model) == {"SparseAttention": [variant]}
+    assert onnxruntime_plugin.variants_of(model, 90) == {"SparseAttention": [variant]}
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
-    variants = onnxruntime_plugin.variants_of(model)["SparseAttention"]
+    variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
     assert [x.even for x in variants] == [False, True]
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
     with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
-        onnxruntime_plugin.variants_of(model)
+        onnxruntime_plugin.variants_of(model, 90)
 
 
 def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
     """And all of its type in the file; the log says why."""
     scores = torch.zeros(1, 2, 5, 12)
     model = onnx_nodes.select_file(scores, 20, 5)
-    assert onnxruntime_plugin.variants_of(model) == {
+    assert onnxruntime_plugin.variants_of(model, 90) == {
         "SelectBlocks": [onnxruntime_selection.SelectionVariant(onnx.TensorProto.FLOAT, 12, 5)]
     }
     attention, _ = onnx_functions.node_model(Case().inputs())
     for part in ("node", "input"):
         getattr(model.graph, part).extend(getattr(attention.graph, part))
-    assert list(onnxruntime_plugin.variants_of(model)) == ["SparseAttention", "SelectBlocks"]
+    assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention", "SelectBlocks"]
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "blocks"
     with caplog.at_level(logging.INFO, logger="uta_fx"):
-        assert list(onnxruntime_plugin.variants_of(model)) == ["SparseAttention"]
+        assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention"]
     assert "no kernels for SelectBlocks: node : dimension 3 of its input 0 must be" in caplog.text
+    model, _ = onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)
+    assert list(onnxruntime_plugin.variants_of(model, 90)) == ["BlockStatistics"]
+    with pytest.raises(ValueError, match="got none with kernels"):
+        onnxruntime_plugin.variants_of(model, 80)
 
 
 class Attention(nn.Module):
@@ -172,7 +182,9 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     model = onnx.load(path)
     opset = model.opset_import[0].version
     assert opset == (22 if dtype == torch.bfloat16 else 18)  # ONNX Runtime 1.22 reads up to 22
-    variants = onnxruntime_plugin.variants_of(model)
+    variants = onnxruntime_plugin.variants_of(model, 90)
+    # at head dim 16 there is no kernel for Hopper, which alone does the statistics
+    assert list(variants) == ["SparseAttention", "BlockScores", "SelectBlocks", "ListBlocks"]
     (variant,) = variants["SparseAttention"]
     assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
@@ -199,7 +211,7 @@ def test_bad_input_to_the_builder(tmp_path):
     plain = tmp_path / "plain.onnx"
     torch.onnx.export(nn.Linear(4, 4), (torch.ones(1, 4),), plain, dynamo=True, verbose=False)
     with pytest.raises(ValueError, match="must have a node such as uta::SparseAttention"):
-        onnxruntime_plugin.variants_of(onnx.load(plain))
+        onnxruntime_plugin.variants_of(onnx.load(plain), 90)
     assert not library.exists()
 
 
@@ -330,6 +342,54 @@ def test_the_plugin_selects_as_the_operator(tmp_path, sizes, dtype, caplog):
         torch.cuda.synchronize()
         session.run_with_iobinding(binding)
         assert torch.equal(exact, expected)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "length", "dim"), [(3, 300, 128), (12, 5000, 128), (2, 60, 64)])
+def test_the_plugin_pools_as_the_operator(tmp_path, heads, length, dim, dtype, caplog):
+    """Bit for bit, twice, where there is the kernel for Hopper; elsewhere the function runs."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 2, heads, length, dim, generator=generator).to(dtype)
+    path = tmp_path / "model.onnx"
+    model, named = onnx_nodes.statistics_file(key, value, 64)
+    onnx.save(model, path)
+    expected = uta_fx.kernels.ops.block_statistics(key.cuda(), value.cuda(), 64)
+    results = [torch.empty_like(x) for x in expected]
+    names = [x.name for x in model.graph.output]
+    outputs = dict(zip(names, results, strict=True))
+    session, binding = open_node(path, named, outputs, caplog)
+    for _ in range(2):
+        for x in results:
+            x.fill_(torch.nan)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("blocks", [5, 64, 300])
+def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
+    """The same lists, twice."""
+    exact = torch.rand(2, 3, 7, blocks, generator=torch.Generator().manual_seed(0)) < 0.3
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_nodes.lists_file(exact), path)
+    expected = uta_fx.kernels.ops.list_blocks(exact.cuda())
+    ids, counts = results = [torch.empty_like(x) for x in expected]
+    outputs = {"block_ids": ids, "block_counts": counts}
+    session, binding = open_node(path, {"exact": exact}, outputs, caplog)
+    for _ in range(2):
+        for x in results:
+            x.fill_(-1)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
 
 
 SCORED = {  # dtype; D, length, Nk; weight, power, block_q, rows

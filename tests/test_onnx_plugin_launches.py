@@ -19,10 +19,12 @@ from uta_fx.export import onnx_functions, onnxruntime_kernels, onnxruntime_plugi
 from uta_fx.kernels import (
     gluon_attention,
     gluon_scores,
+    gluon_statistics,
     gluon_tail,
     triton_attention,
     triton_scores,
     triton_selection,
+    triton_statistics,
 )
 
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
@@ -32,7 +34,10 @@ KERNELS = {
     gluon_tail: ("_pooled_variance_kernel",),
     triton_scores: ("_scores_kernel",),
     gluon_scores: ("_scores_kernel",),
+    gluon_statistics: ("_statistics_kernel",),
+    triton_statistics: ("_sum_kernel",),
     triton_selection: (
+        "_list_kernel",
         "_first_pass_kernel",
         "_next_pass_kernel",
         "_keep_kernel",
@@ -150,12 +155,13 @@ def prepare(path, case, architecture, driver, monkeypatch):
 def prepare_node(path, model, inputs, operator, architecture, driver, monkeypatch):
     """As ``prepare``, for a file of one node and a call of its operator."""
     monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
-    monkeypatch.setattr(gluon_scores, "on_hopper", lambda x: architecture == 90)
+    for module in (gluon_scores, gluon_statistics):
+        monkeypatch.setattr(module, "on_hopper", lambda x: architecture == 90)
     for module in (triton_attention, triton_scores):
         monkeypatch.setattr(module, "shared_limit", lambda x: LIMITS[architecture])
     compiler = Compiler()
     monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
-    variants = onnxruntime_plugin.variants_of(model)
+    variants = onnxruntime_plugin.variants_of(model, architecture)
     compiled = onnxruntime_plugin.compile_variants(variants, architecture)
     onnxruntime_plugin.link_plugin(compiled, architecture, path, driver=str(driver))
     launches = []
@@ -239,6 +245,47 @@ def assert_launches(runtime, compiled, expected):
             assert got == value or name.startswith(unread), (kernel, name)
     starts = sorted(spans)
     assert all(start + spans[start][0] <= after for start, after in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dim"), [(2, 3, 300, 128), (1, 1, 64, 64), (1, 24, 64 * 60, 64)]
+)
+def test_launches_of_statistics_are_the_operator_s(
+    tmp_path, batch, heads, length, dim, dtype, driver, monkeypatch
+):
+    """One that pools and one that adds up; the latter writes where ONNX Runtime reads."""
+    key, value = torch.zeros(2, batch, heads, length, dim, dtype=dtype)
+    model, named = onnx_nodes.statistics_file(key, value, 64)
+    results = []
+
+    def pool():
+        results.extend(triton_statistics.block_statistics(key, value, 64))
+        return results
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, named, pool, 90, driver, monkeypatch
+    )
+    assert [name for name, *_ in expected] == ["_statistics_kernel", "_sum_kernel"]
+    assert_launches(runtime, compiled, expected)
+
+
+@pytest.mark.parametrize("blocks", [5, 64, 300])
+def test_launches_of_lists_are_the_operator_s(tmp_path, blocks, driver, monkeypatch):
+    """One launch for all rows."""
+    exact = torch.zeros(2, 3, 7, blocks, dtype=torch.bool)
+    model = onnx_nodes.lists_file(exact)
+    results = []
+
+    def lists():
+        results.extend(triton_selection.list_blocks(exact))
+        return results
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, {"exact": exact}, lists, 86, driver, monkeypatch
+    )
+    assert [name for name, *_ in expected] == ["_list_kernel"]
+    assert_launches(runtime, compiled, expected)
 
 
 SCORES = {  # dtype; D, length, Nk; weight, power, block_q, rows
