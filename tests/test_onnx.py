@@ -88,6 +88,17 @@ def test_the_function_of_statistics_is_the_operator(length):
         torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_function_of_statistics_keeps_the_dtype_of_keys():
+    """Rounded once: of the means and the variances of channels; sums stay float32."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 70, 16, generator=generator).half() for _ in range(2))
+    model, named = onnx_nodes.statistics_file(key, value, 32)
+    results = [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays_of(named))]
+    for got, exact in zip(results, reference.block_statistics(key, value, 32), strict=True):
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got, exact, rtol=2 * eps, atol=2e-6)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_function_of_scores_is_the_operator(power):
     """Every power, with the variance in the mass, ragged rows."""

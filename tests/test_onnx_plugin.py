@@ -114,6 +114,24 @@ def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, name):
         onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
+def test_a_node_runs_by_its_function_beside_a_library_without_it(tmp_path):
+    """Of the same domain."""
+    model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
+    onnx.save(selection_file(), model)
+    build(model, library, 90)
+    key, value = torch.randn(2, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0))
+    statistics, named = onnx_nodes.statistics_file(key, value, 64)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(
+        statistics.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    results = session.run(None, {name: x.numpy() for name, x in named.items()})
+    expected = reference.block_statistics(key.double(), value.double(), 64)
+    for got, exact in zip(results, expected, strict=True):
+        np.testing.assert_allclose(got, exact.numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_variant_is_what_the_node_asks_for(tmp_path):
     """One where the length of the keys is known; nodes that are alike share theirs."""
     path = tmp_path / "model.onnx"
