@@ -38,10 +38,11 @@ def open_session(
     options = options or onnxruntime.SessionOptions()
     library = _library(path, names, plugin)
     if library is not None:
+        nodes = nodes_of_plugin(library)
         options.register_custom_ops_library(str(library))
         logger.info(
             "%s: %s run by the plugin %s, what else is ours by its function",
-            path, _nodes(library), library,
+            path, ", ".join(nodes), library,
         )  # fmt: skip
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
@@ -63,11 +64,21 @@ def bind(
     return binding
 
 
-def _nodes(library: Path) -> str:
-    """Which types of nodes run by a plugin."""
-    function = ctypes.CDLL(str(library)).uta_nodes
+def nodes_of_plugin(library: Path) -> list[str]:
+    """Which types of nodes run by a plugin.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        function = ctypes.CDLL(str(library)).uta_nodes
+    except (OSError, AttributeError) as error:
+        raise ValueError(
+            f"plugin must be a library of build_onnxruntime_plugin, got {library}: {error}"
+        ) from error
     function.restype = ctypes.c_char_p
-    return ", ".join(function().decode().split())
+    names: list[str] = function().decode().split()
+    return names
 
 
 def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:

@@ -28,6 +28,7 @@ from uta_fx.export import (  # noqa: E402  # need onnx, Triton
     onnxruntime_attention,
     onnxruntime_plugin,
     onnxruntime_selection,
+    onnxruntime_session,
 )
 
 CUDA = "CUDAExecutionProvider"
@@ -106,10 +107,13 @@ def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, name):
     onnx.save(write(), model)
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
+    node = onnx.load(model).graph.node[0].op_type
+    assert onnxruntime_session.nodes_of_plugin(library) == [node]
+    with pytest.raises(ValueError, match="plugin must be a library of build_onnxruntime_plugin"):
+        onnxruntime_session.nodes_of_plugin(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
-    node = onnx.load(model).graph.node[0].op_type
     with pytest.raises(Exception, match=f"Could not find an implementation for {node}"):
         onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
@@ -175,17 +179,18 @@ def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
 
 
 class Attention(nn.Module):
-    """Self-attention of video tokens in float16 arithmetic."""
+    """Self-attention of video tokens, in two heads."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, dim=16):
         super().__init__()
+        self.dim = dim
         self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2), dtype=dtype)
-        self.to_qkv = nn.Linear(32, 96, dtype=dtype)
+        self.to_qkv = nn.Linear(32, 6 * dim, dtype=dtype)
 
     def forward(self, clip):
         x = self.patch(clip).flatten(2).transpose(1, 2)
         q, k, v = (
-            y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+            y.unflatten(-1, (2, self.dim)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
         )
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -464,6 +469,28 @@ def test_workspace_is_given_back(tmp_path, caplog):
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
     assert free[1] >= free[0]
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+def test_a_whole_file_runs_by_the_plugin(tmp_path, caplog):
+    """It computes what its functions compute on the CPU, whose sums are float32.
+
+    Both round to float16; where that changes a score, another block is kept, whose share is small.
+    """
+    torch.manual_seed(0)
+    path, clip = tmp_path / "model.onnx", torch.randn(1, 3, 8, 32, 48).half()
+    module = Attention(torch.float16, dim=64).eval()
+    uta_fx.export_onnx(module, (clip,), path, config=uta_fx.Config(min_tokens=128))
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    statistics = "BlockStatistics, " if hopper else ""
+    assert f"SparseAttention, {statistics}BlockScores, SelectBlocks, ListBlocks run" in caplog.text
+    on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
+    error = np.linalg.norm(got.astype(np.float64) - expected)
+    assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
 
 
 @pytest.mark.gpu
