@@ -1,13 +1,12 @@
-"""The three operators in ONNX: functions of standard operations, and the schemas of their nodes.
+"""Our operators in ONNX: functions of standard operations, and the schemas of their nodes.
 
-``SparseAttention`` stays a node of our domain in the exported file, with its function beside it: a
-runtime that has a kernel for the node runs that, any other runs the function. ``BlockStatistics``
-and ``BlockScores`` are inlined. No function holds a tensor of Lq x Lk: they walk along the rows of
-lists, or along the heads (with a state that nobody reads: TensorRT's parser wants one). Arguments
-and results are those of ``uta_fx.kernels.reference``, except that in ONNX a tail always has rank 5,
-``[B, H, T, R, D]`` with T = 1 where all query blocks share their representatives, and that
-``per_block`` says whether the representatives stand for key blocks and leave the softmax of the
-rows that list theirs. Sums are float32.
+They stay nodes of our domain in the exported file, with their functions beside them: a runtime that
+has kernels for a node runs those, any other runs the function. No function holds a tensor of
+Lq x Lk: they walk along the rows of lists, or along the heads (with a state that nobody reads:
+TensorRT's parser wants one). Arguments and results are those of ``uta_fx.kernels.reference``,
+except that in ONNX a tail always has rank 5, ``[B, H, T, R, D]`` with T = 1 where all query blocks
+share their representatives, and that ``per_block`` says whether the representatives stand for key
+blocks and leave the softmax of the rows that list theirs. Sums are float32.
 """
 
 from __future__ import annotations
@@ -275,12 +274,14 @@ BlockStatistics <block_kv> (key, value)
     keys = Reshape (padded_key, key_shape)
     key_total = ReduceSum <keepdims = 1> (keys, token_axis)
     key_center = Div (key_total, size)
-    key_mean = Squeeze (key_center, token_axis)
+    key_mean_float = Squeeze (key_center, token_axis)
+    key_mean = CastLike (key_mean_float, key)
     key_off = Sub (keys, key_center)
     key_deviation = Mul (key_off, inside)
     key_square = ReduceSumSquare <keepdims = 1> (key_deviation, token_axis)
     key_spread = Div (key_square, size)
-    key_variance = Squeeze (key_spread, token_axis)
+    key_variance_float = Squeeze (key_spread, token_axis)
+    key_variance = CastLike (key_variance_float, key)
 
     value_float = Cast <to = 1> (value)
     missing_v_shape = Concat <axis = 0> (lead, missing, dim_v)
@@ -290,7 +291,8 @@ BlockStatistics <block_kv> (key, value)
     values = Reshape (padded_value, value_shape)
     value_total = ReduceSum <keepdims = 1> (values, token_axis)
     value_center = Div (value_total, size)
-    value_mean = Squeeze (value_center, token_axis)
+    value_mean_float = Squeeze (value_center, token_axis)
+    value_mean = CastLike (value_mean_float, key)
     value_off = Sub (values, value_center)
     value_deviation = Mul (value_off, inside)
     value_square = ReduceSumSquare <keepdims = 1> (value_deviation, token_axis)
@@ -309,7 +311,7 @@ BlockStatistics <block_kv> (key, value)
 
 _BLOCK_SCORES = """
 <domain: "uta", opset_import: ["" : OPSET]>
-BlockScores <scale, variance_weight, variance_power, block_q, rows>
+BlockScores <scale, variance_weight, variance_power, block_q, rows, score_type>
     (query, key_mean, key_variance, log_size) => (scores)
 {
     one = Constant <value_ints = [1]> ()
@@ -402,9 +404,89 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows>
         score_rows = Sqrt (mean_square)
     }> (nothing, queries, means, variances, sizes)
     score_shape = Concat <axis = 0> (lead, blocks, columns)
-    scores = Reshape (head_scores, score_shape)
+    score_float = Reshape (head_scores, score_shape)
+    scores = Cast <to: int = @score_type> (score_float)
 }
 """
+
+_SELECT_BLOCKS = """
+<domain: "uta", opset_import: ["" : OPSET]>
+SelectBlocks <kept, rows> (scores) => (exact)
+{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    infinity = Constant <value_float = inf> ()
+    minus_infinity = Constant <value_float = -inf> ()
+    largest = Constant <value_float = 3.4028234663852886e38> ()
+    kept_of_group = Constant <value_int: int = @kept> ()
+    wanted = Reshape (kept_of_group, one)
+    rows_of_group = Constant <value_int: int = @rows> ()
+    group_rows = Reshape (rows_of_group, one)
+    score_shape = Shape (scores)
+    blocks = Shape <start = 3, end = 4> (scores)
+    group_size = Mul (group_rows, blocks)
+    group_shape = Concat <axis = 0> (minus_one, group_size)
+
+    score_float = Cast <to = 1> (scores)
+    missing = IsNaN (score_float)
+    finite = Min (score_float, largest)
+    numbers = Where (missing, minus_infinity, finite)
+    best_column = ArgMax <axis = -1, keepdims = 1> (score_float)
+    first_column = Squeeze (zero)
+    end_column = Squeeze (blocks)
+    step = Squeeze (one)
+    column = Range (first_column, end_column, step)
+    best = Equal (best_column, column)
+    best_first = Where (best, infinity, numbers)
+    ranked = Reshape (best_first, group_shape)
+    kept_scores, ids = TopK <axis = -1, largest = 1, sorted = 0> (ranked, wanted)
+    false = Cast <to = 9> (zero)
+    true = Cast <to = 9> (one)
+    ranked_shape = Shape (ranked)
+    ids_shape = Shape (ids)
+    none = Expand (false, ranked_shape)
+    all_of_them = Expand (true, ids_shape)
+    mask = ScatterElements <axis = -1> (none, ids, all_of_them)
+    exact = Reshape (mask, score_shape)
+}
+"""
+"""TopK, the best of the rows made higher than all: of equal scores it takes the first.
+
+Infinity counts as the largest number below it. Runtimes sort no bfloat16.
+"""
+
+_LIST_BLOCKS = """
+<domain: "uta", opset_import: ["" : OPSET]>
+ListBlocks (exact) => (block_ids, block_counts)
+{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    last_axis = Constant <value_ints = [-1]> ()
+    lead = Shape <start = 0, end = 3> (exact)
+    blocks = Shape <start = 3, end = 4> (exact)
+    first_column = Squeeze (zero)
+    end_column = Squeeze (blocks)
+    step = Squeeze (one)
+    wide_column = Range (first_column, end_column, step)
+    column = Cast <to = 6> (wide_column)
+    one_if_listed = Cast <to = 7> (exact)
+    running = CumSum (one_if_listed, last_axis)
+    place = Sub (running, one)
+    target = Where (exact, place, blocks)
+    target_shape = Shape (target)
+    ids = Expand (column, target_shape)
+    one_more = Add (blocks, one)
+    spilled_shape = Concat <axis = 0> (lead, one_more)
+    narrow_zero = Cast <to = 6> (zero)
+    zeros = Expand (narrow_zero, spilled_shape)
+    spilled = ScatterElements <axis = -1> (zeros, target, ids)
+    block_ids = Slice (spilled, zero, blocks, last_axis)
+    listed = Cast <to = 6> (exact)
+    block_counts = ReduceSum <keepdims = 0> (listed, last_axis)
+}
+"""
+"""Running counts say where a block goes; what is not listed goes to one column too many."""
 
 
 def sparse_attention_function(opset: int) -> onnx.FunctionProto:
@@ -418,10 +500,19 @@ def block_statistics_function(opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_BLOCK_STATISTICS.replace("OPSET", str(opset)))
 
 
-def block_scores_function(opset: int, variance_power: float) -> onnx.FunctionProto:
-    """What a ``BlockScores`` node of that power computes, in standard operations of that opset."""
+def block_scores_function(opset: int, variance_power: float | None) -> onnx.FunctionProto:
+    """What a ``BlockScores`` node computes, in standard operations of that opset.
+
+    Args:
+        opset: Of the operations.
+        variance_power: The node's, or None for any.
+    """
     # a power of numbers one by one is slow, and the common ones need none
-    weighted = {0.0: "weighted = Identity (p)", 1.0: "weighted = Mul (p, sigma2)"}.get(
+    known: dict[float | None, str] = {
+        0.0: "weighted = Identity (p)",
+        1.0: "weighted = Mul (p, sigma2)",
+    }
+    weighted = known.get(
         variance_power,
         "power = Constant <value_float: float = @variance_power> ()\n"
         "        spread = Pow (sigma2, power)\n"
@@ -431,8 +522,18 @@ def block_scores_function(opset: int, variance_power: float) -> onnx.FunctionPro
     return onnx.parser.parse_function(text)
 
 
+def select_blocks_function(opset: int) -> onnx.FunctionProto:
+    """What a ``SelectBlocks`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_SELECT_BLOCKS.replace("OPSET", str(opset)))
+
+
+def list_blocks_function(opset: int) -> onnx.FunctionProto:
+    """What a ``ListBlocks`` node computes, in standard operations of that opset."""
+    return onnx.parser.parse_function(_LIST_BLOCKS.replace("OPSET", str(opset)))
+
+
 def schemas() -> dict[str, OpSchema]:
-    """The schemas of the three nodes by name; ``SparseAttention`` is the one that files contain."""
+    """The schemas of our nodes by name."""
     return {
         schema.name: schema
         for schema in (
@@ -469,9 +570,9 @@ def schemas() -> dict[str, OpSchema]:
                 "Means and variances of the blocks of keys and values, over their true tokens.",
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
                 {
-                    "key_mean": ("F", "[B, H, Nk, D]"),
-                    "key_variance": ("F", "[B, H, Nk, D]"),
-                    "value_mean": ("F", "[B, H, Nk, Dv]"),
+                    "key_mean": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D]"),
+                    "value_mean": ("T", "[B, H, Nk, Dv]"),
                     "value_variance": ("F", "[B, H, Nk], summed over the channels"),
                     "covariance": ("F", "[B, H, D, Dv]"),
                 },
@@ -487,14 +588,35 @@ def schemas() -> dict[str, OpSchema]:
                     "key_variance": ("T", "[B, H, Nk, D]"),
                     "log_size": ("F", "[B, H, Nk]"),
                 },
-                {"scores": ("F", "[B, H, Nq, Nk]")},
+                {"scores": ("S", "[B, H, Nq, Nk]")},
                 {
                     "scale": (float, "multiplies the logits"),
                     "variance_weight": (float, "share of half the logit variance in the logit"),
                     "variance_power": (float, "exponent of the variance in the score"),
                     "block_q": (int, "query rows in a block"),
                     "rows": (int, "query rows in a group"),
+                    "score_type": (int, "of the scores: 1 float32, or 16 bfloat16"),
                 },
+            ),
+            make_schema(
+                "SelectBlocks",
+                "The best key block of every row, and of the others those with the highest scores.",
+                {"scores": ("S", "[B, H, Nq, Nk], NaN counts as -inf")},
+                {"exact": ("M", "[B, H, Nq, Nk], the blocks that are kept")},
+                {
+                    "kept": (int, "blocks that each budget keeps; of equal ones the first"),
+                    "rows": (int, "consecutive rows of a sample that share a budget"),
+                },
+            ),
+            make_schema(
+                "ListBlocks",
+                "The lists of ``SparseAttention`` from a mask of blocks.",
+                {"exact": ("M", "[B, H, Nq, Nk]")},
+                {
+                    "block_ids": ("I", "[B, H, Nq, Nk], ascending, then zeros"),
+                    "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),
+                },
+                {},
             ),
         )
     }
@@ -512,7 +634,7 @@ def make_schema(
     Args:
         name: Of the node.
         doc: What it computes.
-        inputs: By name, type (T of the model, S of scores, F float32, I int32) and meaning.
+        inputs: By name, type (T of the model, S of scores, F float32, I int32, M bool) and meaning.
         outputs: As inputs.
         attributes: By name, ``float`` or ``int`` and meaning.
     """
@@ -529,6 +651,7 @@ def make_schema(
             ("S", ["tensor(float)", "tensor(bfloat16)"], "of scores"),
             ("F", ["tensor(float)"], "of sums"),
             ("I", ["tensor(int32)"], "of lists"),
+            ("M", ["tensor(bool)"], "of masks"),
         ],
         attributes=[
             OpSchema.Attribute(x, types[kind], text, required=True)
@@ -561,6 +684,7 @@ ELEMENT_TYPES = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
 }
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import os
 import tempfile
 import warnings
@@ -17,7 +16,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -38,13 +36,17 @@ from uta_fx.export.onnx_functions import (
     VERSION,
     block_scores_function,
     block_statistics_function,
+    list_blocks_function,
     schemas,
+    select_blocks_function,
     sparse_attention_function,
 )
 from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+KEPT = ("SparseAttention", "BlockStatistics", "BlockScores", "SelectBlocks", "ListBlocks")
+"""Nodes of our domain in a file, beside their functions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,12 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the sites.
-        dialect: What becomes of our operators; None for ``SparseAttention`` beside its function.
+        dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
         ValueError: An operation of the model has no translation, or none in that opset.
     """
-    dialect = dialect or Dialect(lower=keep_sparse_attention)
+    dialect = dialect or Dialect(lower=keep_nodes)
     program = _without_factors(_without_complex_gaps(program))
     try:
         with _without_their_own_worries():
@@ -300,11 +302,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset18.CastLike(opset18.Add(scaled, opset18.Gather(offset, rows, axis=2)), query)
 
     def block_statistics(key: Any, value: Any, block_kv: int) -> Any:
-        statistics = nodes["BlockStatistics"](key, value, block_kv=block_kv)
-        if key.dtype == ir.DataType.FLOAT:
-            return statistics
-        rounded = [opset18.Cast(x, to=key.dtype) for x in statistics[:3]]
-        return (*rounded, *statistics[3:])
+        return nodes["BlockStatistics"](key, value, block_kv=block_kv)
 
     def block_scores(
         query: Any,
@@ -317,64 +315,18 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         block_q: int,
         rows: int,
     ) -> Any:
-        scores = nodes["BlockScores"](
+        wide = query.dtype == ir.DataType.FLOAT
+        return nodes["BlockScores"](
             query, key_mean, key_variance, log_size, scale=scale,
             variance_weight=variance_weight, variance_power=variance_power, block_q=block_q,
-            rows=rows,
+            rows=rows, score_type=ir.DataType.FLOAT if wide else ir.DataType.BFLOAT16,
         )  # fmt: skip
-        if query.dtype == ir.DataType.FLOAT:
-            return scores
-        return opset18.Cast(scores, to=ir.DataType.BFLOAT16)
 
     def select_blocks(scores: Any, kept: int, rows: int) -> Any:
-        """TopK, the best of the rows made higher than all: of equal scores it takes the first.
-
-        Infinity counts as the largest number below it. Runtimes sort no bfloat16.
-        """
-        blocks = scores.shape[-1]
-        scores = opset18.Cast(scores, to=ir.DataType.FLOAT)
-        column = opset18.Constant(value_ints=list(range(blocks)))
-        best = opset18.Equal(opset18.ArgMax(scores, axis=-1, keepdims=1), column)
-        infinity, lowest, largest = (
-            opset18.Constant(value_float=x)
-            for x in (math.inf, -math.inf, torch.finfo(torch.float32).max)
-        )
-        numbers = opset18.Where(opset18.IsNaN(scores), lowest, opset18.Min(scores, largest))
-        ranked = opset18.Reshape(
-            opset18.Where(best, infinity, numbers),
-            opset18.Constant(value_ints=[-1, rows * blocks]),
-        )
-        _, ids = opset18.TopK(
-            ranked, opset18.Constant(value_ints=[kept]), axis=-1, largest=1, sorted=0
-        )
-        none, all_of_them = (
-            opset18.Expand(opset18.Constant(value=onnx.numpy_helper.from_array(x)), shape)
-            for x, shape in (
-                (np.array(False), opset18.Shape(ranked)),
-                (np.array(True), opset18.Shape(ids)),
-            )
-        )
-        mask = opset18.ScatterElements(none, ids, all_of_them, axis=-1)
-        return opset18.Reshape(mask, opset18.Shape(scores))
+        return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
 
     def list_blocks(exact: Any) -> Any:
-        """Running counts say where a block goes; what is not listed goes to one column too many."""
-        blocks = exact.shape[-1]
-        one, end = (opset18.Constant(value_ints=[x]) for x in (1, blocks))
-        last = opset18.Constant(value_ints=[-1])
-        position = opset18.CumSum(opset18.Cast(exact, to=ir.DataType.INT64), last)
-        target = opset18.Where(exact, opset18.Sub(position, one), end)
-        column = opset18.Cast(
-            opset18.Constant(value_ints=list(range(blocks))), to=ir.DataType.INT32
-        )
-        ids = opset18.Expand(column, opset18.Shape(target))
-        lead = opset18.Shape(exact, start=0, end=3)
-        wide = opset18.Concat(lead, opset18.Constant(value_ints=[blocks + 1]), axis=0)
-        zero = opset18.Cast(opset18.Constant(value_ints=[0]), to=ir.DataType.INT32)
-        spilled = opset18.ScatterElements(opset18.Expand(zero, wide), target, ids, axis=-1)
-        start = opset18.Constant(value_ints=[0])
-        counts = opset18.ReduceSum(opset18.Cast(exact, to=ir.DataType.INT32), last, keepdims=0)
-        return opset18.Slice(spilled, start, end, last), counts
+        return nodes["ListBlocks"](exact)
 
     def squeeze(x: Any, dim: int) -> Any:
         """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
@@ -473,29 +425,33 @@ def nodes_of(model: ir.Model, name: str) -> list[ir.Node]:
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, name)]
 
 
-def keep_sparse_attention(model: ir.Model, opset: int) -> None:
-    """Leave ``SparseAttention`` a node beside its function; inline the functions of the others."""
+def keep_nodes(model: ir.Model, opset: int) -> None:
+    """Leave the nodes in ``KEPT`` beside their functions; inline the functions of the others."""
     sizes = {
         node: [(value.shape, value.dtype) for value in node.inputs]
-        for node in nodes_of(model, "SparseAttention")
+        for name in KEPT
+        for node in nodes_of(model, name)
     }
-    inline(
-        model,
-        [*pooling_functions(model, opset), sparse_attention_function(opset)],
-        keep={"SparseAttention"},
-    )
+    attention = [sparse_attention_function(opset)] if nodes_of(model, "SparseAttention") else []
+    inline(model, [*selection_functions(model, opset), *attention], keep=KEPT)
     for node, known in sizes.items():  # a plugin is built for them; inlining forgets some
         for value, (shape, dtype) in zip(node.inputs, known, strict=True):
             value.shape, value.dtype = shape, dtype
 
 
-def pooling_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
-    """What ``BlockStatistics`` and ``BlockScores`` nodes of a model compute."""
+def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]:
+    """What those nodes of a model compute that come before attention."""
     powers = {
         node.attributes["variance_power"].as_float() for node in nodes_of(model, "BlockScores")
     }
-    statistics = [block_statistics_function(opset)] if nodes_of(model, "BlockStatistics") else []
-    return [*statistics, *(block_scores_function(opset, power) for power in powers)]
+    power = powers.pop() if len(powers) == 1 else None
+    functions = {
+        "BlockStatistics": block_statistics_function(opset),
+        "BlockScores": block_scores_function(opset, power),
+        "SelectBlocks": select_blocks_function(opset),
+        "ListBlocks": list_blocks_function(opset),
+    }
+    return [function for name, function in functions.items() if nodes_of(model, name)]
 
 
 def inline(

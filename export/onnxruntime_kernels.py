@@ -1,15 +1,12 @@
-"""Which kernels ONNX Runtime's plugin runs for a node, compiled ahead of time without a GPU.
-
-They are those of ``triton_attention``, and on Hopper those of ``gluon_attention`` where PyTorch's
-operator takes them too.
-"""
+"""Kernels of ONNX Runtime's plugin, compiled ahead of time without a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
+import onnx
 import torch
 import triton
 from onnx import TensorProto
@@ -17,58 +14,61 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from uta_fx.kernels import triton_attention
-from uta_fx.kernels.triton_attention import (
-    ID_CHUNK,
-    dot_precision,
-    fit_tile,
-    gluon_attention,
-    gluon_tail,
-)
-
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory of one program by architecture, as NVIDIA's programming guide gives it."""
 
-_HOPPER = 90
-_DTYPES = {
+HOPPER = 90
+DTYPES = {
     TensorProto.FLOAT: (torch.float32, "fp32"),
     TensorProto.FLOAT16: (torch.float16, "fp16"),
     TensorProto.BFLOAT16: (torch.bfloat16, "bf16"),
 }
-_POINTERS = {
-    "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
-    "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
-}  # fmt: skip
-_HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
-# what the C source calls a parameter, where a kernel of gluon_attention has another name for it
-_NAMES = {
-    "_paired_kernel": {
-        "ids_ptr": "order_ptr", "size_ptr": "tail_size_ptr", "size_sb": "tail_size_sb",
-        "size_sh": "tail_size_sh", "representatives": "blocks_kv",
-    },
-    "_pair_lists_kernel": {"ids_out_ptr": "order_ptr"},
-    "_pooled_variance_kernel": {
-        "var_ptr": "tail_var_ptr", "var_sb": "tail_var_sb", "var_sh": "tail_var_sh",
-        "var_sr": "tail_var_sr",
-    },
-}  # fmt: skip
+"""Of a file, in PyTorch and in Triton."""
 
 
-class Variant(NamedTuple):
-    """For which nodes and shapes a set of kernels is compiled; fields as in the C source."""
+class NodeOfFile:
+    """A node, and what a file says of its inputs.
 
-    dtype: int
-    dim: int
-    dim_v: int
-    block_q: int
-    block_kv: int
-    sign: int
-    has_tail: bool
-    per_block: bool
-    has_variance: bool
-    slopes: int  # 0, 1 (one a head) or 2 (one a query block)
-    even: bool
-    representatives: int  # bounds the tile of the tail
+    Args:
+        node: The node.
+        types: Of all values that have one, by name.
+
+    Attributes:
+        name: Of the node.
+        attributes: By name.
+    """
+
+    def __init__(self, node: onnx.NodeProto, types: Mapping[str, Any]) -> None:
+        self.attributes = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
+        self.name = node.name
+        self._node, self._types = node, types
+
+    def dtype(self, index: int) -> int:
+        """Element type of an input, 0 where it is not known."""
+        name = self._node.input[index]
+        return int(self._types[name].elem_type) if name in self._types else 0
+
+    def size(self, index: int, dim: int) -> int | None:
+        """A dimension of an input, None where it is not known."""
+        name = self._node.input[index]
+        sizes = self._types[name].shape.dim if name in self._types else ()
+        if dim < len(sizes) and sizes[dim].HasField("dim_value"):
+            return int(sizes[dim].dim_value)
+        return None
+
+    def known(self, index: int, dim: int) -> int:
+        """A dimension of an input.
+
+        Raises:
+            ValueError: It is not known.
+        """
+        value = self.size(index, dim)
+        if value is None:
+            raise ValueError(
+                f"node {self.name}: dimension {dim} of its input {index} must be known to"
+                " build a plugin for it"
+            )
+        return value
 
 
 class Map(NamedTuple):
@@ -88,7 +88,7 @@ class Kernel:
         cubin: Machine code.
         shared: Bytes of shared memory.
         threads: Of one program.
-        programs: How many there are for ``blocks`` query blocks.
+        programs: How many there are for ``blocks`` blocks, or rows.
         blocks: See ``programs``.
         parameters: Their names in the C source, in order.
         maps: Of the parameters that are tensor maps, in order.
@@ -104,126 +104,47 @@ class Kernel:
     maps: tuple[Map, ...]
 
 
-def compile_variant(variant: Variant, architecture: int) -> dict[str, Kernel]:
-    """The kernels of a variant by their place in the C source, in the order in which they run.
-
-    Raises:
-        RuntimeError: Triton could not compile one of them.
-    """
-    dtype = _DTYPES[variant.dtype][0]
-    sizes = (variant.dim, variant.dim_v, variant.block_q, variant.block_kv)
-    paired = paired_tail = False
-    if architecture == _HOPPER and gluon_attention is not None:
-        paired = gluon_attention.takes_sizes(dtype, *sizes)
-        paired_tail = paired and gluon_attention.takes_tail_sizes(
-            variant.per_block, variant.has_variance, variant.slopes
-        )
-    kernels = {}
-    if variant.per_block or paired:
-        kernels["MARK"] = _compile(
-            triton_attention._mark_listed_kernel, variant, architecture, {"CHUNK": ID_CHUNK}
-        )
-    if variant.has_tail and not paired_tail:
-        kernels["TAIL"] = _compile_tail(variant, architecture)
-    if not paired:
-        kernels["LISTED"] = _compile_listed(variant, architecture)
-        return kernels
-    unaligned = gluon_attention.OF_PARTS["do_not_specialize_on_alignment"]
-    kernels["ORDER"] = _compile(
-        gluon_attention._pair_lists_kernel, variant, architecture, gluon_attention.ORDER_OPTIONS,
-        blocks=2, unaligned=unaligned,
-    )  # fmt: skip
-    kernels["TURNS"] = _compile(
-        gluon_attention._longest_first_kernel, variant, architecture,
-        gluon_attention.turn_options(variant.dim),
-        blocks=gluon_attention.blocks_of_program(variant.dim) * gluon_attention.RANKED,
-    )  # fmt: skip
-    if paired_tail:
-        kernels["VARIANCE"] = _compile(
-            gluon_tail._pooled_variance_kernel, variant, architecture,
-            gluon_tail.variance_options(variant.dim, variant.block_q), blocks=gluon_tail.MANY_Q,
-        )  # fmt: skip
-    options = gluon_attention.paired_options(
-        variant.dim, variant.sign, variant.even, paired_tail, variant.has_tail and not paired_tail
-    )
-    kernels["PAIRED"] = _compile(
-        gluon_attention._paired_kernel, variant, architecture, options,
-        blocks=gluon_attention.blocks_of_program(variant.dim), unaligned=unaligned,
-    )  # fmt: skip
-    return kernels
-
-
-def _compile_tail(variant: Variant, architecture: int) -> Kernel:
-    dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
-    block = max(16, triton.next_power_of_2(variant.representatives))
-    sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
-    tile = fit_tile(triton_attention._TAIL_TILES, *sizes, block, 1, 2, limit)
-    options = {
-        "BLOCK_Q": variant.block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "PER_BLOCK": variant.per_block, "HAS_VARIANCE": variant.has_variance,
-        "HAS_SLOPE": variant.slopes > 0, **_dims(variant),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
-    return _compile(
-        triton_attention._tail_kernel, variant, architecture, options,
-        programs=variant.block_q // tile.block_m,
-    )  # fmt: skip
-
-
-def _compile_listed(variant: Variant, architecture: int) -> Kernel:
-    dtype, limit = _DTYPES[variant.dtype][0], SHARED_KB[architecture] * 1024
-    sizes = (dtype, max(variant.dim, variant.dim_v), variant.block_q)
-    tile = fit_tile(triton_attention._LISTED_TILES, *sizes, variant.block_kv, 1, 2, limit)
-    options = {
-        "BLOCK_Q": variant.block_q, "BLOCK_KV": variant.block_kv, "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n, "EVEN": variant.even, "RESUME": variant.has_tail,
-        "CHUNK": ID_CHUNK, "RECTIFY": False, "gain_ptr": None, "offset_ptr": None,
-        "COUNTED": False, "key_counts_ptr": None, **_dims(variant),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
-    return _compile(
-        triton_attention._listed_kernel, variant, architecture, options,
-        programs=variant.block_q // tile.block_m,
-    )  # fmt: skip
-
-
-def _dims(variant: Variant) -> dict[str, Any]:
-    return {
-        "D": variant.dim, "D_PADDED": triton.next_power_of_2(variant.dim),
-        "DV": variant.dim_v, "DV_PADDED": triton.next_power_of_2(variant.dim_v),
-        "SIGN": variant.sign, "PRECISION": dot_precision(_DTYPES[variant.dtype][0]), "o_sd": 1,
-    }  # fmt: skip
-
-
-def _compile(
+def compile_kernel(
     function: JITFunction[Any],
-    variant: Variant,
     architecture: int,
     options: Mapping[str, Any],
     *,
+    types: Mapping[str, str],
+    divisible: Container[str],
+    names: Mapping[str, str] | None = None,
     programs: int = 1,
     blocks: int = 1,
-    unaligned: Container[str] = (),
 ) -> Kernel:
+    """Compile one kernel of Triton or Gluon.
+
+    Args:
+        function: The kernel.
+        architecture: Compute capability.
+        options: Its constants and the compiler's options.
+        types: Triton's, of its other parameters.
+        divisible: Which of those 16 divides.
+        names: What the C source calls a parameter, where it has another name for it.
+        programs: See ``Kernel``.
+        blocks: See ``Kernel``.
+
+    Raises:
+        RuntimeError: Triton could not compile it.
+    """
     constants = {name: x for name, x in options.items() if name in function.arg_names}
-    renamed = _NAMES.get(function.__name__, {})
-    parameters = {
-        name: renamed.get(name, name) for name in function.arg_names if name not in constants
+    parameters = [name for name in function.arg_names if name not in constants]
+    signature = {
+        name: types[name] if name in parameters else "constexpr" for name in function.arg_names
     }
-    mapped = [name for name in parameters if name.endswith("_desc")]
-    signature = dict.fromkeys(function.arg_names, "constexpr")
-    for name, known_as in parameters.items():
-        signature[name] = _parameter_type(known_as, variant)
+    mapped = [name for name in parameters if types[name].startswith("tensordesc")]
     source: type[ASTSource] = ASTSource
     if mapped:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source = GluonASTSource
-        signature |= _map_types(mapped, variant, constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
-        if name in parameters and name not in unaligned and _is_divisible(parameters[name], variant)
+        if name in parameters and name not in mapped and name in divisible
     }
     try:
         compiled = triton.compile(
@@ -238,6 +159,7 @@ def _compile(
     metadata = compiled.metadata
     assert metadata.global_scratch_size == metadata.profile_scratch_size == 0
     cuts = metadata.tensordesc_meta if mapped else ()
+    known_as = names or {}
     return Kernel(
         name=metadata.name,
         cubin=compiled.asm["cubin"],
@@ -245,42 +167,9 @@ def _compile(
         threads=32 * metadata.num_warps,
         programs=programs,
         blocks=blocks,
-        parameters=tuple(parameters.values()),
+        parameters=tuple(known_as.get(name, name) for name in parameters),
         maps=tuple(
             Map(name, cut["swizzle"], tuple(cut["block_size"]))
             for name, cut in zip(mapped, cuts, strict=True)
         ),
     )
-
-
-def _parameter_type(name: str, variant: Variant) -> str:
-    if name.endswith("_ptr"):
-        return "*" + _POINTERS.get(name.removesuffix("_ptr"), _DTYPES[variant.dtype][1])
-    if name in ("scale", "scale_log2", "half_weight_log2"):
-        return "fp32"
-    return "i64" if name.endswith(_HEADERS_OF_ROW) else "i32"
-
-
-def _map_types(
-    names: Iterable[str], variant: Variant, constants: Mapping[str, Any]
-) -> dict[str, str]:
-    """Types of tensor maps: of blocks of rows, or of a whole slope where there is a tail."""
-    rows = dict.fromkeys(names, gluon_attention.BLOCK)
-    if constants["TAIL"]:
-        rows["slope_desc"] = variant.dim
-    dtype, layout = _DTYPES[variant.dtype][1], gluon_attention.MAP_LAYOUT
-    return {
-        name: f"tensordesc<{dtype}[1, 1, {count}, {variant.dim}],{layout!r}>"
-        for name, count in rows.items()
-    }
-
-
-def _is_divisible(name: str, variant: Variant) -> bool:
-    """Whether 16 divides a parameter: the plugin checks tensors, which are contiguous."""
-    if name.endswith("_ptr"):
-        return True
-    tensor, _, stride = name.rpartition("_s")
-    if len(stride) != 1 or tensor in ("ids", "counts", "tail_size"):
-        return False
-    dims = {"q": variant.dim, "k": variant.dim, "tail_k": variant.dim, "tail_var": variant.dim}
-    return dims.get(tensor, variant.dim_v) % 16 == 0

@@ -1,7 +1,7 @@
-/* uta::SparseAttention for ONNX Runtime's CUDA provider: our Triton kernels, compiled beforehand.
+/* Our nodes for ONNX Runtime's CUDA provider: Triton kernels, compiled beforehand.
  *
  * `onnxruntime_plugin.py` writes "variants.h", which holds the compiled kernels and, for each, the
- * list of its arguments; this file computes those arguments from the node's tensors and launches on
+ * list of its arguments; this file computes those arguments from a node's tensors and launches on
  * ONNX Runtime's own stream. It links against libc alone: ONNX Runtime hands over its table of
  * functions, the CUDA driver is opened when the first kernel is launched.
  */
@@ -18,7 +18,7 @@
 /* ---- ONNX Runtime's C interface, as much of it as is used here ------------------------------- */
 
 enum { API_VERSION = 22 }; /* the oldest that is supported; its places in the table never change */
-enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_FLOAT16 = 10, TYPE_BFLOAT16 = 16 };
+enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_BOOL = 9, TYPE_FLOAT16 = 10, TYPE_BFLOAT16 = 16 };
 enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
 enum { MEMORY_DEFAULT = 0, INPUT_REQUIRED = 0 };
 
@@ -96,7 +96,7 @@ typedef struct CustomOp {
   void (*release_may_inplace)(int *, int *);
   size_t (*get_alias_map)(int **, int **);
   void (*release_alias_map)(int *, int *);
-  int dtype; /* ours: an operator for each dtype */
+  int type, dtype; /* ours: an operator for each type of node and each dtype */
 } CustomOp;
 
 static Status *fail(int code, const char *format, ...) {
@@ -152,7 +152,7 @@ static const char *open_driver(void) {
 static Status *driver_failure(const char *what, int error) {
   const char *name = "unknown error";
   cuGetErrorName(error, &name);
-  return fail(STATUS_FAIL, "uta::SparseAttention: %s failed with %s", what, name);
+  return fail(STATUS_FAIL, "uta: %s failed with %s", what, name);
 }
 
 /* ---- Kernels and their arguments ------------------------------------------------------------- */
@@ -176,8 +176,14 @@ enum { MAP_ARGUMENTS = 9 };
   X(slope_sb) X(slope_sh) X(slope_sn) X(slope_sd)                                                 \
   X(heads) X(length_q) X(length_kv) X(blocks_q) X(blocks_kv) X(max_blocks) X(representatives)     \
   X(whole) X(last_keys) X(scale) X(scale_log2) X(half_weight_log2)                                \
+  X(bits_ptr) X(best_ptr) X(digits_ptr) X(tied_ptr) X(kept_ptr)                                   \
+  X(wanted) X(rows) X(blocks) X(share) X(programs)                                                \
+  X(mean_ptr) X(var_ptr) X(size_ptr) X(scores_ptr) X(power)                                       \
+  X(k_mean_ptr) X(k_var_ptr) X(v_mean_ptr) X(v_var_ptr) X(sums_ptr) X(total_ptr)                  \
+  X(length) X(blocks_per_program) X(parts) X(size)                                                \
+  X(mean_sb) X(mean_sh) X(mean_sn) X(var_sb) X(var_sh) X(var_sn) X(size_sb) X(size_sh)            \
   MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
-  MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc)
+  MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc) MAP(X, mean_desc) MAP(X, var_desc)
 #define NAME_ARGUMENT(name) ARG_##name,
 enum { ARGUMENTS(NAME_ARGUMENT) ARGUMENT_COUNT };
 
@@ -199,26 +205,33 @@ typedef struct Map {
 typedef struct Kernel {
   const unsigned char *code; /* NULL: this variant does not need it */
   const char *name;
-  int shared, threads, programs, blocks; /* so many programs for so many query blocks */
+  int shared, threads, programs, blocks; /* so many programs for so many blocks or rows */
   const unsigned char *arguments;
   int argument_count;
   const Map *maps;
   int map_count;
 } Kernel;
 
-/* in the order in which they run */
-enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED, KERNELS };
+/* types of nodes, and the kernels of each in the order in which they run */
+enum { SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, LIST_BLOCKS };
+enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED };
+enum { POOL, SUM };
+enum { SCORE };
+enum { IN_ROW, FIRST, NEXT, KEEP = NEXT + 5 }; /* alone, or one after the other */
+enum { LIST };
+enum { KERNELS = 8, KEY_SIZE = 11 };
 
-/* for which nodes and shapes the kernels were compiled */
+/* for which nodes and shapes the kernels were compiled: the numbers that a node must have too */
 typedef struct Variant {
-  int dtype, dim, dim_v, block_q, block_kv, sign, has_tail, per_block, has_variance;
-  int slopes; /* 1: one a head; 2: one a query block */
-  int even; /* the keys' length is a multiple of block_kv */
+  int type;
+  int key[KEY_SIZE];
   Kernel kernels[KERNELS];
 } Variant;
 
-/* ARCHITECTURE, VARIANTS, VARIANT_COUNT, DTYPES, DTYPE_COUNT; PLAN, MAX_BLOCKS, SHARE and FILL of
- * gluon_attention */
+typedef struct Operator { int type, dtype; } Operator;
+
+/* ARCHITECTURE, NODES, VARIANTS, VARIANT_COUNT, OPERATORS, OPERATOR_COUNT; numbers that launchers
+ * in Python have */
 #include "variants.h"
 
 enum { MAX_DEVICES = 64 };
@@ -248,38 +261,40 @@ static Status *load(int variant, int which, int device, void **kernel) {
   return error ? driver_failure(what, error) : NULL;
 }
 
-static Status *launch(int variant, int which, int device, int64_t blocks_q, int64_t batch_heads,
-                      Value *values, void *stream) {
-  const Kernel *source = &VARIANTS[variant].kernels[which];
-  void *kernel, *arguments[ARGUMENT_COUNT + 2];
-  Status *status = load(variant, which, device, &kernel);
-  if (status) return status;
-  for (int i = 0; i < source->argument_count; ++i)
-    arguments[i] = &values[source->arguments[i]];
-  Value none = {0}; /* Triton's scratch buffers, of size 0 */
-  arguments[source->argument_count] = arguments[source->argument_count + 1] = &none;
-  int64_t programs = (blocks_q * source->programs + source->blocks - 1) / source->blocks;
-  int error = cuLaunchKernel(kernel, (unsigned)programs, (unsigned)batch_heads, 1,
-                             source->threads, 1, 1, source->shared, stream, arguments, NULL);
-  return error ? driver_failure("launching a kernel", error) : NULL;
-}
-
-/* ---- The node -------------------------------------------------------------------------------- */
-
-enum {
-  QUERY, KEY, VALUE, IDS, COUNTS, TAIL_KEY, TAIL_VALUE, TAIL_SIZE, TAIL_VARIANCE, TAIL_SLOPE,
-  INPUTS
-};
-static const int RANKS[INPUTS] = {4, 4, 4, 4, 3, 5, 5, 4, 4, 5};
-
-typedef struct Node {
-  float scale, variance_weight;
-  int64_t block_q, block_kv, per_block;
-  int dtype;
-  Allocator *allocator;
-} Node;
+/* ---- Nodes ----------------------------------------------------------------------------------- */
 
 typedef struct Tensor { void *data; int64_t sizes[5]; } Tensor;
+
+enum { MOST_INPUTS = 10, MOST_OUTPUTS = 5 };
+
+typedef struct NodeType NodeType;
+typedef struct Node {
+  const NodeType *type;
+  int dtype;
+  Allocator *allocator;
+  float scale, variance_weight, variance_power;
+  int64_t block_q, block_kv, per_block, kept, rows;
+} Node;
+
+/* what a node is run with */
+typedef struct Run {
+  const Node *node;
+  void *context, *stream, *memory; /* memory: workspace */
+  int variant, device;
+  Tensor x[MOST_INPUTS], outputs[MOST_OUTPUTS];
+  int64_t batch_heads, blocks_q, blocks_kv;
+  Value values[ARGUMENT_COUNT];
+} Run;
+
+typedef struct Attribute { const char *name; int is_integer; size_t place; } Attribute;
+
+/* T: the node's dtype; S: bfloat16 where that has 16 bits; F: float32; I: int32; M: bool */
+struct NodeType {
+  const char *name, *inputs, *outputs;
+  int ranks[MOST_INPUTS];
+  Attribute attributes[6]; /* up to one without a name */
+  Status *(*run)(Run *run);
+};
 
 enum { ALIGNMENT = 16 }; /* for which the kernels are compiled */
 
@@ -289,48 +304,103 @@ enum { ALIGNMENT = 16 }; /* for which the kernels are compiled */
     if (status_) return status_;                                                                  \
   } while (0)
 
-static Status *read_input(void *context, size_t index, Tensor *tensor) {
+static Status *read_input(Run *run, size_t index) {
+  const NodeType *type = run->node->type;
+  Tensor *tensor = &run->x[index];
   const void *value;
   void *info;
   size_t rank;
-  TRY(get_input(context, index, &value));
+  TRY(get_input(run->context, index, &value));
   TRY(get_type_and_shape(value, &info));
   Status *status = get_dimensions_count(info, &rank);
-  if (!status && rank != (size_t)RANKS[index])
+  if (!status && rank != (size_t)type->ranks[index])
     status = fail(STATUS_INVALID_ARGUMENT,
-                  "uta::SparseAttention: input %zu must have %d dimensions, got %zu", index,
-                  RANKS[index], rank);
+                  "uta::%s: input %zu must have %d dimensions, got %zu", type->name, index,
+                  type->ranks[index], rank);
   if (!status) status = get_dimensions(info, tensor->sizes, rank);
   release_type_and_shape(info);
   if (status) return status;
   TRY(get_tensor_data((void *)value, &tensor->data));
   if ((uint64_t)tensor->data % ALIGNMENT)
     return fail(STATUS_INVALID_ARGUMENT,
-                "uta::SparseAttention: input %zu must begin at a multiple of %d bytes", index,
+                "uta::%s: input %zu must begin at a multiple of %d bytes", type->name, index,
                 ALIGNMENT);
   return NULL;
 }
 
-static Status *find_variant(const Node *node, const Tensor *x, int *found) {
-  int sign = (node->scale > 0) - (node->scale < 0);
-  int has_tail = x[TAIL_KEY].sizes[3] > 0;
-  int has_variance = has_tail && x[TAIL_VARIANCE].sizes[2] > 0;
-  int slopes = !has_tail ? 0 : x[TAIL_SLOPE].sizes[2] > 1 ? 2 : (int)x[TAIL_SLOPE].sizes[2];
-  int even = x[KEY].sizes[2] % node->block_kv == 0;
-  for (*found = 0; *found < VARIANT_COUNT; ++*found) {
-    const Variant *v = &VARIANTS[*found];
-    if (v->dtype == node->dtype && v->dim == x[QUERY].sizes[3] && v->dim_v == x[VALUE].sizes[3] &&
-        v->block_q == node->block_q && v->block_kv == node->block_kv && v->sign == sign &&
-        v->has_tail == has_tail && v->per_block == (node->per_block && has_tail) &&
-        v->has_variance == has_variance && v->slopes == slopes && v->even == even)
-      return NULL;
-  }
-  return fail(STATUS_INVALID_ARGUMENT,
-              "uta::SparseAttention: the plugin was not built for this node (head dim %lld, blocks "
-              "%lld x %lld, %lld keys): build it for this file",
-              (long long)x[QUERY].sizes[3], (long long)node->block_q, (long long)node->block_kv,
-              (long long)x[KEY].sizes[2]);
+static Status *make_output(Run *run, size_t index, int rank, const int64_t *sizes) {
+  Tensor *tensor = &run->outputs[index];
+  void *value;
+  memcpy(tensor->sizes, sizes, rank * sizeof *sizes);
+  TRY(get_output(run->context, index, sizes, rank, &value));
+  TRY(get_tensor_data(value, &tensor->data));
+  if ((uint64_t)tensor->data % ALIGNMENT)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::%s: output %zu must begin at a multiple of %d bytes", run->node->type->name,
+                index, ALIGNMENT);
+  return NULL;
 }
+
+/* The kernels for a node; its key as in the Python class of its variants. */
+static Status *find_variant(Run *run, int type, const int key[KEY_SIZE]) {
+  for (run->variant = 0; run->variant < VARIANT_COUNT; ++run->variant) {
+    const Variant *variant = &VARIANTS[run->variant];
+    if (variant->type == type && !memcmp(variant->key, key, sizeof variant->key)) return NULL;
+  }
+  const int64_t *sizes = run->x[0].sizes;
+  return fail(STATUS_INVALID_ARGUMENT,
+              "uta::%s: the plugin was not built for this node (input 0 is %lld x %lld x %lld x "
+              "%lld): build it for this file", run->node->type->name, (long long)sizes[0],
+              (long long)sizes[1], (long long)sizes[2], (long long)sizes[3]);
+}
+
+/* Where and on what the node's kernels run. */
+static Status *begin(Run *run) {
+  TRY(get_stream(run->context, &run->stream));
+  pthread_mutex_lock(&lock);
+  const char *missing = open_driver();
+  pthread_mutex_unlock(&lock);
+  if (missing) return fail(STATUS_FAIL, "uta: there is no %s of the CUDA driver", missing);
+  int error = cuCtxGetDevice(&run->device);
+  if (error) return driver_failure("asking for the device", error);
+  if (run->device >= MAX_DEVICES) return fail(STATUS_FAIL, "uta: device %d", run->device);
+  return NULL;
+}
+
+/* Take so many bytes of the workspace. */
+static size_t reserve(size_t *workspace, int64_t bytes) {
+  size_t start = *workspace;
+  *workspace += ((size_t)bytes + 255) / 256 * 256;
+  return start;
+}
+
+static Status *take_workspace(Run *run, size_t bytes) {
+  Allocator *allocator = run->node->allocator;
+  return bytes ? get_scratch(run->context, allocator->info(allocator), bytes, &run->memory) : NULL;
+}
+
+static Status *fill(Run *run, uint64_t address, int value, int64_t bytes) {
+  int error = cuMemsetD8Async(address, (unsigned char)value, (size_t)bytes, run->stream);
+  return error ? driver_failure("filling memory", error) : NULL;
+}
+
+static Status *launch(Run *run, int which, int64_t programs, int64_t batch_heads) {
+  const Kernel *source = &VARIANTS[run->variant].kernels[which];
+  void *kernel, *arguments[ARGUMENT_COUNT + 2];
+  Status *status = load(run->variant, which, run->device, &kernel);
+  if (status) return status;
+  for (int i = 0; i < source->argument_count; ++i)
+    arguments[i] = &run->values[source->arguments[i]];
+  Value none = {0}; /* Triton's scratch buffers, of size 0 */
+  arguments[source->argument_count] = arguments[source->argument_count + 1] = &none;
+  int error = cuLaunchKernel(kernel, (unsigned)programs, (unsigned)batch_heads, 1,
+                             source->threads, 1, 1, source->shared, run->stream, arguments, NULL);
+  return error ? driver_failure("launching a kernel", error) : NULL;
+}
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* strides of the leading dimensions of a contiguous tensor */
 static void set_strides(Value *values, const Tensor *x, int rank, const int *places, int count) {
@@ -340,6 +410,12 @@ static void set_strides(Value *values, const Tensor *x, int rank, const int *pla
     values[places[i]].integer = stride;
   }
 }
+
+#define STRIDES(tensor, rank, ...)                                                                \
+  do {                                                                                            \
+    static const int places[] = {__VA_ARGS__};                                                    \
+    set_strides(values, &(tensor), rank, places, sizeof places / sizeof *places);                 \
+  } while (0)
 
 /* without the third of five dimensions, which is 1 */
 static Tensor without_third(const Tensor *x) {
@@ -387,59 +463,47 @@ static Status *set_map(Value *values, const Map *map, const Tensor *x, const Par
   return NULL;
 }
 
-/* Take so many bytes of the workspace. */
-static size_t reserve(size_t *workspace, int64_t bytes) {
-  size_t start = *workspace;
-  *workspace += ((size_t)bytes + 255) / 256 * 256;
-  return start;
-}
+/* ---- SparseAttention ------------------------------------------------------------------------- */
 
-/* What a node is run with. */
-typedef struct Run {
-  int variant, device;
-  void *stream;
-  int64_t batch_heads, blocks_q, blocks_kv;
-  Value values[ARGUMENT_COUNT];
-} Run;
+enum {
+  QUERY, KEY, VALUE, IDS, COUNTS, TAIL_KEY, TAIL_VALUE, TAIL_SIZE, TAIL_VARIANCE, TAIL_SLOPE,
+  INPUTS
+};
+enum { OUTPUT, LSE };
 
 static Status *launch_some(Run *run, int first, int last, int64_t batch_heads) {
-  for (int which = first; which <= last; ++which)
-    if (VARIANTS[run->variant].kernels[which].code)
-      TRY(launch(run->variant, which, run->device, run->blocks_q, batch_heads, run->values,
-                 run->stream));
+  for (int which = first; which <= last; ++which) {
+    const Kernel *kernel = &VARIANTS[run->variant].kernels[which];
+    if (kernel->code)
+      TRY(launch(run, which, divide_up(run->blocks_q * kernel->programs, kernel->blocks),
+                 batch_heads));
+  }
   return NULL;
 }
 
 /* Pointers to the heads from the first of a part on. */
-static void set_pointers(Run *run, const Node *node, const Tensor *x, const Tensor *output,
-                         const Tensor *lse, int64_t first) {
+static void set_pointers(Run *run, int64_t first) {
   static const int pointers[INPUTS] = {
       ARG_q_ptr,      ARG_k_ptr,      ARG_v_ptr,         ARG_ids_ptr,      ARG_counts_ptr,
       ARG_tail_k_ptr, ARG_tail_v_ptr, ARG_tail_size_ptr, ARG_tail_var_ptr, ARG_slope_ptr};
-  int element = node->dtype == TYPE_FLOAT ? 4 : 2;
-  for (int i = 0; i < INPUTS; ++i) {
-    int four = i == IDS || i == COUNTS || i == TAIL_SIZE;
-    run->values[pointers[i]].pointer =
-        (uint64_t)part_data(&x[i], RANKS[i], first, four ? 4 : element);
-  }
-  run->values[ARG_o_ptr].pointer = (uint64_t)part_data(output, 4, first, element);
-  run->values[ARG_lse_ptr].pointer = (uint64_t)part_data(lse, 3, first, 4);
+  const NodeType *type = run->node->type;
+  int element = run->node->dtype == TYPE_FLOAT ? 4 : 2;
+  for (int i = 0; i < INPUTS; ++i)
+    run->values[pointers[i]].pointer = (uint64_t)part_data(
+        &run->x[i], type->ranks[i], first, type->inputs[i] == 'T' ? element : 4);
+  run->values[ARG_o_ptr].pointer = (uint64_t)part_data(&run->outputs[OUTPUT], 4, first, element);
+  run->values[ARG_lse_ptr].pointer = (uint64_t)part_data(&run->outputs[LSE], 3, first, 4);
 }
 
-static void set_arguments(Run *run, const Node *node, const Tensor *x, const Tensor *output,
-                          const Tensor *lse) {
+static void set_arguments(Run *run) {
+  const Node *node = run->node;
+  const Tensor *x = run->x;
   Value *values = run->values;
-  memset(values, 0, sizeof run->values);
-  set_pointers(run, node, x, output, lse, 0);
-#define STRIDES(tensor, rank, ...)                                                                \
-  do {                                                                                            \
-    static const int places[] = {__VA_ARGS__};                                                    \
-    set_strides(values, &(tensor), rank, places, sizeof places / sizeof *places);                 \
-  } while (0)
+  set_pointers(run, 0);
   STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
   STRIDES(x[KEY], 4, ARG_k_sb, ARG_k_sh, ARG_k_sn);
   STRIDES(x[VALUE], 4, ARG_v_sb, ARG_v_sh, ARG_v_sn);
-  STRIDES(*output, 4, ARG_o_sb, ARG_o_sh, ARG_o_sm);
+  STRIDES(run->outputs[OUTPUT], 4, ARG_o_sb, ARG_o_sh, ARG_o_sm);
   STRIDES(x[IDS], 4, ARG_ids_sb, ARG_ids_sh, ARG_ids_sn);
   STRIDES(x[COUNTS], 3, ARG_counts_sb, ARG_counts_sh);
   STRIDES(x[TAIL_KEY], 5, ARG_tail_k_sb, ARG_tail_k_sh, ARG_tail_k_sn, ARG_tail_k_sr);
@@ -469,148 +533,298 @@ static void set_arguments(Run *run, const Node *node, const Tensor *x, const Ten
 }
 
 /* Maps of what the copy engine reads and writes; for a tail that is not read, of the keys. */
-static Status *set_maps(Run *run, const Node *node, const Tensor *x, const Tensor *output,
-                        const Part *part) {
+static Status *set_maps(Run *run, const Part *part) {
+  const Tensor *x = run->x;
   const Kernel *kernels = VARIANTS[run->variant].kernels;
   int tailed = kernels[VARIANCE].code != NULL;
   Tensor tail_key = tailed ? without_third(&x[TAIL_KEY]) : x[KEY];
   Tensor tail_value = tailed ? without_third(&x[TAIL_VALUE]) : x[VALUE];
   Tensor slope = tailed ? without_third(&x[TAIL_SLOPE]) : x[KEY];
-  const Tensor *mapped[] = {&x[QUERY], &x[KEY],     &x[VALUE], output,
+  const Tensor *mapped[] = {&x[QUERY], &x[KEY],     &x[VALUE], &run->outputs[OUTPUT],
                             &tail_key, &tail_value, &slope}; /* in the order of ARGUMENTS */
   for (int i = 0; i < kernels[PAIRED].map_count; ++i) {
     const Map *map = &kernels[PAIRED].maps[i];
     int which = (map->argument - ARG_q_desc) / MAP_ARGUMENTS;
-    TRY(set_map(run->values, map, mapped[which], part, node->dtype));
+    TRY(set_map(run->values, map, mapped[which], part, run->node->dtype));
   }
   return NULL;
 }
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* As gluon_attention.heads_at_a_time. */
-static int64_t heads_at_a_time(const Run *run, const Node *node, int64_t dim) {
+static int64_t heads_at_a_time(const Run *run) {
   const Kernel *kernels = VARIANTS[run->variant].kernels;
   int64_t made = divide_up(run->blocks_q, 2) * (2 * run->blocks_kv + 4 * PLAN);
   if (kernels[VARIANCE].code) made += 2 * run->blocks_q * run->blocks_kv;
-  int64_t given = 2 * (run->blocks_q + 2 * run->blocks_kv) * node->block_kv * dim;
+  int64_t given = 2 * (run->blocks_q + 2 * run->blocks_kv) * run->node->block_kv *
+                  run->x[QUERY].sizes[3];
   int64_t programs = divide_up(run->blocks_q, kernels[PAIRED].blocks) * run->batch_heads;
   int64_t parts = smaller(divide_up(SHARE * made, given), programs / FILL);
-  return divide_up(run->batch_heads, parts < 1 ? 1 : parts);
+  return divide_up(run->batch_heads, larger(parts, 1));
 }
 
 /* As gluon_attention.attend: some of the heads at a time. */
-static Status *launch_parts(Run *run, const Node *node, const Tensor *x, const Tensor *output,
-                            const Tensor *lse, int64_t most) {
-  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1];
-  int64_t samples = most / heads < 1 ? 1 : most / heads;
+static Status *launch_parts(Run *run, int64_t most) {
+  int64_t batch = run->x[QUERY].sizes[0], heads = run->x[QUERY].sizes[1];
+  int64_t samples = larger(most / heads, 1);
   uint64_t listed = run->values[ARG_listed_ptr].pointer;
   for (int64_t sample = 0; sample < batch; sample += samples)
     for (int64_t head = 0; head < heads; head += most) {
       Part part = {sample * heads + head, smaller(samples, batch - sample),
                    smaller(most, heads - head)};
-      set_pointers(run, node, x, output, lse, part.first);
+      set_pointers(run, part.first);
       run->values[ARG_listed_ptr].pointer = listed + part.first * run->blocks_q * run->blocks_kv;
       run->values[ARG_heads].integer = part.heads;
-      TRY(set_maps(run, node, x, output, &part));
+      TRY(set_maps(run, &part));
       TRY(launch_some(run, ORDER, PAIRED, part.samples * part.heads));
     }
   return NULL;
 }
 
-static Status *launch_all(Run *run, const Node *node, const Tensor *x, const Tensor *output,
-                          const Tensor *lse, int64_t most) {
-  const Kernel *kernels = VARIANTS[run->variant].kernels;
-  if (kernels[MARK].code) {
-    int error = cuMemsetD8Async(run->values[ARG_listed_ptr].pointer, 0,
-                                run->batch_heads * run->blocks_q * run->blocks_kv, run->stream);
-    if (error) return driver_failure("clearing the map of listed blocks", error);
-  }
-  TRY(launch_some(run, MARK, LISTED, run->batch_heads));
-  return kernels[PAIRED].code ? launch_parts(run, node, x, output, lse, most) : NULL;
-}
-
-static Status *compute(void *state, void *context) {
-  const Node *node = state;
-  Tensor x[INPUTS];
-  for (size_t i = 0; i < INPUTS; ++i) TRY(read_input(context, i, &x[i]));
-  Run run;
-  TRY(find_variant(node, x, &run.variant));
+static Status *sparse_attention(Run *run) {
+  const Node *node = run->node;
+  const Tensor *x = run->x;
+  int has_tail = x[TAIL_KEY].sizes[3] > 0;
+  const int key[KEY_SIZE] = {
+      node->dtype, (int)x[QUERY].sizes[3], (int)x[VALUE].sizes[3], (int)node->block_q,
+      (int)node->block_kv, (node->scale > 0) - (node->scale < 0), has_tail,
+      has_tail && node->per_block, has_tail && x[TAIL_VARIANCE].sizes[2] > 0,
+      has_tail ? (int)smaller(x[TAIL_SLOPE].sizes[2], 2) : 0,
+      x[KEY].sizes[2] % node->block_kv == 0};
+  TRY(find_variant(run, SPARSE_ATTENTION, key));
   int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
-  run.batch_heads = batch * heads;
-  run.blocks_q = x[IDS].sizes[2];
-  run.blocks_kv = (x[KEY].sizes[2] + node->block_kv - 1) / node->block_kv;
-  if (VARIANTS[run.variant].per_block &&
-      (x[TAIL_KEY].sizes[2] != 1 || x[TAIL_KEY].sizes[3] != run.blocks_kv))
+  run->batch_heads = batch * heads;
+  run->blocks_q = x[IDS].sizes[2];
+  run->blocks_kv = divide_up(x[KEY].sizes[2], node->block_kv);
+  if (has_tail && node->per_block &&
+      (x[TAIL_KEY].sizes[2] != 1 || x[TAIL_KEY].sizes[3] != run->blocks_kv))
     return fail(STATUS_INVALID_ARGUMENT,
                 "uta::SparseAttention: input %d must hold one representative for each of %lld key "
-                "blocks, got %lld x %lld", TAIL_KEY, (long long)run.blocks_kv,
+                "blocks, got %lld x %lld", TAIL_KEY, (long long)run->blocks_kv,
                 (long long)x[TAIL_KEY].sizes[2], (long long)x[TAIL_KEY].sizes[3]);
-  const Kernel *kernels = VARIANTS[run.variant].kernels;
-  if (kernels[ORDER].code && run.blocks_kv > MAX_BLOCKS)
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  if (kernels[ORDER].code && run->blocks_kv > MAX_BLOCKS)
     return fail(STATUS_INVALID_ARGUMENT,
                 "uta::SparseAttention: input %d must have at most %d blocks, got %lld", KEY,
-                MAX_BLOCKS, (long long)run.blocks_kv);
-
-  Tensor output = {NULL, {batch, heads, length_q, x[VALUE].sizes[3]}};
-  Tensor lse = {NULL, {batch, heads, length_q}};
-  void *output_value, *lse_value;
-  TRY(get_output(context, 0, output.sizes, 4, &output_value));
-  TRY(get_output(context, 1, lse.sizes, 3, &lse_value));
-  TRY(get_tensor_data(output_value, &output.data));
-  TRY(get_tensor_data(lse_value, &lse.data));
+                MAX_BLOCKS, (long long)run->blocks_kv);
+  TRY(make_output(run, OUTPUT, 4, (int64_t[]){batch, heads, length_q, x[VALUE].sizes[3]}));
+  TRY(make_output(run, LSE, 3, (int64_t[]){batch, heads, length_q}));
   if (batch * heads * length_q == 0) return NULL;
-  if ((uint64_t)output.data % ALIGNMENT || (uint64_t)lse.data % ALIGNMENT)
-    return fail(STATUS_INVALID_ARGUMENT,
-                "uta::SparseAttention: outputs must begin at a multiple of %d bytes", ALIGNMENT);
-  TRY(get_stream(context, &run.stream));
-  pthread_mutex_lock(&lock);
-  const char *missing = open_driver();
-  pthread_mutex_unlock(&lock);
-  if (missing)
-    return fail(STATUS_FAIL, "uta::SparseAttention: there is no %s of the CUDA driver", missing);
-  int error = cuCtxGetDevice(&run.device);
-  if (error) return driver_failure("asking for the device", error);
-  if (run.device >= MAX_DEVICES)
-    return fail(STATUS_FAIL, "uta::SparseAttention: device %d", run.device);
+  TRY(begin(run));
+  set_arguments(run);
 
-  set_arguments(&run, node, x, &output, &lse);
   size_t bytes = 0, listed = 0, order = 0, plan = 0, sigma2 = 0;
-  int64_t pairs = divide_up(run.blocks_q, 2), most = 0;
-  if (kernels[MARK].code)
-    listed = reserve(&bytes, run.batch_heads * run.blocks_q * run.blocks_kv);
+  int64_t pairs = divide_up(run->blocks_q, 2), most = 0;
+  int64_t marked = run->batch_heads * run->blocks_q * run->blocks_kv;
+  if (kernels[MARK].code) listed = reserve(&bytes, marked);
   if (kernels[ORDER].code) {
-    most = heads_at_a_time(&run, node, x[QUERY].sizes[3]);
-    order = reserve(&bytes, most * pairs * run.blocks_kv * (int64_t)sizeof(uint16_t));
+    most = heads_at_a_time(run);
+    order = reserve(&bytes, most * pairs * run->blocks_kv * (int64_t)sizeof(uint16_t));
     plan = reserve(&bytes, most * pairs * PLAN * (int64_t)sizeof(int32_t));
   }
-  if (kernels[VARIANCE].code) sigma2 = reserve(&bytes, most * run.blocks_q * run.blocks_kv * 2);
-  void *memory = NULL;
-  if (bytes) {
-    const void *info = node->allocator->info(node->allocator);
-    TRY(get_scratch(context, info, bytes, &memory));
+  if (kernels[VARIANCE].code) sigma2 = reserve(&bytes, most * run->blocks_q * run->blocks_kv * 2);
+  TRY(take_workspace(run, bytes));
+  run->values[ARG_listed_ptr].pointer = (uint64_t)run->memory + listed;
+  run->values[ARG_order_ptr].pointer = (uint64_t)run->memory + order;
+  run->values[ARG_plan_ptr].pointer = (uint64_t)run->memory + plan;
+  run->values[ARG_sigma2_ptr].pointer = (uint64_t)run->memory + sigma2;
+  if (kernels[MARK].code) TRY(fill(run, run->values[ARG_listed_ptr].pointer, 0, marked));
+  TRY(launch_some(run, MARK, LISTED, run->batch_heads));
+  return kernels[PAIRED].code ? launch_parts(run, most) : NULL;
+}
+
+/* ---- BlockStatistics ------------------------------------------------------------------------- */
+
+/* As gluon_statistics.block_statistics, and the sum of its last result. */
+static Status *block_statistics(Run *run) {
+  enum { KEYS, VALUES };
+  const Tensor *x = run->x;
+  int64_t batch = x[KEYS].sizes[0], heads = x[KEYS].sizes[1], length = x[KEYS].sizes[2];
+  int64_t dim = x[KEYS].sizes[3], dim_v = x[VALUES].sizes[3], batch_heads = batch * heads;
+  int64_t blocks = divide_up(length, run->node->block_kv);
+  TRY(find_variant(run, BLOCK_STATISTICS,
+                   (int[KEY_SIZE]){run->node->dtype, (int)dim, (int)dim_v,
+                                   (int)run->node->block_kv}));
+  TRY(make_output(run, 0, 4, (int64_t[]){batch, heads, blocks, dim}));
+  TRY(make_output(run, 1, 4, (int64_t[]){batch, heads, blocks, dim}));
+  TRY(make_output(run, 2, 4, (int64_t[]){batch, heads, blocks, dim_v}));
+  TRY(make_output(run, 3, 3, (int64_t[]){batch, heads, blocks}));
+  TRY(make_output(run, 4, 4, (int64_t[]){batch, heads, dim, dim_v}));
+  if (batch_heads * blocks == 0) return NULL;
+  TRY(begin(run));
+  int64_t parts = divide_up(blocks, divide_up(blocks * batch_heads, PROGRAMS));
+  size_t bytes = 0, sums = reserve(&bytes, batch_heads * parts * dim * dim_v * 4);
+  TRY(take_workspace(run, bytes));
+  Value *values = run->values;
+  static const int pointers[] = {ARG_k_mean_ptr, ARG_k_var_ptr, ARG_v_mean_ptr, ARG_v_var_ptr,
+                                 ARG_total_ptr};
+  for (int i = 0; i < 5; ++i) values[pointers[i]].pointer = (uint64_t)run->outputs[i].data;
+  values[ARG_sums_ptr].pointer = (uint64_t)run->memory + sums;
+  values[ARG_heads].integer = heads;
+  values[ARG_length].integer = length;
+  values[ARG_blocks].integer = blocks;
+  values[ARG_blocks_per_program].integer = divide_up(blocks, parts);
+  values[ARG_parts].integer = parts;
+  values[ARG_size].integer = dim * dim_v;
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  const Part whole = {0, batch, heads};
+  for (int i = 0; i < kernels[POOL].map_count; ++i) {
+    const Map *map = &kernels[POOL].maps[i];
+    const Tensor *mapped = &x[map->argument == ARG_k_desc ? KEYS : VALUES];
+    TRY(set_map(values, map, mapped, &whole, run->node->dtype));
   }
-  run.values[ARG_listed_ptr].pointer = (uint64_t)memory + listed;
-  run.values[ARG_order_ptr].pointer = (uint64_t)memory + order;
-  run.values[ARG_plan_ptr].pointer = (uint64_t)memory + plan;
-  run.values[ARG_sigma2_ptr].pointer = (uint64_t)memory + sigma2;
-  Status *status = launch_all(&run, node, x, &output, &lse, most);
+  TRY(launch(run, POOL, parts, batch_heads));
+  return launch(run, SUM, divide_up(dim * dim_v, kernels[SUM].blocks), batch_heads);
+}
+
+/* ---- BlockScores ----------------------------------------------------------------------------- */
+
+enum { MEAN = 1, SPREAD, SIZE };
+
+/* As triton_scores.block_scores and gluon_scores.block_scores. */
+static Status *block_scores(Run *run) {
+  const Node *node = run->node;
+  const Tensor *x = run->x;
+  int64_t batch = x[QUERY].sizes[0], heads = x[QUERY].sizes[1], length_q = x[QUERY].sizes[2];
+  int64_t blocks_q = divide_up(length_q, node->block_q), blocks = x[MEAN].sizes[2];
+  float power = node->variance_power;
+  const int key[KEY_SIZE] = {
+      node->dtype, (int)x[QUERY].sizes[3], (int)blocks, (int)node->block_q, (int)node->rows,
+      node->variance_weight != 0, power == 0 ? 0 : power == 0.5 ? 1 : power == 1 ? 2 : 3};
+  TRY(find_variant(run, BLOCK_SCORES, key));
+  TRY(make_output(run, 0, 4, (int64_t[]){batch, heads, blocks_q, blocks}));
+  if (batch * heads * blocks_q * blocks == 0) return NULL;
+  TRY(begin(run));
+  Value *values = run->values;
+  values[ARG_q_ptr].pointer = (uint64_t)x[QUERY].data;
+  values[ARG_mean_ptr].pointer = (uint64_t)x[MEAN].data;
+  values[ARG_var_ptr].pointer = (uint64_t)x[SPREAD].data;
+  values[ARG_size_ptr].pointer = (uint64_t)x[SIZE].data;
+  values[ARG_scores_ptr].pointer = (uint64_t)run->outputs[0].data;
+  STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
+  STRIDES(x[MEAN], 4, ARG_mean_sb, ARG_mean_sh, ARG_mean_sn);
+  STRIDES(x[SPREAD], 4, ARG_var_sb, ARG_var_sh, ARG_var_sn);
+  STRIDES(x[SIZE], 3, ARG_size_sb, ARG_size_sh);
+  values[ARG_heads].integer = heads;
+  values[ARG_length_q].integer = length_q;
+  values[ARG_blocks_q].integer = blocks_q;
+  values[ARG_blocks].integer = blocks;
+  values[ARG_scale].number = node->scale;
+  values[ARG_scale_log2].number = node->scale * M_LOG2E;
+  values[ARG_half_weight_log2].number = node->variance_weight / 2.0 * M_LOG2E;
+  values[ARG_power].number = power;
+  const Kernel *kernel = &VARIANTS[run->variant].kernels[SCORE];
+  const Part whole = {0, batch, heads};
+  for (int i = 0; i < kernel->map_count; ++i) {
+    const Map *map = &kernel->maps[i];
+    const Tensor *mapped = &x[map->argument == ARG_mean_desc ? MEAN : SPREAD];
+    TRY(set_map(values, map, mapped, &whole, node->dtype));
+  }
+  return launch(run, SCORE, divide_up(length_q, kernel->blocks), batch * heads);
+}
+
+/* ---- SelectBlocks ---------------------------------------------------------------------------- */
+
+/* As triton_selection.select_blocks. */
+static Status *select_blocks(Run *run) {
+  const int64_t *sizes = run->x[0].sizes, rows = run->node->rows, blocks = sizes[3];
+  TRY(find_variant(run, SELECT_BLOCKS,
+                   (int[KEY_SIZE]){run->node->dtype, (int)blocks, (int)rows}));
+  TRY(make_output(run, 0, 4, sizes));
+  int64_t groups = sizes[0] * sizes[1] * sizes[2] / rows;
+  if (groups * blocks == 0) return NULL;
+  TRY(begin(run));
+  Value *values = run->values;
+  values[ARG_bits_ptr].pointer = (uint64_t)run->x[0].data;
+  values[ARG_kept_ptr].pointer = (uint64_t)run->outputs[0].data;
+  if (run->node->kept == rows * blocks)
+    return fill(run, values[ARG_kept_ptr].pointer, 1, groups * rows * blocks);
+  values[ARG_rows].integer = rows;
+  values[ARG_blocks].integer = blocks;
+  values[ARG_wanted].integer = run->node->kept;
+  const Kernel *kernels = VARIANTS[run->variant].kernels;
+  if (kernels[IN_ROW].code) return launch(run, IN_ROW, groups, 1);
+
+  int passes = run->node->dtype == TYPE_FLOAT ? PASSES_32 : PASSES_16;
+  int64_t digits = 1 << divide_up(run->node->dtype == TYPE_FLOAT ? 32 : 16, passes);
+  int64_t turns = divide_up(divide_up(rows, SELECTED_ROWS), larger(SELECTING / groups, 1));
+  int64_t share = turns * SELECTED_ROWS, programs = divide_up(rows, share);
+  int64_t counted = groups * passes * digits * (int64_t)sizeof(int64_t);
+  size_t bytes = 0, best = reserve(&bytes, groups * rows * (int64_t)sizeof(int32_t));
+  size_t counts = reserve(&bytes, counted);
+  size_t tied = reserve(&bytes, groups * digits * programs * (int64_t)sizeof(int32_t));
+  TRY(take_workspace(run, bytes));
+  values[ARG_best_ptr].pointer = (uint64_t)run->memory + best;
+  values[ARG_digits_ptr].pointer = (uint64_t)run->memory + counts;
+  values[ARG_tied_ptr].pointer = (uint64_t)run->memory + tied;
+  values[ARG_wanted].integer = run->node->kept - rows;
+  values[ARG_share].integer = share;
+  values[ARG_programs].integer = programs;
+  TRY(fill(run, values[ARG_digits_ptr].pointer, 0, counted));
+  for (int which = FIRST; which <= KEEP; ++which)
+    if (kernels[which].code) TRY(launch(run, which, groups * programs, 1));
+  return NULL;
+}
+
+/* ---- ListBlocks ------------------------------------------------------------------------------ */
+
+/* As triton_selection.list_blocks. */
+static Status *list_blocks(Run *run) {
+  const int64_t *sizes = run->x[0].sizes;
+  int64_t rows = sizes[0] * sizes[1] * sizes[2];
+  TRY(find_variant(run, LIST_BLOCKS, (int[KEY_SIZE]){run->node->dtype, (int)sizes[3]}));
+  TRY(make_output(run, 0, 4, sizes));
+  TRY(make_output(run, 1, 3, sizes));
+  if (rows == 0) return NULL;
+  TRY(begin(run));
+  Value *values = run->values;
+  values[ARG_kept_ptr].pointer = (uint64_t)run->x[0].data;
+  values[ARG_ids_ptr].pointer = (uint64_t)run->outputs[0].data;
+  values[ARG_counts_ptr].pointer = (uint64_t)run->outputs[1].data;
+  values[ARG_rows].integer = rows;
+  values[ARG_blocks].integer = sizes[3];
+  return launch(run, LIST, divide_up(rows, VARIANTS[run->variant].kernels[LIST].blocks), 1);
+}
+
+/* ---- All of them ----------------------------------------------------------------------------- */
+
+#define FLOAT(name) {#name, 0, offsetof(Node, name)}
+#define INTEGER(name) {#name, 1, offsetof(Node, name)}
+
+static const NodeType TYPES[] = {
+    [SPARSE_ATTENTION] = {"SparseAttention", "TTTIITTFTT", "TF", {4, 4, 4, 4, 3, 5, 5, 4, 4, 5},
+                          {FLOAT(scale), FLOAT(variance_weight), INTEGER(block_q),
+                           INTEGER(block_kv), INTEGER(per_block)}, sparse_attention},
+    [BLOCK_STATISTICS] = {"BlockStatistics", "TT", "TTTFF", {4, 4}, {INTEGER(block_kv)},
+                          block_statistics},
+    [BLOCK_SCORES] = {"BlockScores", "TTTF", "S", {4, 4, 4, 3},
+                      {FLOAT(scale), FLOAT(variance_weight), FLOAT(variance_power),
+                       INTEGER(block_q), INTEGER(rows)}, block_scores},
+    [SELECT_BLOCKS] = {"SelectBlocks", "T", "M", {4}, {INTEGER(kept), INTEGER(rows)},
+                       select_blocks},
+    [LIST_BLOCKS] = {"ListBlocks", "M", "II", {4}, {{0}}, list_blocks},
+};
+
+static Status *compute(void *state, void *context) {
+  Run run = {.node = state, .context = context};
+  for (size_t i = 0; i < strlen(run.node->type->inputs); ++i) TRY(read_input(&run, i));
+  Status *status = run.node->type->run(&run);
   /* in the stream's order, like what ONNX Runtime's own kernels give back */
-  if (memory) node->allocator->free(node->allocator, memory);
+  if (run.memory) run.node->allocator->free(run.node->allocator, run.memory);
   return status;
 }
 
 static Status *create_kernel(const CustomOp *op, const Api *api, const void *info, void **kernel) {
   (void)api;
   Node *node = calloc(1, sizeof *node);
-  if (!node) return fail(STATUS_FAIL, "uta::SparseAttention: out of memory");
+  if (!node) return fail(STATUS_FAIL, "uta: out of memory");
+  node->type = &TYPES[op->type];
   node->dtype = op->dtype;
-  Status *status = get_float_attribute(info, "scale", &node->scale);
-  if (!status) status = get_float_attribute(info, "variance_weight", &node->variance_weight);
-  if (!status) status = get_int_attribute(info, "block_q", &node->block_q);
-  if (!status) status = get_int_attribute(info, "block_kv", &node->block_kv);
-  if (!status) status = get_int_attribute(info, "per_block", &node->per_block);
+  Status *status = NULL;
+  for (const Attribute *x = node->type->attributes; !status && x->name; ++x) {
+    void *place = (char *)node + x->place;
+    status = x->is_integer ? get_int_attribute(info, x->name, place)
+                           : get_float_attribute(info, x->name, place);
+  }
   if (!status) status = get_allocator(info, MEMORY_DEFAULT, &node->allocator);
   if (status)
     free(node);
@@ -626,16 +840,24 @@ static void destroy_kernel(void *kernel) {
 
 /* ---- What ONNX Runtime asks about the operator ----------------------------------------------- */
 
-static const char *get_name(const CustomOp *op) { (void)op; return "SparseAttention"; }
+static const char *get_name(const CustomOp *op) { return TYPES[op->type].name; }
 static const char *get_provider(const CustomOp *op) { (void)op; return "CUDAExecutionProvider"; }
-static size_t get_input_count(const CustomOp *op) { (void)op; return INPUTS; }
-static size_t get_output_count(const CustomOp *op) { (void)op; return 2; }
+static size_t get_input_count(const CustomOp *op) { return strlen(TYPES[op->type].inputs); }
+static size_t get_output_count(const CustomOp *op) { return strlen(TYPES[op->type].outputs); }
+static int type_of(char letter, int dtype) {
+  switch (letter) {
+    case 'F': return TYPE_FLOAT;
+    case 'I': return TYPE_INT32;
+    case 'S': return dtype == TYPE_FLOAT ? TYPE_FLOAT : TYPE_BFLOAT16;
+    case 'M': return TYPE_BOOL;
+    default: return dtype;
+  }
+}
 static int get_input_type(const CustomOp *op, size_t index) {
-  if (index == IDS || index == COUNTS) return TYPE_INT32;
-  return index == TAIL_SIZE ? TYPE_FLOAT : op->dtype;
+  return type_of(TYPES[op->type].inputs[index], op->dtype);
 }
 static int get_output_type(const CustomOp *op, size_t index) {
-  return index == 0 ? op->dtype : TYPE_FLOAT;
+  return type_of(TYPES[op->type].outputs[index], op->dtype);
 }
 static int get_characteristic(const CustomOp *op, size_t index) {
   (void)op, (void)index;
@@ -647,15 +869,18 @@ static int get_memory_type(const CustomOp *op, size_t index) {
 }
 static int get_start_version(const CustomOp *op) { (void)op; return 1; }
 static int get_end_version(const CustomOp *op) { (void)op; return INT32_MAX; }
+/* The types of nodes that run by this library, for who opens a session with it. */
+__attribute__((visibility("default"))) const char *uta_nodes(void) { return NODES; }
+
 /* The entry that ONNX Runtime looks for. */
 __attribute__((visibility("default"))) Status *RegisterCustomOps(void *options,
                                                                  const ApiBase *base) {
-  static CustomOp ops[DTYPE_COUNT];
+  static CustomOp ops[OPERATOR_COUNT];
   static void *domain = NULL;
   const Api *api = base->get_api(API_VERSION);
   if (!api) return NULL; /* older than 1.22: it has said so itself */
   bind_api(api);
-  for (int i = 0; i < DTYPE_COUNT; ++i)
+  for (int i = 0; i < OPERATOR_COUNT; ++i)
     ops[i] = (CustomOp){
         .version = API_VERSION, .get_name = get_name, .get_provider = get_provider,
         .get_input_type = get_input_type, .get_input_count = get_input_count,
@@ -664,12 +889,12 @@ __attribute__((visibility("default"))) Status *RegisterCustomOps(void *options,
         .get_output_characteristic = get_characteristic, .get_input_memory_type = get_memory_type,
         .create_kernel_v2 = create_kernel, .compute_v2 = compute,
         .get_start_version = get_start_version, .get_end_version = get_end_version,
-        .dtype = DTYPES[i]};
+        .type = OPERATORS[i].type, .dtype = OPERATORS[i].dtype};
   pthread_mutex_lock(&lock);
   Status *status = NULL;
   if (!domain) { /* sessions share it: it lives as long as the library */
     status = create_custom_op_domain("uta", &domain);
-    for (int i = 0; !status && i < DTYPE_COUNT; ++i)
+    for (int i = 0; !status && i < OPERATOR_COUNT; ++i)
       status = custom_op_domain_add(domain, &ops[i]);
   }
   pthread_mutex_unlock(&lock);

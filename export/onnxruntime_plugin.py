@@ -1,6 +1,6 @@
 """Our kernels as a library of custom operators for ONNX Runtime's CUDA provider.
 
-A library is built for the ``SparseAttention`` nodes of one file and for one GPU architecture: the
+A library is built for the nodes of one file and for one GPU architecture: the
 Triton kernels are compiled ahead of time, which needs no GPU, and go into a shared library that
 depends on libc alone. It serves ONNX Runtime 1.22 and later. Its source is
 ``onnxruntime_plugin.c``.
@@ -12,10 +12,11 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,38 @@ import onnx
 import triton
 from triton.runtime.jit import JITFunction
 
-from uta_fx.export import onnxruntime_kernels
-from uta_fx.export.onnxruntime_kernels import (
-    SHARED_KB,
-    Kernel,
-    Variant,
-    compile_variant,
+from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
+from uta_fx.export.onnxruntime_kernels import SHARED_KB, Kernel, NodeOfFile
+from uta_fx.export.onnxruntime_selection import (
+    compile_lists,
+    compile_scores,
+    compile_selection,
+    compile_statistics,
+    lists_variants,
+    scores_variants,
+    selection_variants,
+    statistics_variants,
 )
 from uta_fx.kernels import triton_attention
-from uta_fx.kernels.triton_attention import gluon_attention, gluon_tail
+from uta_fx.kernels.triton_attention import gluon_attention
+from uta_fx.kernels.triton_selection import SIZES
+from uta_fx.kernels.triton_statistics import PROGRAMS
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "uta-fx"
 SOURCE = Path(__file__).with_suffix(".c")
+NODES: dict[
+    str, tuple[Callable[[NodeOfFile, int], list[Any]], Callable[[Any, int], dict[str, Kernel]]]
+] = {
+    "SparseAttention": (attention_variants, compile_attention),
+    "BlockStatistics": (statistics_variants, compile_statistics),
+    "BlockScores": (scores_variants, compile_scores),
+    "SelectBlocks": (selection_variants, compile_selection),
+    "ListBlocks": (lists_variants, compile_lists),
+}
+"""By type of node: what a node asks of the kernels, and the kernels compiled for it."""
+
 MAP_ARGUMENTS = 9  # of one tensor map: itself, four sizes and four strides
 
 
@@ -59,14 +78,12 @@ def build_plugin(model: Path, architecture: int, target: Path) -> None:
         )
     if not isinstance(triton_attention._listed_kernel, JITFunction):
         raise RuntimeError("kernels cannot be compiled in Triton's interpreter: unset it")
-    variants = variants_of(onnx.load(model, load_external_data=False))
-    kernels = [compile_variant(variant, architecture) for variant in variants]
-    link_plugin(variants, kernels, architecture, target)
+    variants = variants_of(onnx.load(model, load_external_data=False), architecture)
+    link_plugin(compile_variants(variants, architecture), architecture, target)
 
 
 def link_plugin(
-    variants: Sequence[Variant],
-    kernels: Sequence[Mapping[str, Kernel]],
+    compiled: Sequence[tuple[str, Any, Mapping[str, Kernel]]],
     architecture: int,
     target: Path,
     *,
@@ -75,8 +92,7 @@ def link_plugin(
     """Compile the C source with these kernels in it.
 
     Args:
-        variants: For which nodes.
-        kernels: Of each variant, by place.
+        compiled: Of ``compile_variants``.
         architecture: For which they were compiled.
         target: Library to write; replaced if it is there.
         driver: Library with the CUDA driver's functions, which is opened at the first launch.
@@ -89,7 +105,7 @@ def link_plugin(
         raise RuntimeError("a plugin needs a C compiler: neither cc, gcc nor clang was found")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         folder = Path(name)
-        _write_variants(folder, variants, kernels, architecture)
+        _write_variants(folder, compiled, architecture)
         library = folder / target.name
         command = [
             compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
@@ -104,9 +120,9 @@ def link_plugin(
 
 def build_cached(model: Path, architecture: int) -> Path:
     """The plugin for a file and an architecture in ``CACHE``, built where it is not there yet."""
-    variants = variants_of(onnx.load(model, load_external_data=False))
-    modules = (onnxruntime_kernels, triton_attention, gluon_attention, gluon_tail)
-    files = [Path(str(module.__file__)) for module in modules if module is not None]
+    variants = variants_of(onnx.load(model, load_external_data=False), architecture)
+    kernels = Path(str(triton_attention.__file__)).parent.glob("*.py")
+    files = sorted((*kernels, *SOURCE.parent.glob("onnxruntime_*.py")))
     parts = (repr(variants), triton.__version__, *(x.read_text() for x in (SOURCE, *files)))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     library = CACHE / f"{digest[:16]}.sm_{architecture}.so"
@@ -147,11 +163,15 @@ def gpu_architecture() -> int:
     return max(fits)
 
 
-def variants_of(model: onnx.ModelProto) -> list[Variant]:
-    """What the ``SparseAttention`` nodes of a file ask of the kernels.
+def variants_of(model: onnx.ModelProto, architecture: int) -> dict[str, list[Any]]:
+    """What the nodes of a file ask of the kernels, by type of node.
+
+    A type of which the kernels do not serve all nodes is left out, with the reason in the log; its
+    nodes run by their function.
 
     Raises:
-        ValueError: There is no such node, or a size that a kernel needs is not known.
+        ValueError: There is no node with kernels, or a size that those of ``SparseAttention`` need
+            is not known.
     """
     graph = model.graph
     types = {x.name: x.type.tensor_type for x in (*graph.input, *graph.value_info, *graph.output)}
@@ -159,69 +179,45 @@ def variants_of(model: onnx.ModelProto) -> list[Variant]:
         types[tensor.name] = onnx.helper.make_tensor_type_proto(
             tensor.data_type, tensor.dims
         ).tensor_type
-    found = []
-    for node in graph.node:
-        if (node.domain, node.op_type) == ("uta", "SparseAttention"):
-            found += _variants_of_node(node, types)
+    found: dict[str, list[Any]] = {}
+    for name, (variants_of_node, _) in NODES.items():
+        nodes = [NodeOfFile(x, types) for x in graph.node if (x.domain, x.op_type) == ("uta", name)]
+        try:
+            variants = {x for node in nodes for x in variants_of_node(node, architecture)}
+        except ValueError as error:
+            if name == "SparseAttention":
+                raise
+            logger.info("no kernels for %s: %s", name, error)
+            continue
+        if variants:
+            found[name] = sorted(variants)
     if not found:
-        raise ValueError("model must have a node uta::SparseAttention, got a file without one")
-    return sorted(set(found))
-
-
-def _variants_of_node(node: onnx.NodeProto, types: dict[str, Any]) -> list[Variant]:
-    """One, or two where the length of the keys is not known: ragged or not."""
-
-    def size(index: int, dim: int) -> int | None:
-        sizes = types[node.input[index]].shape.dim if node.input[index] in types else ()
-        if dim < len(sizes) and sizes[dim].HasField("dim_value"):
-            return int(sizes[dim].dim_value)
-        return None
-
-    def known(index: int, dim: int) -> int:
-        value = size(index, dim)
-        if value is None:
-            raise ValueError(
-                f"node {node.name}: dimension {dim} of its input {index} must be known to build a"
-                " plugin for it"
-            )
-        return value
-
-    attributes = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
-    representatives = known(5, 3)
-    has_tail = representatives > 0
-    length = size(1, 2)
-    lengths = [False, True] if length is None else [length % attributes["block_kv"] == 0]
-    return [
-        Variant(
-            dtype=types[node.input[0]].elem_type,
-            dim=known(0, 3),
-            dim_v=known(2, 3),
-            block_q=attributes["block_q"],
-            block_kv=attributes["block_kv"],
-            sign=(attributes["scale"] > 0) - (attributes["scale"] < 0),
-            has_tail=has_tail,
-            per_block=has_tail and bool(attributes["per_block"]),
-            has_variance=has_tail and known(8, 2) > 0,
-            slopes=min(known(9, 2), 2) if has_tail else 0,
-            even=even,
-            representatives=representatives,
+        raise ValueError(
+            "model must have a node such as uta::SparseAttention, got none with kernels"
         )
-        for even in lengths
+    return found
+
+
+def compile_variants(
+    variants: Mapping[str, Sequence[Any]], architecture: int
+) -> list[tuple[str, Any, dict[str, Kernel]]]:
+    """A type of node, a variant and its kernels by place, for each of ``variants_of``."""
+    return [
+        (name, variant, NODES[name][1](variant, architecture))
+        for name, of_node in variants.items()
+        for variant in of_node
     ]
 
 
 def _write_variants(
-    folder: Path,
-    variants: Sequence[Variant],
-    kernels: Sequence[Mapping[str, Kernel]],
-    architecture: int,
+    folder: Path, compiled: Sequence[tuple[str, Any, Mapping[str, Kernel]]], architecture: int
 ) -> None:
     """``variants.h``: the kernels as data, each in a section of assembly that includes its file."""
     data, rows = [], []
-    for index, (variant, compiled) in enumerate(zip(variants, kernels, strict=True)):
+    for index, (node, variant, kernels) in enumerate(compiled):
         cells = []
-        for which, kernel in compiled.items():
-            symbol = f"kernel_{index}_{which}"
+        for number, (place, kernel) in enumerate(kernels.items()):
+            symbol = f"kernel_{index}_{number}"
             file = folder / f"{symbol}.cubin"
             file.write_bytes(kernel.cubin)
             maps = [
@@ -236,28 +232,40 @@ def _write_variants(
                 f"static const Map maps_{symbol}[] = {{{', '.join(maps) or '{0}'}}};",
             ]
             cells.append(
-                f'[{which}] = {{{symbol}, "{kernel.name}", {kernel.shared}, {kernel.threads},'
+                f'[{place}] = {{{symbol}, "{kernel.name}", {kernel.shared}, {kernel.threads},'
                 f" {kernel.programs}, {kernel.blocks}, arguments_{symbol},"
                 f" sizeof arguments_{symbol}, maps_{symbol}, {len(maps)}}}"
             )
-        fields = ", ".join(str(int(value)) for value in variant[:-1])
-        rows.append(f"  {{{fields}, {{{', '.join(cells)}}}}},")
-    dtypes = sorted({variant.dtype for variant in variants})
-    numbers = {"VARIANT_COUNT": len(variants), "DTYPE_COUNT": len(dtypes)} | {
+        key = ", ".join(map(str, variant.key))
+        rows.append(f"  {{{_constant(node)}, {{{key}}}, {{{', '.join(cells)}}}}},")
+    operators = {(_constant(node), variant.dtype): None for node, variant, _ in compiled}
+    numbers = {
+        "VARIANT_COUNT": len(compiled), "OPERATOR_COUNT": len(operators),
+        "SELECTED_ROWS": SIZES.rows, "SELECTING": SIZES.programs,
+        "PROGRAMS": PROGRAMS, "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
+    } | {
         # without Gluon no kernel asks for them
         name: 1 if gluon_attention is None else getattr(gluon_attention, name)
         for name in ("PLAN", "MAX_BLOCKS", "SHARE", "FILL")
-    }
+    }  # fmt: skip
     lines = [
         f'#define ARCHITECTURE "{architecture}"',
+        f'#define NODES "{" ".join(dict.fromkeys(node for node, *_ in compiled))}"',
         f"enum {{ {', '.join(f'{name} = {x}' for name, x in numbers.items())} }};",
-        f"static const int DTYPES[] = {{{', '.join(map(str, dtypes))}}};",
+        "static const Operator OPERATORS[] = {",
+        *(f"  {{{node}, {dtype}}}," for node, dtype in operators),
+        "};",
         *data,
         "static const Variant VARIANTS[] = {",
         *rows,
         "};",
     ]
     (folder / "variants.h").write_text("\n".join(lines) + "\n")
+
+
+def _constant(node: str) -> str:
+    """``SelectBlocks`` as ``SELECT_BLOCKS``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", node).upper()
 
 
 def _arguments(kernel: Kernel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,12 @@ def open_session(
     options = options or onnxruntime.SessionOptions()
     library = _library(path, names, plugin)
     if library is not None:
+        nodes = nodes_of_plugin(library)
         options.register_custom_ops_library(str(library))
-        logger.info("%s: sparse attention runs by the plugin %s", path, library)
+        logger.info(
+            "%s: %s run by the plugin %s, what else is ours by its function",
+            path, ", ".join(nodes), library,
+        )  # fmt: skip
     return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
@@ -55,7 +60,25 @@ def bind(
                 raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
             kind, place = ELEMENT_TYPES[x.dtype], x.device.index or 0
             bind_one(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
+    binding.tensors = [*inputs.values(), *outputs.values()]  # it has their addresses alone
     return binding
+
+
+def nodes_of_plugin(library: Path) -> list[str]:
+    """Which types of nodes run by a plugin.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        function = ctypes.CDLL(str(library)).uta_nodes
+    except (OSError, AttributeError) as error:
+        raise ValueError(
+            f"plugin must be a library of build_onnxruntime_plugin, got {library}: {error}"
+        ) from error
+    function.restype = ctypes.c_char_p
+    names: list[str] = function().decode().split()
+    return names
 
 
 def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:

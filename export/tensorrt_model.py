@@ -15,7 +15,7 @@ import torch
 from onnxscript.values import Op, Opset
 
 from uta_fx.export.onnx_functions import DOMAIN, VERSION, make_schema
-from uta_fx.export.onnx_model import Dialect, inline, nodes_of, pooling_functions
+from uta_fx.export.onnx_model import Dialect, inline, nodes_of, selection_functions
 from uta_fx.export.tensorrt_functions import Form, static_attention_function
 from uta_fx.export.tensorrt_ops import PLUGINS
 
@@ -41,7 +41,7 @@ def _write_out(model: ir.Model, opset: int) -> None:
         forms.add(form)
         node.overload = form.overload
     functions = [static_attention_function(opset, form) for form in forms]
-    inline(model, [*pooling_functions(model, opset), *functions])
+    inline(model, [*selection_functions(model, opset), *functions])
     del model.opset_imports[DOMAIN]
 
 

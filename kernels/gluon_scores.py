@@ -251,13 +251,42 @@ def takes(
     """
     return (
         on_hopper(query)
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] in HEAD_DIMS
+        and takes_sizes(
+            query.dtype, query.shape[-1], variance_weight, variance_power, block_q, rows
+        )
+        and all(is_addressable(x) for x in (key_mean, key_variance))
+    )
+
+
+def takes_sizes(
+    dtype: torch.dtype,
+    dim: int,
+    variance_weight: float,
+    variance_power: float,
+    block_q: int,
+    rows: int,
+) -> bool:
+    """What ``takes`` wants of a dtype, a head dim and numbers."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and dim in HEAD_DIMS
         and variance_weight == 0
         and variance_power == 1
         and GROUPS % (block_q // rows) == 0
-        and all(is_addressable(x) for x in (key_mean, key_variance))
     )
+
+
+def rows_of_program(rows: int) -> int:
+    """How many query rows one program scores, in groups of ``rows``."""
+    return 2 * GROUPS * rows
+
+
+def score_options(dim: int, block_q: int, rows: int) -> dict[str, int]:
+    """Constants and compiler options of the kernel."""
+    return {
+        "D": dim, "BLOCK_Q": block_q, "ROWS": rows, "TILE": TILE, "GROUPS": GROUPS,
+        "SLOTS": SLOTS, "num_warps": 4, "maxnreg": MAX_REGISTERS,
+    }  # fmt: skip
 
 
 def block_scores(
@@ -277,11 +306,10 @@ def block_scores(
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = triton.cdiv(length_q, block_q), key_mean.shape[-2]
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.bfloat16)
-    launcher(_scores_kernel, (triton.cdiv(length_q, 2 * GROUPS * rows), batch * heads))(
+    launcher(_scores_kernel, (triton.cdiv(length_q, rows_of_program(rows)), batch * heads))(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,
-        D=dim, BLOCK_Q=block_q, ROWS=rows, TILE=TILE, GROUPS=GROUPS, SLOTS=SLOTS,
-        num_warps=4, maxnreg=MAX_REGISTERS,
+        **score_options(dim, block_q, rows),
     )  # fmt: skip
     return scores

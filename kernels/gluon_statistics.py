@@ -174,8 +174,9 @@ def block_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel for tensors that ``takes`` accepts; as ``reference.block_statistics``.
 
-    Deviations of keys are rounded to their dtype before they are multiplied. Each head is the work
-    of ``parts`` programs, at least 1 and no more than it has blocks.
+    In the place of the covariance it returns float32 ``[B, H, parts, D, D]``, whose sum is the
+    covariance times L. Deviations of keys are rounded to their dtype before they are multiplied.
+    Each head is the work of ``parts`` programs, at least 1 and no more than it has blocks.
     """
     batch, heads, length, dim = key.shape
     blocks = triton.cdiv(length, BLOCK)
@@ -189,6 +190,13 @@ def block_statistics(
         tensor_map(key, BLOCK), tensor_map(value, BLOCK),
         key_mean, key_variance, value_mean, value_variance, sums,
         heads, length, blocks, triton.cdiv(blocks, parts),
-        D=dim, BLOCK=BLOCK, STAGES=STAGES, num_warps=4, maxnreg=MAX_REGISTERS,
+        **statistics_options(dim),
     )  # fmt: skip
-    return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length
+    return key_mean, key_variance, value_mean, value_variance, sums
+
+
+def statistics_options(dim: int) -> dict[str, int]:
+    """Constants and compiler options of the kernel, for D."""
+    return {
+        "D": dim, "BLOCK": BLOCK, "STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS,
+    }  # fmt: skip

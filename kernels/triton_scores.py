@@ -9,6 +9,8 @@ the other way, so that the sum over groups runs along a thread. Softmax is base 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -189,11 +191,8 @@ def block_scores(
                 query, key_mean, key_variance, log_size, scale, block_q, rows
             )
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query.dtype))
-    tile = tile or fit_tile(
-        _TILES, query.dtype, dim, MAX_BLOCK, max(16, triton.next_power_of_2(blocks)), 2, 2,
-        shared_limit(query),
-    )  # fmt: skip
-    of_program = max(tile.block_m * rows, block_q)  # rows
+    tile = tile or score_tile(query.dtype, dim, blocks, shared_limit(query))
+    of_program = rows_of_program(tile, block_q, rows)
     with torch.cuda.device_of(query):
         launcher(_scores_kernel, (triton.cdiv(length_q, of_program), batch * heads))(
             query, key_mean, key_variance, log_size, scores,
@@ -201,11 +200,37 @@ def block_scores(
             *log_size.stride()[:2],
             heads, length_q, blocks_q, blocks,
             scale, scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value, variance_power,
-            BLOCK_Q=block_q, ROWS=rows, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            D=dim, D_PADDED=triton.next_power_of_2(dim),
-            WEIGHTED=variance_weight != 0,
-            POWER=_POWERS.get(float(variance_power), "any"),
-            PRECISION=dot_precision(query.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **score_options(
+                query.dtype, dim, variance_weight, variance_power, block_q, rows, tile
+            ),
         )  # fmt: skip
     return scores
+
+
+def score_tile(dtype: torch.dtype, dim: int, blocks: int, limit: int) -> Tile:
+    """The tuned tile, made smaller until it suits the blocks of keys and the shared memory."""
+    most = max(16, triton.next_power_of_2(blocks))
+    return fit_tile(_TILES, dtype, dim, MAX_BLOCK, most, 2, 2, limit)
+
+
+def rows_of_program(tile: Tile, block_q: int, rows: int) -> int:
+    """How many query rows one program scores, in groups of ``rows``."""
+    return max(tile.block_m * rows, block_q)
+
+
+def score_options(
+    dtype: torch.dtype,
+    dim: int,
+    variance_weight: float,
+    variance_power: float,
+    block_q: int,
+    rows: int,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Constants and compiler options of the kernel."""
+    return {
+        "BLOCK_Q": block_q, "ROWS": rows, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "D": dim, "D_PADDED": triton.next_power_of_2(dim), "WEIGHTED": variance_weight != 0,
+        "POWER": _POWERS.get(float(variance_power), "any"), "PRECISION": dot_precision(dtype),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip

@@ -16,6 +16,7 @@ add up counts: the same scores give the same bits.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -356,12 +357,10 @@ def select_blocks(scores: Tensor, kept: int, rows: int, *, sizes: Sizes = SIZES)
     bits, chosen = scores.contiguous().view(word), mask.view(torch.uint8)
     width = 8 * bits.element_size()
     with torch.cuda.device_of(scores):
+        kernels = selection_kernels(width, blocks, rows, sizes)
         if rows == 1:
-            launcher(_keep_in_row_kernel, (groups,))(
-                bits, chosen, blocks, kept,
-                COLUMNS=min(sizes.row_columns, triton.next_power_of_2(blocks)),
-                num_warps=sizes.row_warps,
-            )  # fmt: skip
+            ((in_row, options),) = kernels
+            launcher(in_row, (groups,))(bits, chosen, blocks, kept, **options)
             return mask
         passes = sizes.passes[width == 32]
         digits = 1 << -(-width // passes)
@@ -371,26 +370,48 @@ def select_blocks(scores: Tensor, kept: int, rows: int, *, sizes: Sizes = SIZES)
         best = bits.new_empty((groups, rows), dtype=torch.int32)
         counts = bits.new_zeros((groups, passes, digits), dtype=torch.int64)
         tied = bits.new_empty((groups, digits, programs), dtype=torch.int32)
-        common = {
-            "PASSES": passes, "BITS": width, "DIGITS": digits, "ROWS": sizes.rows,
-            "num_warps": sizes.num_warps,
-        }  # fmt: skip
         grid, wanted = (groups * programs,), kept - rows
-        launcher(_first_pass_kernel, grid)(
-            bits, best, counts, rows, blocks, share, programs,
-            COLUMNS=min(sizes.columns, triton.next_power_of_2(blocks)),
-            PACKED=width == 16 and blocks <= 1 << 15, **common,
-        )  # fmt: skip
-        for number in range(1, passes):
-            launcher(_next_pass_kernel, grid)(
-                bits, best, counts, tied, wanted, rows, blocks, share, programs,
-                NUMBER=number, SCORES=sizes.scores, **common,
-            )  # fmt: skip
-        launcher(_keep_kernel, grid)(
-            bits, best, counts, tied, chosen, wanted, rows, blocks, share, programs,
-            SCORES=sizes.kept_scores, PROGRAMS=triton.next_power_of_2(sizes.programs), **common,
-        )  # fmt: skip
+        shape = (rows, blocks, share, programs)
+        (first, first_options), *others, (keep, keep_options) = kernels
+        launcher(first, grid)(bits, best, counts, *shape, **first_options)
+        for following, options in others:
+            launcher(following, grid)(bits, best, counts, tied, wanted, *shape, **options)
+        launcher(keep, grid)(bits, best, counts, tied, chosen, wanted, *shape, **keep_options)
     return mask
+
+
+def selection_kernels(
+    width: int, blocks: int, rows: int, sizes: Sizes = SIZES
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Kernels of ``select_blocks`` with their constants, in the order in which they run.
+
+    Args:
+        width: Bits of a score, 16 or 32.
+        blocks: Nk.
+        rows: As in ``reference.select_blocks``.
+        sizes: Of passes and tiles.
+    """
+    if rows == 1:
+        columns = min(sizes.row_columns, triton.next_power_of_2(blocks))
+        return [(_keep_in_row_kernel, {"COLUMNS": columns, "num_warps": sizes.row_warps})]
+    passes = sizes.passes[width == 32]
+    common = {
+        "PASSES": passes, "BITS": width, "DIGITS": 1 << -(-width // passes), "ROWS": sizes.rows,
+        "num_warps": sizes.num_warps,
+    }  # fmt: skip
+    first = {
+        "COLUMNS": min(sizes.columns, triton.next_power_of_2(blocks)),
+        "PACKED": width == 16 and blocks <= 1 << 15,
+    }
+    keep = {"SCORES": sizes.kept_scores, "PROGRAMS": triton.next_power_of_2(sizes.programs)}
+    return [
+        (_first_pass_kernel, first | common),
+        *(
+            (_next_pass_kernel, {"NUMBER": number, "SCORES": sizes.scores} | common)
+            for number in range(1, passes)
+        ),
+        (_keep_kernel, keep | common),
+    ]
 
 
 def list_blocks(exact: Tensor, *, sizes: Sizes = SIZES) -> tuple[Tensor, Tensor]:
@@ -400,8 +421,17 @@ def list_blocks(exact: Tensor, *, sizes: Sizes = SIZES) -> tuple[Tensor, Tensor]
     counts = exact.new_empty((batch, heads, blocks_q), dtype=torch.int32)
     with torch.cuda.device_of(exact):
         launcher(_list_kernel, (triton.cdiv(counts.numel(), sizes.list_rows),))(
-            exact.contiguous().view(torch.uint8), ids, counts, counts.numel(), blocks,
-            ROWS=sizes.list_rows, COLUMNS=min(sizes.list_columns, triton.next_power_of_2(blocks)),
-            num_warps=sizes.num_warps,
-        )  # fmt: skip
+            exact.contiguous().view(torch.uint8),
+            ids,
+            counts,
+            counts.numel(),
+            blocks,
+            **list_options(blocks, sizes),
+        )
     return ids, counts
+
+
+def list_options(blocks: int, sizes: Sizes = SIZES) -> dict[str, int]:
+    """Constants and compiler options of the kernel of ``list_blocks``, for Nk."""
+    columns = min(sizes.list_columns, triton.next_power_of_2(blocks))
+    return {"ROWS": sizes.list_rows, "COLUMNS": columns, "num_warps": sizes.num_warps}

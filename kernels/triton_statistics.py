@@ -1,8 +1,8 @@
 """Triton kernels of ``uta::block_statistics``: everything pooled from keys and values.
 
 One kernel pools each block by itself; another goes through a few consecutive blocks of one head and
-keeps the sum of their covariances, which the launcher adds up over programs. Apart, the first is as
-fast as memory and the second is a matrix product that Triton can pipeline.
+keeps the sum of their covariances, which a third adds up over programs. Apart, the first is as fast
+as memory and the second is a matrix product that Triton can pipeline.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -24,6 +24,8 @@ except ImportError:  # Gluon is an experimental part of Triton: its names may mo
 
 PROGRAMS = 528  # of the second kernel, about: four for each multiprocessor of an H100
 CHANNELS = 128  # of keys and of values that one program of it takes, at most
+SUM_COLUMNS = 256  # of the third kernel: numbers that a program adds up
+SUM_OPTIONS = {"ROWS": 16, "COLUMNS": SUM_COLUMNS, "num_warps": 4}
 ROWS = {2: 64, 4: 16}  # by bytes of an element: tokens that it multiplies at a time, at most
 
 
@@ -114,6 +116,32 @@ def _covariance_kernel(
     tl.store(cov_base + d[:, None] * DV + dv[None, :], covariance, mask=cov_mask)
 
 
+@triton.jit
+def _sum_kernel(
+    sums_ptr,  # float32 [B, H, P, size], contiguous
+    total_ptr,  # float32 [B, H, size]
+    parts, size, length,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # parts and numbers at a time
+):  # fmt: skip
+    """Add up the sums of P programs, divided by the length."""
+    batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a size
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums_base = sums_ptr + batch_head * parts * size
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, parts, ROWS):
+        row = start + tl.arange(0, ROWS)
+        ptrs = sums_base + row.to(tl.int64)[:, None] * size + column[None, :]
+        mask = (row < parts)[:, None] & (column < size)[None, :]
+        total += tl.load(ptrs, mask=mask, other=0.0)  # [ROWS, COLUMNS]
+    total_ptrs = total_ptr + batch_head * size + column
+    tl.store(total_ptrs, tl.sum(total, 0) / length, mask=column < size)
+
+
+def parts_of_head(blocks: int, batch_heads: int) -> int:
+    """How many programs add up the covariances of a head's blocks."""
+    return triton.cdiv(blocks, triton.cdiv(blocks * batch_heads, PROGRAMS))
+
+
 def block_statistics(
     key: Tensor, value: Tensor, block_kv: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -124,12 +152,13 @@ def block_statistics(
     batch, heads, length, dim = key.shape
     dim_v = value.shape[-1]
     blocks = -(-length // block_kv)
-    per_program = triton.cdiv(blocks * batch * heads, PROGRAMS)
-    parts = triton.cdiv(blocks, per_program)
+    parts = parts_of_head(blocks, batch * heads)
+    per_program = triton.cdiv(blocks, parts)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     if gluon_statistics is not None and gluon_statistics.takes(key, value, block_kv):
         with torch.cuda.device_of(key):
-            return gluon_statistics.block_statistics(key, value, parts)
+            pooled = gluon_statistics.block_statistics(key, value, parts)
+            return *pooled[:4], _covariance(pooled[4], length)
     padded, padded_v = triton.next_power_of_2(dim), triton.next_power_of_2(dim_v)
     channels, channels_v = min(CHANNELS, padded), min(CHANNELS, padded_v)
     slices = triton.cdiv(dim, channels) * triton.cdiv(dim_v, channels_v)
@@ -159,4 +188,15 @@ def block_statistics(
     key_mean, key_variance, value_mean = (
         x.to(key.dtype) for x in (key_mean, key_variance, value_mean)
     )
-    return key_mean, key_variance, value_mean, value_variance, sums.sum(2) / length
+    with torch.cuda.device_of(key):
+        return key_mean, key_variance, value_mean, value_variance, _covariance(sums, length)
+
+
+def _covariance(sums: Tensor, length: int) -> Tensor:
+    """Launch the kernel that adds up those of programs."""
+    batch, heads, parts, dim, dim_v = sums.shape
+    covariance = sums.new_empty((batch, heads, dim, dim_v))
+    launcher(_sum_kernel, (triton.cdiv(dim * dim_v, SUM_COLUMNS), batch * heads))(
+        sums, covariance, parts, dim * dim_v, length, **SUM_OPTIONS
+    )
+    return covariance

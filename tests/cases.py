@@ -60,6 +60,17 @@ class Case:
         ]
 
 
+def score_inputs(batch, heads, length, blocks, dim, dtype):
+    """Tensors of ``uta::block_scores``, in order."""
+    generator = torch.Generator().manual_seed(0)
+    lead = (batch, heads)
+    query = torch.randn(*lead, length, dim, generator=generator)
+    mean = torch.randn(*lead, blocks, dim, generator=generator)
+    variance = torch.rand(*lead, blocks, dim, generator=generator)
+    log_size = torch.rand(*lead, blocks, generator=generator) * 4
+    return [query.to(dtype), mean.to(dtype), variance.to(dtype), log_size]
+
+
 def double(args):
     """The same rounded inputs in float64."""
     return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]

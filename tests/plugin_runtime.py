@@ -97,7 +97,9 @@ class CustomOp(ctypes.Structure):
 
     _fields_ = (
         ("version", c_uint32),
-        ("other", c_void_p * 8),
+        ("create_kernel", c_void_p),
+        ("get_name", c_void_p),
+        ("other", c_void_p * 6),
         ("destroy", ctypes.CFUNCTYPE(None, c_void_p)),
         ("another", c_void_p * 7),
         ("create", ctypes.CFUNCTYPE(c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_void_p))),
@@ -131,6 +133,7 @@ class Runtime:
 
     def __init__(self, plugin, driver, node, inputs, outputs, signatures):
         self.launches, self.scratch, self.buffers, self.message = [], {}, [], None
+        self.node = node.op_type
         self.attributes = {x.name: x for x in node.attribute}
         self.tensors, self.inputs = [*inputs, *outputs], len(inputs)
         self.signatures = signatures
@@ -157,7 +160,7 @@ class Runtime:
         functions = (
             (0, c_void_p, [c_int, c_char_p], self._status),
             (26, c_void_p, [c_char_p, out], lambda name, domain: _put(domain, 1)),
-            (27, c_void_p, [c_void_p, c_void_p], lambda domain, op: setattr(self, "op", op)),
+            (27, c_void_p, [c_void_p, c_void_p], self._added),
             (28, c_void_p, [c_void_p, c_void_p], lambda options, domain: None),
             (51, c_void_p, [c_void_p, out], lambda x, data: _put(data, self._at(x).data_ptr())),
             (61, c_void_p, [c_void_p, POINTER(c_size_t)],
@@ -183,6 +186,11 @@ class Runtime:
         base = (c_void_p * 2)(self._pointer(c_void_p, [c_uint32], lambda version: api), None)
         self.plugin.RegisterCustomOps.restype = c_void_p
         assert self.plugin.RegisterCustomOps(c_void_p(3), base) is None
+
+    def _added(self, domain, op):
+        name = ctypes.CFUNCTYPE(c_char_p, c_void_p)(CustomOp.from_address(op).get_name)(op)
+        if name.decode() == self.node:
+            self.op = op
 
     def _pointer(self, result, arguments, function):
         self.functions.append(ctypes.CFUNCTYPE(result, *arguments)(function))

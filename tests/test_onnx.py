@@ -23,7 +23,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from uta_fx.export import onnx_functions, onnx_model  # noqa: E402  # need onnx
+import onnx_nodes  # noqa: E402  # need onnx
+
+from uta_fx.export import onnx_functions, onnx_model  # noqa: E402
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -41,26 +43,8 @@ def run(model_or_path, inputs):
 def run_node(function, inputs, attributes, expected):
     """Run one node of our domain by its function, whose results have the shapes of ``expected``."""
     arrays = {name: x.numpy() for name, x in inputs.items()}
-    schema = onnx_functions.schemas()[function.name]
-    node = onnx.helper.make_node(
-        function.name, list(arrays), [x.name for x in schema.outputs], domain="uta", **attributes
-    )
-    values = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape
-        )
-        for name, x in arrays.items()
-    ]
-    results = [
-        onnx.helper.make_tensor_value_info(x.name, onnx.TensorProto.FLOAT, like.shape)
-        for x, like in zip(schema.outputs, expected, strict=True)
-    ]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one", values, results),
-        opset_imports=[onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("uta", 1)],
-        functions=[function],
-        ir_version=10,
-    )
+    outputs = [x.float() for x in expected]
+    model = onnx_nodes.node_file(function, inputs, attributes, outputs)
     onnx.checker.check_model(model, full_check=True)
     return [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays)]
 
@@ -104,6 +88,17 @@ def test_the_function_of_statistics_is_the_operator(length):
         torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_function_of_statistics_keeps_the_dtype_of_keys():
+    """Rounded once: of the means and the variances of channels; sums stay float32."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 70, 16, generator=generator).half() for _ in range(2))
+    model, named = onnx_nodes.statistics_file(key, value, 32)
+    results = [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays_of(named))]
+    for got, exact in zip(results, reference.block_statistics(key, value, 32), strict=True):
+        eps = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got, exact, rtol=2 * eps, atol=2e-6)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_function_of_scores_is_the_operator(power):
     """Every power, with the variance in the mass, ragged rows."""
@@ -116,6 +111,7 @@ def test_the_function_of_scores_is_the_operator(power):
     }
     attributes = {
         "scale": 0.2, "variance_weight": 0.5, "variance_power": power, "block_q": 32, "rows": 2,
+        "score_type": 1,
     }  # fmt: skip
     exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
     function = onnx_functions.block_scores_function(18, power)
@@ -201,9 +197,10 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     onnx.checker.check_model(loaded, full_check=True)
     sparse = [site.name for site in explanation.sites if site.sparse]
     nodes = [node for node in loaded.graph.node if node.domain == "uta"]
-    assert [node.name for node in nodes] == [f"{name}/SparseAttention" for name in sparse]
-    assert {node.op_type for node in nodes} == {"SparseAttention"}
-    assert [function.name for function in loaded.functions] == ["SparseAttention"]
+    attend = [node.name for node in nodes if node.op_type == "SparseAttention"]
+    assert attend == [f"{name}/SparseAttention" for name in sparse]
+    assert {node.op_type for node in nodes} <= set(onnx_model.KEPT)
+    assert {function.name for function in loaded.functions} == {node.op_type for node in nodes}
     assert [x.name for x in loaded.graph.input] == list(inputs)
     assert [x.name for x in loaded.graph.output] == ["output"]
     names = [node.name for node in loaded.graph.node]
@@ -286,7 +283,7 @@ def test_text_beside_the_video_is_a_second_node(tmp_path):
     options = {"inner": "eager", "density": 0.4, **SMALL}
     expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
-    nodes = [node.name for node in onnx.load(path).graph.node if node.domain == "uta"]
+    nodes = [node.name for node in onnx.load(path).graph.node if node.op_type == "SparseAttention"]
     assert len(nodes) == 2
     assert nodes[0].endswith("/video/SparseAttention")
     assert nodes[1].endswith("/text/SparseAttention")
@@ -337,7 +334,9 @@ def test_rectified_attention_is_the_same_node_and_two_operations(tmp_path, joint
     options |= {"inner": "eager", **SMALL}
     expected = torch.compile(model, backend="uta", options=options)(*inputs).numpy()
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
-    (node,) = (node.name for node in onnx.load(path).graph.node if node.domain == "uta")
+    (node,) = (
+        node.name for node in onnx.load(path).graph.node if node.op_type == "SparseAttention"
+    )
     assert node.endswith("/SparseAttention") and "/text" not in node
 
 

@@ -35,7 +35,7 @@ def run(path, arguments):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
     (output,) = session.run(None, dict(zip(names, (x.numpy() for x in arguments), strict=True)))
-    nodes = [node.name for node in onnx.load(path).graph.node if node.domain == "uta"]
+    nodes = [node.name for node in onnx.load(path).graph.node if node.op_type == "SparseAttention"]
     return output, nodes
 
 

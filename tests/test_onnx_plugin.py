@@ -4,12 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cases import Case, double
+from cases import Case, double, score_inputs
 from torch import nn
 
 import uta_fx
@@ -20,7 +21,15 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
-from uta_fx.export import onnx_functions, onnxruntime_plugin  # noqa: E402  # need onnx, Triton
+import onnx_nodes  # noqa: E402  # needs onnx
+
+from uta_fx.export import (  # noqa: E402  # need onnx, Triton
+    onnx_functions,
+    onnxruntime_attention,
+    onnxruntime_plugin,
+    onnxruntime_selection,
+    onnxruntime_session,
+)
 
 CUDA = "CUDAExecutionProvider"
 HOPPER = Case(  # what the kernels for Hopper take
@@ -66,18 +75,65 @@ def build(model, library, architecture):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("architecture", "case"), [(86, Case()), (90, HOPPER)])
-def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, architecture, case):
+def selection_file():
+    return onnx_nodes.select_file(torch.zeros(1, 2, 300, 320, dtype=torch.bfloat16), 20000, 300)
+
+
+def scores_model():
+    inputs = score_inputs(1, 2, 300, 48, 128, torch.bfloat16)
+    return onnx_nodes.scores_file(inputs, 0.1, 0.0, 1.0, 64, 16)[0]
+
+
+def statistics_model():
+    return onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)[0]
+
+
+FILES = {
+    "statistics-90": (90, statistics_model),
+    "lists-120": (120, lambda: onnx_nodes.lists_file(torch.zeros(1, 2, 5, 12) > 0)),
+    "scores-90": (90, scores_model),
+    "scores-80": (80, scores_model),
+    "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
+    "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
+    "selection-90": (90, selection_file),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, name):
     """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
-    write_node(model, case)
+    architecture, write = FILES[name]
+    onnx.save(write(), model)
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
+    node = onnx.load(model).graph.node[0].op_type
+    assert onnxruntime_session.nodes_of_plugin(library) == [node]
+    with pytest.raises(ValueError, match="plugin must be a library of build_onnxruntime_plugin"):
+        onnxruntime_session.nodes_of_plugin(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
-    with pytest.raises(Exception, match="Could not find an implementation for SparseAttention"):
+    with pytest.raises(Exception, match=f"Could not find an implementation for {node}"):
         onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def test_a_node_runs_by_its_function_beside_a_library_without_it(tmp_path):
+    """Of the same domain."""
+    model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
+    onnx.save(selection_file(), model)
+    build(model, library, 90)
+    key, value = torch.randn(2, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0))
+    statistics, named = onnx_nodes.statistics_file(key, value, 64)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(
+        statistics.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    results = session.run(None, {name: x.numpy() for name, x in named.items()})
+    expected = reference.block_statistics(key.double(), value.double(), 64)
+    for got, exact in zip(results, expected, strict=True):
+        np.testing.assert_allclose(got, exact.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_variant_is_what_the_node_asks_for(tmp_path):
@@ -85,33 +141,56 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     path = tmp_path / "model.onnx"
     write_node(path, Case(dtype=torch.float16, tail="row", slopes="none"))
     model = onnx.load(path)
-    (variant,) = onnxruntime_plugin.variants_of(model)
-    assert variant == onnxruntime_plugin.Variant(
+    (variant,) = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
+    assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx.TensorProto.FLOAT16, dim=32, dim_v=32, block_q=32, block_kv=64, sign=1,
         has_tail=True, per_block=False, has_variance=False, slopes=0, even=False,
         representatives=3,
     )  # fmt: skip
     model.graph.node.append(model.graph.node[0])
-    assert onnxruntime_plugin.variants_of(model) == [variant]
+    assert onnxruntime_plugin.variants_of(model, 90) == {"SparseAttention": [variant]}
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
-    assert [x.even for x in onnxruntime_plugin.variants_of(model)] == [False, True]
+    variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
+    assert [x.even for x in variants] == [False, True]
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
     with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
-        onnxruntime_plugin.variants_of(model)
+        onnxruntime_plugin.variants_of(model, 90)
+
+
+def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
+    """And all of its type in the file; the log says why."""
+    scores = torch.zeros(1, 2, 5, 12)
+    model = onnx_nodes.select_file(scores, 20, 5)
+    assert onnxruntime_plugin.variants_of(model, 90) == {
+        "SelectBlocks": [onnxruntime_selection.SelectionVariant(onnx.TensorProto.FLOAT, 12, 5)]
+    }
+    attention, _ = onnx_functions.node_model(Case().inputs())
+    for part in ("node", "input"):
+        getattr(model.graph, part).extend(getattr(attention.graph, part))
+    assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention", "SelectBlocks"]
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "blocks"
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention"]
+    assert "no kernels for SelectBlocks: node : dimension 3 of its input 0 must be" in caplog.text
+    model, _ = onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)
+    assert list(onnxruntime_plugin.variants_of(model, 90)) == ["BlockStatistics"]
+    with pytest.raises(ValueError, match="got none with kernels"):
+        onnxruntime_plugin.variants_of(model, 80)
 
 
 class Attention(nn.Module):
-    """Self-attention of video tokens in float16 arithmetic."""
+    """Self-attention of video tokens, in two heads."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, dim=16):
         super().__init__()
+        self.dim = dim
         self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2), dtype=dtype)
-        self.to_qkv = nn.Linear(32, 96, dtype=dtype)
+        self.to_qkv = nn.Linear(32, 6 * dim, dtype=dtype)
 
     def forward(self, clip):
         x = self.patch(clip).flatten(2).transpose(1, 2)
         q, k, v = (
-            y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
+            y.unflatten(-1, (2, self.dim)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, dim=-1)
         )
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -126,12 +205,20 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     model = onnx.load(path)
     opset = model.opset_import[0].version
     assert opset == (22 if dtype == torch.bfloat16 else 18)  # ONNX Runtime 1.22 reads up to 22
-    (variant,) = onnxruntime_plugin.variants_of(model)
-    assert variant == onnxruntime_plugin.Variant(
+    variants = onnxruntime_plugin.variants_of(model, 90)
+    # at head dim 16 there is no kernel for Hopper, which alone does the statistics
+    assert list(variants) == ["SparseAttention", "BlockScores", "SelectBlocks", "ListBlocks"]
+    (variant,) = variants["SparseAttention"]
+    assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
         sign=1, has_tail=True, per_block=True, has_variance=True, slopes=1, even=True,
         representatives=12,
     )  # fmt: skip
+    scores = onnx.TensorProto.FLOAT if dtype == torch.float32 else onnx.TensorProto.BFLOAT16
+    (of_scores,) = variants["BlockScores"]
+    assert (of_scores.dtype, of_scores.dim, of_scores.blocks) == (variant.dtype, 16, 12)
+    (selection,) = variants["SelectBlocks"]
+    assert (selection.dtype, selection.blocks) == (scores, 12)
 
 
 def test_bad_input_to_the_builder(tmp_path):
@@ -146,8 +233,8 @@ def test_bad_input_to_the_builder(tmp_path):
         uta_fx.build_onnxruntime_plugin(model, tmp_path / "no" / "p.so", architecture=90)
     plain = tmp_path / "plain.onnx"
     torch.onnx.export(nn.Linear(4, 4), (torch.ones(1, 4),), plain, dynamo=True, verbose=False)
-    with pytest.raises(ValueError, match="must have a node uta::SparseAttention"):
-        onnxruntime_plugin.variants_of(onnx.load(plain))
+    with pytest.raises(ValueError, match="must have a node such as uta::SparseAttention"):
+        onnxruntime_plugin.variants_of(onnx.load(plain), 90)
     assert not library.exists()
 
 
@@ -181,11 +268,11 @@ def test_bad_input_to_a_session(tmp_path):
 
 
 def open_on_gpu(path, case, caplog):
-    """A session for a case by the plugin, bound to tensors on the GPU; those; the operator's."""
+    """A session for a case by the plugin, bound to tensors on the GPU; outputs; the operator's."""
     args, inputs = write_node(path, case)
     with caplog.at_level(logging.INFO, logger="uta_fx"):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
-    assert "runs by the plugin" in caplog.text
+    assert "run by the plugin" in caplog.text
     on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
     output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=case.dtype, device="cuda")
     lse = torch.empty(args[0].shape[:3], device="cuda")
@@ -194,7 +281,22 @@ def open_on_gpu(path, case, caplog):
     expected = uta_fx.kernels.ops.sparse_attention(
         *(x.cuda() if torch.is_tensor(x) else x for x in args)
     )
-    return (session, binding), (on_gpu, output, lse), expected
+    return (session, binding), (output, lse), expected
+
+
+def test_bound_tensors_live_as_long_as_their_binding(tmp_path):
+    """A session reads and writes where they lie."""
+    path = tmp_path / "model.onnx"
+    args, inputs = write_node(path, Case())
+    session = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    output, lse = torch.empty(*args[0].shape), torch.empty(args[0].shape[:3])
+    binding = uta_fx.bind_tensors(session, inputs, {"output": output, "lse": lse})
+    bound = [weakref.ref(x) for x in (*inputs.values(), output, lse)]
+    del args, inputs, output, lse
+    assert all(x() is not None for x in bound)
+    session.run_with_iobinding(binding)
+    del binding
+    assert all(x() is None for x in bound)
 
 
 @pytest.mark.gpu
@@ -205,7 +307,7 @@ def open_on_gpu(path, case, caplog):
 def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
     """Bit for bit what the operator computes in PyTorch: the same kernels on the same inputs."""
     case = Case(dtype=dtype, tail=tail, slopes=slopes)
-    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    (session, binding), got, expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
     session.run_with_iobinding(binding)
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
@@ -217,7 +319,7 @@ def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
 def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
     """Where the operator takes the kernels for Hopper, so does the plugin; also the second time."""
     case = ON_HOPPER[name]
-    (session, binding), (_, *got), expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
+    (session, binding), got, expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
     for _ in range(2):
         for x in got:
             x.fill_(torch.nan)
@@ -225,6 +327,133 @@ def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
         session.run_with_iobinding(binding)
         for x, y in zip(got, expected, strict=True):
             assert torch.equal(x, y)
+
+
+SELECTED = [  # batch, heads, Nq, Nk, kept, rows
+    (2, 3, 7, 19, 60, 7),
+    (1, 2, 300, 320, 20000, 300),
+    (1, 2, 33, 64, 300, 66),
+    (1, 3, 5, 12, 4, 1),
+    (1, 2, 5, 12, 60, 5),
+]
+
+
+def scores_with_ties(*shape, dtype):
+    """Many equal ones, and some that are no number."""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scores = (scores * 4).round() / 4
+    scores[..., 1, :3] = torch.nan
+    scores[..., 2, :] = -torch.inf
+    return scores.to(dtype)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SELECTED, ids=str)
+def test_the_plugin_selects_as_the_operator(tmp_path, sizes, dtype, caplog):
+    """The same blocks, twice."""
+    *shape, kept, rows = sizes
+    scores = scores_with_ties(*shape, dtype=dtype)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_nodes.select_file(scores, kept, rows), path)
+    exact = torch.empty(scores.shape, dtype=torch.bool, device="cuda")
+    session, binding = open_node(path, {"scores": scores}, {"exact": exact}, caplog)
+    expected = uta_fx.kernels.ops.select_blocks(scores.cuda(), kept, rows)
+    for wrong in (False, True):
+        exact.fill_(wrong)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        assert torch.equal(exact, expected)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "length", "dim"), [(3, 300, 128), (12, 5000, 128), (2, 60, 64)])
+def test_the_plugin_pools_as_the_operator(tmp_path, heads, length, dim, dtype, caplog):
+    """Bit for bit, twice, where there is the kernel for Hopper; elsewhere the function runs."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 2, heads, length, dim, generator=generator).to(dtype)
+    path = tmp_path / "model.onnx"
+    model, named = onnx_nodes.statistics_file(key, value, 64)
+    onnx.save(model, path)
+    expected = uta_fx.kernels.ops.block_statistics(key.cuda(), value.cuda(), 64)
+    results = [torch.empty_like(x) for x in expected]
+    names = [x.name for x in model.graph.output]
+    outputs = dict(zip(names, results, strict=True))
+    session, binding = open_node(path, named, outputs, caplog)
+    for _ in range(2):
+        for x in results:
+            x.fill_(torch.nan)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("blocks", [5, 64, 300])
+def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
+    """The same lists, twice."""
+    exact = torch.rand(2, 3, 7, blocks, generator=torch.Generator().manual_seed(0)) < 0.3
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_nodes.lists_file(exact), path)
+    expected = uta_fx.kernels.ops.list_blocks(exact.cuda())
+    ids, counts = results = [torch.empty_like(x) for x in expected]
+    outputs = {"block_ids": ids, "block_counts": counts}
+    session, binding = open_node(path, {"exact": exact}, outputs, caplog)
+    for _ in range(2):
+        for x in results:
+            x.fill_(-1)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+SCORED = {  # dtype; D, length, Nk; weight, power, block_q, rows
+    "hopper": (torch.bfloat16, 128, 5000, 320, 0.0, 1.0, 64, 16),
+    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
+    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
+    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 64),
+    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
+    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
+    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
+}
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("name", SCORED)
+def test_the_plugin_scores_as_the_operator(tmp_path, name, caplog):
+    """Bit for bit, twice; where the operator takes the kernel for Hopper, so does the plugin."""
+    dtype, dim, length, blocks, *numbers = SCORED[name]
+    inputs, path = score_inputs(2, 3, length, blocks, dim, dtype), tmp_path / "model.onnx"
+    numbers = (0.25, *numbers)  # the scale
+    model, named = onnx_nodes.scores_file(inputs, *numbers)
+    onnx.save(model, path)
+    expected = uta_fx.kernels.ops.block_scores(*(x.cuda() for x in inputs), *numbers)
+    scores = torch.empty_like(expected)
+    session, binding = open_node(path, named, {"scores": scores}, caplog)
+    for _ in range(2):
+        scores.fill_(torch.nan)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        assert torch.equal(scores, expected)
+
+
+def open_node(path, inputs, outputs, caplog):
+    """A session for a file of one node by the plugin, bound to tensors on the GPU."""
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "run by the plugin" in caplog.text
+    on_gpu = {name: x.cuda() for name, x in inputs.items()}
+    torch.cuda.synchronize()
+    return session, uta_fx.bind_tensors(session, on_gpu, outputs)
 
 
 @pytest.mark.gpu
@@ -240,6 +469,28 @@ def test_workspace_is_given_back(tmp_path, caplog):
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
     assert free[1] >= free[0]
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+def test_a_whole_file_runs_by_the_plugin(tmp_path, caplog):
+    """It computes what its functions compute on the CPU, whose sums are float32.
+
+    Both round to float16; where that changes a score, another block is kept, whose share is small.
+    """
+    torch.manual_seed(0)
+    path, clip = tmp_path / "model.onnx", torch.randn(1, 3, 8, 32, 48).half()
+    module = Attention(torch.float16, dim=64).eval()
+    uta_fx.export_onnx(module, (clip,), path, config=uta_fx.Config(min_tokens=128))
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    statistics = "BlockStatistics, " if hopper else ""
+    assert f"SparseAttention, {statistics}BlockScores, SelectBlocks, ListBlocks run" in caplog.text
+    on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
+    error = np.linalg.norm(got.astype(np.float64) - expected)
+    assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
 
 
 @pytest.mark.gpu

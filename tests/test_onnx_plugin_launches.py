@@ -7,21 +7,42 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, score_inputs
 
 pytest.importorskip("onnx")
 pytest.importorskip("triton")
 
-import plugin_runtime  # need onnx, Triton
+import onnx_nodes  # need onnx, Triton
+import plugin_runtime
 
 from uta_fx.export import onnx_functions, onnxruntime_kernels, onnxruntime_plugin
-from uta_fx.kernels import gluon_attention, gluon_tail, triton_attention
+from uta_fx.kernels import (
+    gluon_attention,
+    gluon_scores,
+    gluon_statistics,
+    gluon_tail,
+    triton_attention,
+    triton_scores,
+    triton_selection,
+    triton_statistics,
+)
 
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
     triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
     gluon_attention: ("_pair_lists_kernel", "_longest_first_kernel", "_paired_kernel"),
     gluon_tail: ("_pooled_variance_kernel",),
+    triton_scores: ("_scores_kernel",),
+    gluon_scores: ("_scores_kernel",),
+    gluon_statistics: ("_statistics_kernel",),
+    triton_statistics: ("_sum_kernel",),
+    triton_selection: (
+        "_list_kernel",
+        "_first_pass_kernel",
+        "_next_pass_kernel",
+        "_keep_kernel",
+        "_keep_in_row_kernel",
+    ),
 }
 UNREAD = {  # what a kernel does not read where a constant of it is false
     "TAIL": ("tail_", "slope_desc", "size_", "sigma2_"),
@@ -61,6 +82,11 @@ CASES = {
 }
 
 
+def known_as(kernel, constants):
+    """A kernel's name, with the number of its pass."""
+    return f"{kernel.__name__}{constants.get('NUMBER', '')}"
+
+
 class Recorder:
     """Stands in for a Triton kernel; keeps its launches, arguments by name."""
 
@@ -71,7 +97,7 @@ class Recorder:
         def launch(*args, **options):
             names = [name for name in self.kernel.arg_names if name not in options]
             given = dict(zip(names, args, strict=True)) | options
-            self.launches.append((self.kernel.__name__, grid, given))
+            self.launches.append((known_as(self.kernel, given), grid, given))
 
         return launch
 
@@ -88,11 +114,12 @@ class Compiler:
     def __call__(self, source, target, options):
         names, signature = source.fn.arg_names, source.signature
         constants = {names[index]: x for (index,), x in source.constants.items()}
+        name = known_as(source.fn, constants)
         divisible = {names[index] for (index,) in source.attrs}
-        self.given[source.fn.__name__] = (signature, constants, options, divisible)
+        self.given[name] = (signature, constants, options, divisible)
         maps = [kind for kind in signature.values() if kind.startswith("tensordesc")]
         metadata = SimpleNamespace(
-            name=source.fn.__name__, shared=60000, num_warps=options.get("num_warps", 4),
+            name=name, shared=60000, num_warps=options.get("num_warps", 4),
             global_scratch_size=0, profile_scratch_size=0,
             tensordesc_meta=[{"swizzle": 3, "block_size": [1, 1, 64, 32]}] * len(maps),
         )  # fmt: skip
@@ -117,20 +144,31 @@ def prepare(path, case, architecture, driver, monkeypatch):
 
     The latter end with its outputs.
     """
-    monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
-    monkeypatch.setattr(triton_attention, "shared_limit", lambda x: LIMITS[architecture])
-    compiler = Compiler()
-    monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
     args = case.inputs()
     model, inputs = onnx_functions.node_model(args)
-    variants = onnxruntime_plugin.variants_of(model)
-    compiled = [onnxruntime_kernels.compile_variant(x, architecture) for x in variants]
-    onnxruntime_plugin.link_plugin(variants, compiled, architecture, path, driver=str(driver))
+    return prepare_node(
+        path, model, inputs, lambda: triton_attention.sparse_attention(*args), architecture, driver,
+        monkeypatch,
+    )  # fmt: skip
+
+
+def prepare_node(path, model, inputs, operator, architecture, driver, monkeypatch):
+    """As ``prepare``, for a file of one node and a call of its operator."""
+    monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
+    for module in (gluon_scores, gluon_statistics):
+        monkeypatch.setattr(module, "on_hopper", lambda x: architecture == 90)
+    for module in (triton_attention, triton_scores):
+        monkeypatch.setattr(module, "shared_limit", lambda x: LIMITS[architecture])
+    compiler = Compiler()
+    monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
+    variants = onnxruntime_plugin.variants_of(model, architecture)
+    compiled = onnxruntime_plugin.compile_variants(variants, architecture)
+    onnxruntime_plugin.link_plugin(compiled, architecture, path, driver=str(driver))
     launches = []
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
-    outputs = triton_attention.sparse_attention(*args)
+    outputs = operator()
     signatures = {name: signature for name, (signature, *_) in compiler.given.items()}
     runtime = plugin_runtime.Runtime(
         path, driver, model.graph.node[0], inputs.values(), outputs, signatures
@@ -181,6 +219,7 @@ def assert_launches(runtime, compiled, expected):
     # where memory starts: its size, and where the operator's is; others are workspace
     spans = {0: (0, 0)} | {x.data_ptr(): (x.nbytes, x.data_ptr()) for x in runtime.tensors}
     for launch, (kernel, grid, arguments) in zip(runtime.launches, expected, strict=True):
+        grid = (*grid, 1)[:2]
         assert (launch.kernel, launch.grid, launch.shared) == (kernel, grid, 60000)
         assert launch.threads == 32 * arguments.get("num_warps", 4)
         _, constants, options, divisible = compiled[kernel]
@@ -206,6 +245,107 @@ def assert_launches(runtime, compiled, expected):
             assert got == value or name.startswith(unread), (kernel, name)
     starts = sorted(spans)
     assert all(start + spans[start][0] <= after for start, after in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dim"), [(2, 3, 300, 128), (1, 1, 64, 64), (1, 24, 64 * 60, 64)]
+)
+def test_launches_of_statistics_are_the_operator_s(
+    tmp_path, batch, heads, length, dim, dtype, driver, monkeypatch
+):
+    """One that pools and one that adds up; the latter writes where ONNX Runtime reads."""
+    key, value = torch.zeros(2, batch, heads, length, dim, dtype=dtype)
+    model, named = onnx_nodes.statistics_file(key, value, 64)
+    results = []
+
+    def pool():
+        results.extend(triton_statistics.block_statistics(key, value, 64))
+        return results
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, named, pool, 90, driver, monkeypatch
+    )
+    assert [name for name, *_ in expected] == ["_statistics_kernel", "_sum_kernel"]
+    assert_launches(runtime, compiled, expected)
+
+
+@pytest.mark.parametrize("blocks", [5, 64, 300])
+def test_launches_of_lists_are_the_operator_s(tmp_path, blocks, driver, monkeypatch):
+    """One launch for all rows."""
+    exact = torch.zeros(2, 3, 7, blocks, dtype=torch.bool)
+    model = onnx_nodes.lists_file(exact)
+    results = []
+
+    def lists():
+        results.extend(triton_selection.list_blocks(exact))
+        return results
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, {"exact": exact}, lists, 86, driver, monkeypatch
+    )
+    assert [name for name, *_ in expected] == ["_list_kernel"]
+    assert_launches(runtime, compiled, expected)
+
+
+SCORES = {  # dtype; D, length, Nk; weight, power, block_q, rows
+    "hopper": (torch.bfloat16, 128, 1000, 48, 0.0, 1.0, 64, 16),
+    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
+    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
+    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 64),
+    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
+    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
+    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_launches_of_scores_are_the_operator_s(tmp_path, architecture, name, driver, monkeypatch):
+    """By the kernel for Hopper where the operator takes it."""
+    dtype, dim, length, blocks, weight, power, block_q, rows = SCORES[name]
+    inputs = score_inputs(2, 3, length, blocks, dim, dtype)
+    numbers = (0.25, weight, power, block_q, rows)
+    model, named = onnx_nodes.scores_file(inputs, *numbers)
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, named,
+        lambda: [triton_scores.block_scores(*inputs, *numbers)], architecture, driver, monkeypatch,
+    )  # fmt: skip
+    by_maps = architecture == 90 and name.startswith("hopper")
+    assert [("mean_desc" in given) for *_, given in expected] == [by_maps]
+    assert_launches(runtime, compiled, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "blocks_q", "blocks", "kept", "rows"),
+    [
+        (2, 3, 7, 19, 60, 7),
+        (1, 2, 300, 320, 20000, 300),
+        (1, 2, 1100, 64, 9000, 2200),
+        (1, 1100, 40, 16, 90, 40),  # more budgets than programs
+        (1, 3, 5, 12, 4, 1),
+        (1, 2, 5, 12, 60, 5),  # all
+    ],
+)
+def test_launches_of_the_selection_are_the_operator_s(
+    tmp_path, batch, heads, blocks_q, blocks, kept, rows, dtype, driver, monkeypatch
+):
+    """The same passes over the same scores."""
+    scores = torch.zeros(batch, heads, blocks_q, blocks, dtype=dtype)
+    model = onnx_nodes.select_file(scores, kept, rows)
+    masks = []
+
+    def select():
+        masks.append(triton_selection.select_blocks(scores, kept, rows))
+        return masks
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, {"scores": scores}, select, 86, driver, monkeypatch
+    )
+    assert bool(expected) == (kept < rows * blocks)
+    assert_launches(runtime, compiled, expected)
+    assert expected or masks[0].all()
 
 
 def test_bad_tensors_are_refused(tmp_path, driver, monkeypatch):

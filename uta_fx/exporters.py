@@ -42,10 +42,10 @@ def export_onnx(
 ) -> Explanation:
     """Write a model as an ONNX file in which video attention is sparse.
 
-    The file runs in any ONNX Runtime, with nothing of ours installed: pooling and selection are
-    standard operations, and each sparse attention is one node ``uta::SparseAttention`` beside a
-    function that says what it is in standard operations. ``uta_fx.onnxruntime_session`` runs the
-    node by our own kernel instead. Metadata of the file: ``uta_fx.version``, ``uta_fx.config`` and
+    The file runs in any ONNX Runtime, with nothing of ours installed: each sparse attention is one
+    node ``uta::SparseAttention`` beside a function that says what it is in standard operations, and
+    so are steps of the selection of its blocks. ``uta_fx.onnxruntime_session`` runs these nodes by
+    our own kernels instead. Metadata of the file: ``uta_fx.version``, ``uta_fx.config`` and
     ``uta_fx.sites``, the last two as JSON; and what was decided about branches, likewise as
     ``uta_fx.branches``.
 
@@ -228,11 +228,11 @@ def onnxruntime_session(
     plugin: str | os.PathLike[str] | bool = True,
     options: Any = None,
 ) -> Any:
-    """Open a file of ``export_onnx`` in ONNX Runtime, with our kernel where it can run.
+    """Open a file of ``export_onnx`` in ONNX Runtime, with our kernels where they can run.
 
-    On the CUDA provider the node ``uta::SparseAttention`` runs by our Triton kernels, compiled for
-    this GPU (seconds, once: the result is kept in ``~/.cache/uta-fx``). Everywhere else, and where
-    that cannot be (the log says why), it runs by the function in the file.
+    On the CUDA provider the nodes of domain ``uta`` run by our Triton kernels, compiled for this
+    GPU (seconds, once: the result is kept in ``~/.cache/uta-fx``). Everywhere else, and where that
+    cannot be (the log says which, and why), they run by their functions in the file.
 
     Args:
         path: The file.
@@ -271,7 +271,7 @@ def bind_tensors(
         outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
 
     Returns:
-        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps no tensor alive.
+        ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps the tensors alive.
 
     Raises:
         ValueError: A tensor is not contiguous.
@@ -284,11 +284,11 @@ def bind_tensors(
 def build_onnxruntime_plugin(
     model: str | os.PathLike[str], path: str | os.PathLike[str], *, architecture: int
 ) -> None:
-    """Compile our kernels for a file's sparse attention into a library for ONNX Runtime.
+    """Compile our kernels for a file's sparse attention and selection for ONNX Runtime.
 
     Needs Triton and a C compiler, and no GPU. ONNX Runtime 1.22 or later loads the library by
     ``SessionOptions.register_custom_ops_library(path)``, from any language; it depends on libc
-    alone. Its node runs on the CUDA provider only, so register it only there.
+    alone. Its nodes run on the CUDA provider only, so register it only there.
 
     Args:
         model: File of ``export_onnx``.

@@ -184,7 +184,9 @@ def _run(path: Path, arguments: dict[str, Any]) -> tuple[list[Tensor], int]:
     tensors = [x.numpy() for x in _tensors(arguments)]
     outputs = session.run(None, dict(zip(names, tensors, strict=True)))
     nodes = onnx.load(path).graph.node
-    return [torch.from_numpy(x) for x in outputs], sum(node.domain == "uta" for node in nodes)
+    return [torch.from_numpy(x) for x in outputs], sum(
+        node.op_type == "SparseAttention" for node in nodes
+    )
 
 
 def _tensors(structure: Any) -> list[Tensor]:
