@@ -272,7 +272,7 @@ class Attention(nn.Module):
     [
         (Attention(is_causal=True), {}, "is causal"),
         (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
-        (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "its attention mask differs"),
+        (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "its attention mask"),
         (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 256"),
         (Attention().double(), {}, "dtype torch.float64 is not float32, float16 or bfloat16"),
         (Attention(project_kv=False), {}, "the graph does not show that queries and keys"),
