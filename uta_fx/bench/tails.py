@@ -146,7 +146,8 @@ class _Case:
             def make(exact: Tensor, query: Tensor, *pooled: Tensor) -> Any:
                 # a value of ours comes into being in here: torch 2.11 cannot take it as an argument
                 selection = Selection(query, key, value, BlockStatistics(*pooled), **settings)
-                return tail.representatives(selection, exact, key, value, config.block_kv)
+                # nor as a result
+                return tuple(tail.representatives(selection, exact, key, value, config.block_kv))
 
             settings = {
                 field.name: getattr(self.selection, field.name)
