@@ -114,9 +114,10 @@ def test_the_function_of_scores_is_the_operator(power):
         "score_type": 1,
     }  # fmt: skip
     exact = reference.block_scores(*(x.double() for x in inputs.values()), 0.2, 0.5, power, 32, 2)
-    function = onnx_functions.block_scores_function(18, power)
-    (scores,) = run_node(function, inputs, attributes, [exact])
-    torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
+    for known in (power, None):  # None: the function for any power
+        function = onnx_functions.block_scores_function(18, known)
+        (scores,) = run_node(function, inputs, attributes, [exact])
+        torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_rounds_scores_as_the_operator(tmp_path):
