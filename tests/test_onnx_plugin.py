@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import Case, double, score_inputs
+from cases import SCORED, Case, double, score_inputs
 from torch import nn
 
 import uta_fx
@@ -413,17 +413,6 @@ def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
         session.run_with_iobinding(binding)
         for x, y in zip(results, expected, strict=True):
             assert torch.equal(x, y)
-
-
-SCORED = {  # dtype; D, length, Nk; weight, power, block_q, rows
-    "hopper": (torch.bfloat16, 128, 5000, 320, 0.0, 1.0, 64, 16),
-    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
-    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
-    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 16),
-    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
-    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
-    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
-}
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case, score_inputs
+from cases import SCORED, Case, score_inputs
 
 pytest.importorskip("onnx")
 pytest.importorskip("triton")
@@ -288,22 +288,11 @@ def test_launches_of_lists_are_the_operator_s(tmp_path, blocks, driver, monkeypa
     assert_launches(runtime, compiled, expected)
 
 
-SCORES = {  # dtype; D, length, Nk; weight, power, block_q, rows
-    "hopper": (torch.bfloat16, 128, 1000, 48, 0.0, 1.0, 64, 16),
-    "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
-    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
-    "half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 16),
-    "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
-    "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),
-    "float32": (torch.float32, 24, 300, 7, 1.0, 1.0, 32, 4),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", SCORED)
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_launches_of_scores_are_the_operator_s(tmp_path, architecture, name, driver, monkeypatch):
     """By the kernel for Hopper where the operator takes it."""
-    dtype, dim, length, blocks, weight, power, block_q, rows = SCORES[name]
+    dtype, dim, length, blocks, weight, power, block_q, rows = SCORED[name]
     inputs = score_inputs(2, 3, length, blocks, dim, dtype)
     numbers = (0.25, weight, power, block_q, rows)
     model, named = onnx_nodes.scores_file(inputs, *numbers)
