@@ -86,7 +86,7 @@ def launch(dim, dim_v, block_q):
 
 for sizes in sys.argv[3:]:
     launch(*map(int, sizes.split("x")))
-assert len(seen) == 8, seen
+assert len(seen) == 9, seen
 """
 
 
