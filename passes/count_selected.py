@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import Size, argument, name_of, written_by
+from uta_fx.passes.trace_axes import NEGATIONS, Size, argument, name_of, written_by
 
 Counts = dict[sympy.Symbol, sympy.Expr]
 
@@ -29,7 +29,7 @@ def count_selected(graph: Graph) -> Counts:
         if mask is None:
             continue
         symbol, total = recorded(node).shape[0].node.expr, recorded(mask).shape[0]
-        inverted = name_of(mask) in ("invert", "bitwise_not", "logical_not")
+        inverted = name_of(mask) in NEGATIONS
         whole = argument(mask, 0, "input") if inverted else mask
         count = ones.setdefault(whole, total - symbol if inverted else symbol)
         counts[symbol] = total - count if inverted else count

@@ -9,7 +9,15 @@ from torch.fx import Node
 
 from uta_fx.passes.count_selected import count_selected, counted
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import VIEWS, argument, name_of, number_of, same, written_by
+from uta_fx.passes.trace_axes import (
+    NEGATIONS,
+    VIEWS,
+    argument,
+    name_of,
+    number_of,
+    same,
+    written_by,
+)
 
 HIDING = -9984.0
 """What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""
@@ -260,7 +268,7 @@ def _first(node: Any, want: bool) -> bool:
     if not isinstance(node, Node):
         return False
     name = name_of(node)
-    if name in ("invert", "bitwise_not", "logical_not"):
+    if name in NEGATIONS:
         source = argument(node, 0, "input")
         return recorded(source).dtype == torch.bool and _first(source, not want)
     if name in ("lt", "le", "gt", "ge"):

@@ -247,6 +247,10 @@ def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
+NEGATIONS = ("invert", "bitwise_not", "logical_not")
+"""Operations that turn a mask into its complement."""
+
+
 def written_by(node: Node) -> Node | None:
     """The tensor that an operation writes into, or None."""
     target = node.target

@@ -267,21 +267,38 @@ def test_bad_input_to_a_session(tmp_path):
         uta_fx.onnxruntime_session(path)
 
 
-def open_on_gpu(path, case, caplog):
-    """A session for a case by the plugin, bound to tensors on the GPU; outputs; the operator's."""
-    args, inputs = write_node(path, case)
+def open_node(path, inputs, outputs, caplog):
+    """A session for a file of one node by the plugin, bound to tensors on the GPU."""
     with caplog.at_level(logging.INFO, logger="uta_fx"):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
     assert "run by the plugin" in caplog.text
     on_gpu = {name: x.cuda().contiguous() for name, x in inputs.items()}
+    torch.cuda.synchronize()
+    return session, uta_fx.bind_tensors(session, on_gpu, outputs)
+
+
+def open_on_gpu(path, case, caplog):
+    """A session for a case by the plugin, bound to tensors on the GPU; outputs; the operator's."""
+    args, inputs = write_node(path, case)
     output = torch.empty(*args[0].shape[:3], args[2].shape[-1], dtype=case.dtype, device="cuda")
     lse = torch.empty(args[0].shape[:3], device="cuda")
-    torch.cuda.synchronize()
-    binding = uta_fx.bind_tensors(session, on_gpu, {"output": output, "lse": lse})
+    bound = open_node(path, inputs, {"output": output, "lse": lse}, caplog)
     expected = uta_fx.kernels.ops.sparse_attention(
         *(x.cuda() if torch.is_tensor(x) else x for x in args)
     )
-    return (session, binding), (output, lse), expected
+    return bound, (output, lse), expected
+
+
+def assert_gives_twice(bound, results, expected):
+    """Bit for bit, each time over results that are wrong."""
+    session, binding = bound
+    for _ in range(2):
+        for x in results:
+            x.fill_(torch.nan if x.is_floating_point() else -1)
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_bound_tensors_live_as_long_as_their_binding(tmp_path):
@@ -319,14 +336,7 @@ def test_the_plugin_is_the_operator(tmp_path, dtype, tail, slopes, caplog):
 def test_the_plugin_is_the_operator_on_hopper_too(tmp_path, name, caplog):
     """Where the operator takes the kernels for Hopper, so does the plugin; also the second time."""
     case = ON_HOPPER[name]
-    (session, binding), got, expected = open_on_gpu(tmp_path / "model.onnx", case, caplog)
-    for _ in range(2):
-        for x in got:
-            x.fill_(torch.nan)
-        torch.cuda.synchronize()
-        session.run_with_iobinding(binding)
-        for x, y in zip(got, expected, strict=True):
-            assert torch.equal(x, y)
+    assert_gives_twice(*open_on_gpu(tmp_path / "model.onnx", case, caplog))
 
 
 SELECTED = [  # batch, heads, Nq, Nk, kept, rows
@@ -384,14 +394,7 @@ def test_the_plugin_pools_as_the_operator(tmp_path, heads, length, dim, dtype, c
     results = [torch.empty_like(x) for x in expected]
     names = [x.name for x in model.graph.output]
     outputs = dict(zip(names, results, strict=True))
-    session, binding = open_node(path, named, outputs, caplog)
-    for _ in range(2):
-        for x in results:
-            x.fill_(torch.nan)
-        torch.cuda.synchronize()
-        session.run_with_iobinding(binding)
-        for x, y in zip(results, expected, strict=True):
-            assert torch.equal(x, y)
+    assert_gives_twice(open_node(path, named, outputs, caplog), results, expected)
 
 
 @pytest.mark.gpu
@@ -405,14 +408,7 @@ def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
     expected = uta_fx.kernels.ops.list_blocks(exact.cuda())
     ids, counts = results = [torch.empty_like(x) for x in expected]
     outputs = {"block_ids": ids, "block_counts": counts}
-    session, binding = open_node(path, {"exact": exact}, outputs, caplog)
-    for _ in range(2):
-        for x in results:
-            x.fill_(-1)
-        torch.cuda.synchronize()
-        session.run_with_iobinding(binding)
-        for x, y in zip(results, expected, strict=True):
-            assert torch.equal(x, y)
+    assert_gives_twice(open_node(path, {"exact": exact}, outputs, caplog), results, expected)
 
 
 @pytest.mark.gpu
@@ -427,22 +423,8 @@ def test_the_plugin_scores_as_the_operator(tmp_path, name, caplog):
     onnx.save(model, path)
     expected = uta_fx.kernels.ops.block_scores(*(x.cuda() for x in inputs), *numbers)
     scores = torch.empty_like(expected)
-    session, binding = open_node(path, named, {"scores": scores}, caplog)
-    for _ in range(2):
-        scores.fill_(torch.nan)
-        torch.cuda.synchronize()
-        session.run_with_iobinding(binding)
-        assert torch.equal(scores, expected)
-
-
-def open_node(path, inputs, outputs, caplog):
-    """A session for a file of one node by the plugin, bound to tensors on the GPU."""
-    with caplog.at_level(logging.INFO, logger="uta_fx"):
-        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
-    assert "run by the plugin" in caplog.text
-    on_gpu = {name: x.cuda() for name, x in inputs.items()}
-    torch.cuda.synchronize()
-    return session, uta_fx.bind_tensors(session, on_gpu, outputs)
+    bound = open_node(path, named, {"scores": scores}, caplog)
+    assert_gives_twice(bound, [scores], [expected])
 
 
 @pytest.mark.gpu

@@ -450,6 +450,12 @@ def list_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
     return (query, key, value, *ops.list_blocks(exact), *rest)
 
 
+def _attend_to_gathered(arguments: Sequence[Any], blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """``uta::clustered_attention``: keys and values were gathered into blocks that are not full."""
+    lists = list_arguments(arguments)
+    return ops.clustered_attention(*lists[:5], blocks.count, *lists[5:])
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -612,8 +618,7 @@ def _attend_to_video(
         output, lse = ops.block_masked_attention(*arguments)
     else:
         centroids = clusters.centroids
-        lists = list_arguments(arguments)
-        output, lse = ops.clustered_attention(*lists[:5], clusters.key.count, *lists[5:])
+        output, lse = _attend_to_gathered(arguments, clusters.key)
         output = clusters.query.scatter(output)
         lse = clusters.query.scatter(lse[..., None])[..., 0]
     if inverse is not None:
@@ -648,8 +653,7 @@ def _attend_to_lengths(
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
     selection = pool_blocks(query, key, value, config, scale, blocks=of_key)
-    lists = list_arguments(operator_arguments(selection, key, value, config))
-    output, _ = ops.clustered_attention(*lists[:5], of_key.count, *lists[5:])
+    output, _ = _attend_to_gathered(operator_arguments(selection, key, value, config), of_key)
     output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
     return output if inverse is None else output.index_select(2, inverse)
 
