@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from uta_fx.passes.match_operators import Fused, match_operator, operands_of
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
@@ -63,7 +64,7 @@ def needs(node: Node, place: Place, tokens: int) -> Needs | None:
         place: Of its output.
         tokens: How many are permuted.
     """
-    rule = _RULES.get(name_of(node)) if _is_known(node) else None
+    rule = _rule_of(node)
     if rule is None or node.kwargs.get("out") is not None:
         return None
     try:
@@ -107,7 +108,7 @@ def discards(
         places: Where each input is permuted.
     """
     name = name_of(node)
-    if not _is_known(node):
+    if _rule_of(node) is not _operator and not _is_known(node):
         return False
     if name in _SHAPES or (name == "getattr" and not isinstance(recorded(node), torch.Tensor)):
         return True
@@ -141,10 +142,16 @@ def may_alias(node: Node) -> list[Node]:
     if name in _VIEWS:
         source = argument(node, 0, "input")
         return [source] if isinstance(source, Node) else []
-    if name in _RULES and _is_known(node):
+    if _rule_of(node) is not None:
         return []
     # an operation that is not known may return what it was given
     return [x for x in node.all_input_nodes if isinstance(recorded(x), (torch.Tensor, tuple, list))]
+
+
+def _rule_of(node: Node) -> Rule | None:
+    if operands_of(node) is not None:
+        return _operator
+    return _RULES.get(name_of(node)) if _is_known(node) else None
 
 
 def _is_known(node: Node) -> bool:
@@ -162,7 +169,9 @@ def _is_known(node: Node) -> bool:
 def _fits(node: Node, place: Place, tokens: int) -> bool:
     """Whether a place lies in a value, for all that is known of its size."""
     value = recorded(node)
-    shape = _shape(node if isinstance(value, torch.Tensor) else _first(node))
+    if not isinstance(value, torch.Tensor):
+        node = (operands_of(node) or (_first(node),))[0]
+    shape = _shape(node)
     if not 0 <= place.dim < len(shape) or place.start < 0:
         return False
     return statically_known_true(place.start + tokens <= shape[place.dim])
@@ -411,6 +420,8 @@ def _getitem(node: Node, place: Place, tokens: int) -> Needs | None:
     if name_of(source) == "unbind":
         dim = _split_dim(source)
         return {source: Place(place.dim + (place.dim >= dim), place.start)}
+    if _rule_of(source) is _operator:
+        return {source: place} if index == 0 else None
     if _RULES.get(name_of(source)) is not _split or not isinstance(index, int):
         return None
     if place.dim != _split_dim(source):
@@ -574,12 +585,35 @@ def _attention(node: Node, place: Place, tokens: int) -> Needs | None:
     rank, shape = len(_shape(node)), _shape(node)
     if causal or dropout or place.dim == rank - 1:
         return None
-    operands = [query] if place.dim == rank - 2 else list(dict.fromkeys((query, key, value)))
+    alone = place.dim == rank - 2 and query not in (key, value)
+    operands = [query] if alone else list(dict.fromkeys((query, key, value)))
     if mask is not None and not (
         place.dim == rank - 2 and _hides_nothing(mask, place.start, tokens)
     ):
         operands.append(mask)
     return _aligned(operands, place.dim, place.start, shape[place.dim], rank)
+
+
+def _operator(node: Node, place: Place, tokens: int) -> Needs | None:
+    """Attention that is one operator; the place is that of its first output and of its queries."""
+    call = _plain_operator(node)
+    if call is None or place.dim == call.query.order[-1]:
+        return None
+    query, *others = (x.node for x in (call.query, call.key, call.value))
+    alone = place.dim == call.query.token_dim and query not in others
+    operands = [query] if alone else list(dict.fromkeys((query, *others)))
+    shape = _shape(query)
+    return _aligned(operands, place.dim, place.start, shape[place.dim], len(shape))
+
+
+def _plain_operator(node: Node) -> Fused | None:
+    """What an operator attends to, where that is all that it does and nothing is masked."""
+    module = node.graph.owning_module
+    call = match_operator(module, node) if module is not None else None
+    if call is None or call.objection is not None or len(call.query.order) != 4:
+        return None
+    nothing = call.attn_mask is None and call.is_causal is False and call.dropout_p == 0.0
+    return call if nothing else None
 
 
 def _attention_operands(node: Node) -> tuple[Node, Node, Node, Node | None, Any, Any]:
@@ -673,6 +707,11 @@ def _setitem(node: Node, place: Place, tokens: int) -> Needs | None:
 def _summed(node: Node) -> list[Mapping[Node, set[int]]]:
     """Dimensions of operands that are summed over together."""
     name = name_of(node)
+    if _rule_of(node) is _operator:
+        call = _plain_operator(node)
+        if call is None or call.query.node in (call.key.node, call.value.node):
+            return []
+        return [{x.node: {x.token_dim} for x in (call.key, call.value)}]
     if _RULES.get(name) is _reduction:
         return [{_first(node): _reduced(node)}]
     if _RULES.get(name) is _matmul:
@@ -688,8 +727,8 @@ def _summed(node: Node) -> list[Mapping[Node, set[int]]]:
             if letter not in output and len(set(operands)) == len(operands)
         ]
     if name == ATTENTION:
-        _, key, value, _, causal, dropout = _attention_operands(node)
-        if causal or dropout:
+        query, key, value, _, causal, dropout = _attention_operands(node)
+        if causal or dropout or query in (key, value):
             return []
         return [{x: {len(_shape(x)) - 2} for x in (key, value)}]
     return []

@@ -146,6 +146,10 @@ COMMUTE = {
     "cross-attention": (
         F.scaled_dot_product_attention, (x(2, 2, 6, 4), x(2, 2, 5, 4), x(2, 2, 5, 4) + 1), {(2, 0)},
     ),
+    "queries that are keys": (
+        lambda a, b: F.scaled_dot_product_attention(a, a, b),
+        (x(2, 2, 6, 4), x(2, 2, 6, 4) + 1), {(2, 0)},
+    ),
     "causal attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         (x(2, 2, 6, 4), x(2, 2, 6, 4) + 1, x(2, 2, 6, 4) + 2), set(),
@@ -225,6 +229,10 @@ KEEP = {
     "mean over channels": (lambda a: a.mean(2), (x(2, 6, 4),), [{(1, 0)}]),
     "video in a slice": (lambda a: a[:, :4], (x(2, 9, 4),), [{(1, 3)}]),
     "argmax": (lambda a: a.argmax(1), (x(2, 6, 4),), [{(1, 0)}]),
+    "keys that are queries": (
+        lambda a, b: F.scaled_dot_product_attention(a, a, b),
+        (x(2, 2, 6, 4), x(2, 2, 6, 4) + 1), [{(2, 0)}, {(2, 0)}],
+    ),
 }  # fmt: skip
 
 
