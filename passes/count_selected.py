@@ -69,5 +69,8 @@ def mask_of(node: Node) -> Node | None:
 
 def _is_written_mask(node: Node) -> bool:
     """Whether it changes a mask, so that one name may stand for two of them."""
-    target = written_by(node)
-    return target is not None and recorded(target).dtype in (torch.bool, torch.uint8, torch.int8)
+    kinds = (torch.bool, torch.uint8, torch.int8)
+    return any(
+        isinstance(recorded(x), torch.Tensor) and recorded(x).dtype in kinds
+        for x in written_by(node)
+    )

@@ -112,6 +112,14 @@ def operator_name(node: Node) -> str | None:
     return None if overload is None else overload._schema.name
 
 
+def overloads(target: Any) -> list[OpOverload]:
+    """Those of an operator that a node's target may stand for; none where it is no operator."""
+    if isinstance(target, OpOverloadPacket):
+        # as Dynamo records torch.ops.library.operator
+        return [getattr(target, name) for name in target.overloads()]
+    return [target] if isinstance(target, OpOverload) else []
+
+
 def operands_of(node: Node) -> tuple[Node, Node] | None:
     """Query and value of a known operator's call; None for other nodes."""
     name = operator_name(node)
@@ -200,10 +208,7 @@ def _results(node: Node) -> tuple[Node | None, bool]:
 
 
 def _overload(target: Any) -> OpOverload | None:
-    if isinstance(target, OpOverloadPacket):
-        # as Dynamo records torch.ops.library.operator
-        target = getattr(target, target.overloads()[0])
-    return target if isinstance(target, OpOverload) else None
+    return next(iter(overloads(target)), None)
 
 
 def _arguments(node: Node) -> dict[str, Any]:

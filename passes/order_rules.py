@@ -135,8 +135,8 @@ def may_alias(node: Node) -> list[Node]:
         return []
     name = name_of(node)
     written = written_by(node)
-    if written is not None:
-        return [written]
+    if written:
+        return list(written)
     if not isinstance(recorded(node), (torch.Tensor, tuple, list)):
         return []
     if name in _VIEWS:

@@ -98,7 +98,7 @@ def _is_written(mask: Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if written_by(user) is node:
+            if node in written_by(user):
                 return True
             if user not in made_of and name_of(user) in (*VIEWS, *_ALIKE):
                 made_of.add(user)

@@ -283,7 +283,7 @@ class _Search:
         return needs(node, place, self.tokens)
 
     def _reaching_output(self) -> set[Node]:
-        stack = [x for x in self.nodes if x.op == "output" or written_by(x) is not None]
+        stack = [x for x in self.nodes if x.op == "output" or written_by(x)]
         live: set[Node] = set()
         while stack:
             node = stack.pop()
@@ -445,6 +445,7 @@ class _Search:
             if node not in above:
                 above.add(node)
                 stack.extend(self.operands(node))
+                stack.extend(user for user in node.users if node in written_by(user))
         ends = [user for x in gathers if x.undone for user in x.users if user in above]
         # a call that reorders its own tokens has a reason, which is the one to name
         ends.sort(key=lambda node: node in self.every)
@@ -474,13 +475,11 @@ class _Parts:
 def _written_groups(nodes: Sequence[Node]) -> list[set[Node]]:
     """Values that may share memory into which something writes, with what writes."""
     parts = _Parts(nodes)
-    written = []
+    written: list[Node] = []
     for node in nodes:
         for source in may_alias(node):
             parts.join(node, source)
-        target = written_by(node)
-        if target is not None:
-            written.append(target)
+        written += written_by(node)
     groups: dict[Node, set[Node]] = {parts.of(node): set() for node in written}
     for node in nodes:
         if parts.of(node) in groups:

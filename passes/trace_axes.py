@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from uta_fx.passes.match_operators import operands_of
+from uta_fx.passes.match_operators import operands_of, overloads
 from uta_fx.passes.site import recorded
 
 Size = int | torch.SymInt
@@ -251,18 +252,25 @@ NEGATIONS = ("invert", "bitwise_not", "logical_not")
 """Operations that turn a mask into its complement."""
 
 
-def written_by(node: Node) -> Node | None:
-    """The tensor that an operation writes into, or None."""
+def written_by(node: Node) -> tuple[Node, ...]:
+    """The tensors that an operation writes into."""
     target = node.target
     if node.op not in ("call_function", "call_method"):
-        return None
-    if isinstance(target, torch._ops.OpOverload):
-        for place, parameter in enumerate(target._schema.arguments):
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                return argument(node, place, parameter.name)
-        return None
+        return ()
+    if isinstance(target, HigherOrderOperator):
+        # somebody's Triton kernel: which of its tensors it writes into is in its code alone
+        is_kernel = target.name() == "triton_kernel_wrapper_mutation"
+        return tuple(node.all_input_nodes) if is_kernel else ()
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        written = [
+            argument(node, place, parameter.name)
+            for overload in overloads(target)
+            for place, parameter in enumerate(overload._schema.arguments)
+            if parameter.alias_info is not None and parameter.alias_info.is_write
+        ]
+        return tuple(dict.fromkeys(x for x in written if isinstance(x, Node)))
     if isinstance(node.kwargs.get("out"), Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
+        return (node.kwargs["out"],)  # type: ignore[return-value]
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_operator = getattr(target, "__module__", "") == "_operator"
     if (
@@ -277,8 +285,8 @@ def written_by(node: Node) -> Node | None:
         )
         or argument(node, _INPLACE_ARGUMENT.get(name, len(node.args)), "inplace") is True
     ):
-        return argument(node, 0, "input")
-    return None
+        return (argument(node, 0, "input"),)
+    return ()
 
 
 def _all(node: Node) -> Any:

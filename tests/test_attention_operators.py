@@ -5,6 +5,8 @@ The libraries need a GPU: what stands here in their place has their schemas and 
 
 import math
 import re
+import types
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import uta_fx
 from uta_fx import Config
 from uta_fx.backend import plan_of
 from uta_fx.export.program import sparsify_program
+from uta_fx.study.models import MODELS
+from uta_fx.study.models import SMALL as MODEL_SIZE
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32, "reorder": "none"}
 BATCH, LENGTH, HEADS, DIM = 2, 160, 4, 16
@@ -87,6 +91,23 @@ def stand_in(name, schema):
 
 for _name, _schema in SCHEMAS.items():
     stand_in(_name, _schema)
+
+
+@torch.library.custom_op(
+    "sageattention_sm90::qk_int8_sv_f8_accum_f32_attn", mutates_args=("output",)
+)
+def of_sage(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    query_scale: torch.Tensor, key_scale: torch.Tensor, tensor_layout: int, is_causal: int,
+    qk_quant_gran: int, sm_scale: float, return_lse: int,
+) -> torch.Tensor:  # fmt: skip
+    """As sageattention 2.2 has it: of integers, and into an argument."""
+    q, k, v = (x.float().transpose(1, 2) for x in (query * query_scale, key * key_scale, value))
+    output.copy_(F.scaled_dot_product_attention(q, k, v, scale=sm_scale).transpose(1, 2))
+    return query_scale.new_empty(0)
+
+
+of_sage.register_fake(lambda query, *_: query.new_empty(0, dtype=torch.float32))
 
 
 class Attention(nn.Module):
@@ -274,9 +295,18 @@ def unknown(q, k, v):
     return torch.ops.mylib.fancy_attn(q, k, v)
 
 
+def sage(q, k, v):
+    scales = [x.abs().amax() / 127 for x in (q, k)]
+    q, k = ((x / scale).round().to(torch.int8) for x, scale in zip((q, k), scales, strict=True))
+    out = torch.empty_like(v)
+    of_sage(q, k, v, out, *scales, 0, 0, 3, 0.3, 0)
+    return out
+
+
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
+        (sage, "sageattention_sm90::qk_int8_sv_f8_accum_f32_attn is not known to be plain"),
         (causal, "is causal"),
         (windowed, "flash_attn::_flash_attn_forward has window_size_left"),
         (capped, "flash_attn::_flash_attn_forward has softcap"),
@@ -298,6 +328,56 @@ def test_an_operator_that_does_more_stays_dense_and_says_why(form, reason):
         torch._dynamo.reset()
         compiled = torch.compile(module, backend="uta", options={**SMALL, "inner": "eager"})
         torch.testing.assert_close(compiled(x), module(x))
+
+
+def memory_efficient_attention(q, k, v, bias, p, scale):
+    """As xFormers dispatches it where there is no bias."""
+    assert bias is None and not p
+    length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    op = torch.ops.xformers_flash.flash_fwd
+    lengths, window = (length, k.shape[1]), {"window_left": -1, "window_right": -1}
+    return op(
+        q, k, v, None, None, None, *lengths, 0.0, scale, False, **window,
+        return_softmax=False, block_tables=None,
+    )[0]  # fmt: skip
+
+
+def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size, return_attn_probs):
+    """As flash-attn's, in whose graph an operator stands."""
+    assert not (dropout_p or causal or return_attn_probs) and window_size == (-1, -1)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    op = torch.ops.flash_attn._flash_attn_forward
+    return op(q, k, v, 0.0, scale, False, -1, -1, 0.0, None, False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["flex", "flash", "xformers", "_native_math"])
+@pytest.mark.parametrize("name", ["Wan I2V", "CogVideoX 5B"])
+def test_the_backends_of_diffusers_lead_to_the_same(backend, name, monkeypatch):
+    """By its dispatcher: cross-attention is one of these operators too, and stands in no way.
+
+    To the roundings of a small model's two layers.
+    """
+    from diffusers.models import attention_dispatch
+
+    xops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention_dispatch, "xops", xops)
+    monkeypatch.setattr(attention_dispatch, "flash_attn_func", flash_attn_func)
+    entry = next(entry for entry in MODELS if entry.name == name)
+    model, arguments = entry.build(), entry.arguments()
+    dense = model(**arguments, return_dict=False)[0]
+    for part in model.modules():
+        if hasattr(getattr(part, "processor", None), "_attention_backend"):
+            part.processor._attention_backend = attention_dispatch.AttentionBackendName(backend)
+    sites = uta_fx.explain(model, **arguments, config=MODEL_SIZE).sites
+    assert Counter(site.kind for site in sites) == entry.sites(model.config)
+    videos = [site for site in sites if site.kind != "cross"]
+    assert [(site.sparse, site.reordered) for site in videos] == [(True, "once")] * len(videos)
+    torch._dynamo.reset()
+    options = {"min_tokens": 48, "block_q": 16, "block_kv": 16, "density": 1.0, "inner": "eager"}
+    compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
+    output = compiled(**arguments, return_dict=False)[0]
+    torch.testing.assert_close(output, dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
 
 
 def test_what_an_operator_costs_is_counted():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
 from uta_fx import Config
 from uta_fx.attention import SparseSite
@@ -94,6 +95,15 @@ def flipped(a: torch.Tensor) -> torch.Tensor:
 
 
 flipped.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("uta_fx_tests::norm_into", mutates_args=("out",))
+def norm_into(out: torch.Tensor, a: torch.Tensor) -> None:
+    """As libraries of kernels have it: the result goes into what was allocated for it."""
+    out.copy_(F.normalize(a, dim=-1) * (1 + torch.arange(a.shape[1])[:, None] / a.shape[1]))
+
+
+norm_into.register_fake(lambda out, a: None)
 
 MASK = torch.ones(1, 1, 1, 9).bool()
 
@@ -401,6 +411,40 @@ def test_a_convolution_between_layers_is_given_frames_and_is_named():
         "in parts: unflatten in layers.0.between needs the model's order"
     }
     assert gathers(graph) == (6, 2)
+
+
+class Written(nn.Module):
+    """What another library's kernel writes into memory that was made for it."""
+
+    def forward(self, h):
+        out = torch.empty_like(h)
+        torch.ops.uta_fx_tests.norm_into(out, h)
+        return h + out
+
+
+def test_a_tensor_that_a_kernel_writes_into_keeps_the_model_s_order():
+    """Its entries depend on where they are, which no rule knows."""
+    model, inputs = build(lambda: Layer(Written()), Layer)
+    outputs, sites, _ = variants(model, inputs)
+    check(outputs)
+    assert {site.reordered for site in sites} == {
+        "in parts: norm_into in layers.0.between needs the model's order"
+    }
+
+
+def test_a_kernel_of_triton_may_write_into_all_that_it_takes():
+    """Which it does is in its code: it takes nothing that was gathered.
+
+    Dynamo traces kernels where there is a GPU: what it makes of them is put into a graph by hand.
+    """
+    model, inputs = build(lambda: Layer(Written()), Layer)
+    gm, _ = captured(model, *inputs)
+    (node,) = (x for x in gm.graph.nodes if "norm_into" in str(x.target))
+    node.target, (out, h) = triton_kernel_wrapper_mutation, node.args
+    node.args, node.kwargs = (), {"kernel_idx": 0, "grid": [(1,)], "kwargs": {"x": h, "out": out}}
+    sites = sparsify(gm, inputs, SMALL)
+    assert not any(isinstance(x.target, GatherTokens) for x in node.all_input_nodes)
+    assert [site.reordered.partition(":")[0] for site in sites] == ["in parts"] * 2
 
 
 def test_where_more_runs_along_the_tokens_than_it_saves_each_site_reorders_its_own():
