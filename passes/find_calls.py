@@ -18,6 +18,9 @@ from uta_fx.passes.site import Operand, value_of
 
 SDPA_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
+# nn.TransformerEncoderLayer, where neither gradients nor export forbid it
+_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
+
 # what Dynamo and export put around module names: L['self']._modules['blocks'] is blocks
 _NOT_MODULES = {"L", "self", "__dict__", "_modules", "_orig_mod"}
 
@@ -84,7 +87,8 @@ def find_calls(gm: GraphModule) -> list[Call]:
     Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of three
     or four dimensions; operators of libraries and FlexAttention; and softmaxes between two matrix
     products. A softmax that is almost that is a call with an objection, as is an
-    ``nn.MultiheadAttention`` that could not be expanded and an operator that is not known.
+    ``nn.MultiheadAttention`` that could not be expanded, a whole ``nn.TransformerEncoderLayer`` and
+    an operator that is not known.
     """
     calls = []
     for node in gm.graph.nodes:
@@ -92,6 +96,8 @@ def find_calls(gm: GraphModule) -> list[Call]:
             calls.append(_bound(node))
         elif node.op == "call_function" and node.target is MULTI_HEAD:
             calls.append(_multi_head(node))
+        elif node.op == "call_function" and node.target is _ENCODER_LAYER:
+            calls.append(_encoder_layer(node))
         elif fused := match_operator(gm, node):
             if fused.result is not None:
                 calls.append(_fused(fused, fused.result))
@@ -112,6 +118,17 @@ def _multi_head(node: Node) -> Call:
     arguments: Any = node.args
     query, key, value = (Operand(x, (1, None, 0, 2)) for x in arguments[:3])
     return Call(node, query, key, value, objection=objection_to_expansion(node))
+
+
+def _encoder_layer(node: Node) -> Call:
+    """A whole layer, ``[B, L, E]``, with its attention inside."""
+    arguments: Any = node.args
+    tokens = Operand(arguments[0], (0, None, 1, 2))
+    objection = (
+        "nn.TransformerEncoderLayer is one operator here; with"
+        " torch.backends.mha.set_fastpath_enabled(False) its attention stands in the graph"
+    )
+    return Call(node, tokens, tokens, tokens, objection=objection)
 
 
 def _fused(fused: Fused, result: Node) -> Call:

@@ -10,13 +10,13 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.site import Operand, recorded, value_of
-from uta_fx.passes.trace_axes import VIEWS, argument, name_of
+from uta_fx.passes.trace_axes import VIEWS, argument, equation_of, name_of
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous")
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 _NEAR = (*_CASTS, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp", "tanh",
-         "view", "reshape", "transpose", "permute", "unflatten", "flatten", "expand",
+         "view", "view_as", "reshape", "transpose", "permute", "unflatten", "flatten", "expand",
          "nan_to_num", "neg", "softcap", "sigmoid", "unsqueeze", "squeeze")  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def match_softmax(node: Node) -> Written | None:
     layout = _layout(first, last)
     if layout is None or value_of(softmax).dim() != len(first.out_letters):
         objections.append("its products are laid out in a way that is not understood")
-        layout = (_plain(first.left), _plain(first.right), _plain(last.right), (0, 1, 2, 3))
+        layout = (*_guess(first), _plain(last.right), (0, 1, 2, 3))
     query, key, value, output = layout
     objection = f"looks like attention, but {objections[0]}" if objections else None
     return Written(node, query, key, value, output, scale, mask, objection)
@@ -95,21 +95,16 @@ def _product(node: Node) -> _Product | None:
     if node.op not in ("call_function", "call_method"):
         return None
     name = name_of(node)
-    arguments: Any = node.args
     if name in ("matmul", "bmm"):
         left, right = argument(node, 0, "input"), argument(node, 1, "other")
         right = node.kwargs.get("mat2", right)
     elif name == "baddbmm":
         left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
     elif name == "einsum":
-        operands = arguments[1:]
-        operands = operands[0] if isinstance(operands[0], (tuple, list)) else operands
-        equation = str(arguments[0]).replace(" ", "")
-        inputs, arrow, out = equation.partition("->")
-        if len(operands) != 2 or not arrow or "." in equation:
+        inputs, out, operands = equation_of(node)
+        if len(operands) != 2 or any(len(set(x)) < len(x) for x in (*inputs, out)):
             return None
-        letters = inputs.split(",")
-        return _Product(node, operands[0], operands[1], letters[0], letters[1], out)
+        return _Product(node, *operands, *inputs, out)
     else:
         return None
     if not (isinstance(left, Node) and isinstance(right, Node)):
@@ -308,6 +303,23 @@ def _layout(
         Operand(last.right, order(last.right_letters, new_batch, new_column, wide)),
         tuple(places.index(letter) for letter in last.out_letters),
     )
+
+
+def _guess(first: _Product) -> tuple[Operand, Operand]:
+    """Queries and keys for a report: rows of the logits, and columns."""
+    row, column = first.out_letters[-2:]
+    if row not in first.left_letters:
+        first = first.swapped()
+    sides = ((first.left, first.left_letters, row), (first.right, first.right_letters, column))
+    found = []
+    for node, letters, token in sides:
+        others = [place for place, letter in enumerate(letters) if letter != token]
+        inside = [place for place in others if letters[place] not in first.out_letters]
+        if len(letters) != 4 or token not in letters or len(inside) != 1:
+            return _plain(first.left), _plain(first.right)
+        outside = [place for place in others if place not in inside]
+        found.append(Operand(node, (*outside, letters.index(token), *inside)))
+    return found[0], found[1]
 
 
 def _plain(node: Node) -> Operand:

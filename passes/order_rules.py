@@ -26,6 +26,7 @@ from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
     Size,
     argument,
+    equation_of,
     index_entries,
     name_of,
     number_of,
@@ -566,14 +567,10 @@ def _einsum(node: Node, place: Place, tokens: int) -> Needs | None:
 
 
 def _equation(node: Node) -> tuple[list[str], str, list[Node]]:
-    equation, *operands = node.args
-    if isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
-    inputs, output = str(equation).replace(" ", "").split("->")
-    letters = inputs.split(",")
-    if "." in inputs or any(len(set(x)) < len(x) for x in (*letters, output)):
-        raise ValueError("an einsum with dots or a diagonal")
-    return letters, output, operands  # type: ignore[return-value]
+    inputs, output, operands = equation_of(node)
+    if any(len(set(x)) < len(x) for x in (*inputs, output)):
+        raise ValueError("an einsum with a diagonal")
+    return inputs, output, operands
 
 
 def _convolution(node: Node, place: Place, tokens: int) -> Needs | None:

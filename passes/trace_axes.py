@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -702,13 +703,42 @@ def _matmul(trace: Trace, node: Node) -> Axes | None:
     return (*batch, a[-2], b[-1])
 
 
-def _einsum(trace: Trace, node: Node) -> Axes:
+def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
+    """Letters of the operands and of the output of an einsum, and the operands.
+
+    Dots are capital letters in their place, which are aligned at their end; an output that is not
+    written has the letters that come once, as torch has it.
+    """
     equation, *operands = _all(node)
     if isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    inputs, output = equation.replace(" ", "").split("->")
+    left, arrow, output = str(equation).replace(" ", "").partition("->")
+    inputs = left.split(",")
+    widths = [
+        recorded(x).dim() - len(letters.replace("...", ""))
+        for letters, x in zip(inputs, operands, strict=True)
+        if "..." in letters
+    ]
+    capitals = string.ascii_uppercase[: max(widths, default=0)]
+    if set(capitals) & set(equation):
+        raise ValueError(f"an einsum of dots and capital letters: {equation}")
+    if not arrow:
+        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
+        output = ("..." if widths else "") + "".join(once)
+    places = iter(widths)
+    inputs = [
+        letters.replace("...", capitals[len(capitals) - next(places) :])
+        if "..." in letters
+        else letters
+        for letters in inputs
+    ]
+    return inputs, output.replace("...", capitals), operands
+
+
+def _einsum(trace: Trace, node: Node) -> Axes:
+    inputs, output, operands = equation_of(node)
     known: dict[str, Axis] = {}
-    for letters, operand in zip(inputs.split(","), operands, strict=True):
+    for letters, operand in zip(inputs, operands, strict=True):
         for letter, axis in zip(letters, trace.of(operand), strict=True):
             known.setdefault(letter, axis)
     return tuple(known[letter] for letter in output)

@@ -82,6 +82,19 @@ def einsum_tokens_first(q, k, v):
     return torch.einsum("bshd,bhls->blhd", v, weights)
 
 
+def einsum_with_dots(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum("...id, ...jd", q * 0.5, k * 0.5).softmax(-1)
+    return torch.einsum("... i j, ... j d -> ... i d", weights, v)
+
+
+def scaled_in_place(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.matmul(q, k.transpose(-1, -2)).mul_(2.0)
+    logits /= math.sqrt(k.size(-1))
+    return logits.softmax(-1) @ v
+
+
 def grouped(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
@@ -103,6 +116,7 @@ FORMS = (
     sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
     matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
+    einsum_with_dots, scaled_in_place,
 )  # fmt: skip
 
 
@@ -161,6 +175,38 @@ def test_every_form_is_found_after_export(form):
     torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-3 if half else 2e-6)
 
 
+class OverVideo(nn.Module):
+    """A form over the tokens of a video."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.attention = nn.Conv3d(3, 32, 1), Attention(form)
+
+    def forward(self, video):
+        return self.attention(self.patch(video).flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_has_the_grid_of_a_video(form):
+    """Before and after export; in block order, density 1 is the form itself."""
+    video = torch.randn(BATCH, 3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    module = OverVideo(form).eval()
+    settings = {**SMALL, "reorder": "tile", "density": 1.0}
+    (site,) = uta_fx.explain(module, video, config=Config(**settings)).sites
+    assert (site.kind, site.grid, site.sparse) == ("self", (4, 5, 8), True)
+    torch._dynamo.reset()
+    options = {**settings, "inner": "eager"}
+    compiled = torch.compile(module, backend="uta", fullgraph=True, options=options)
+    program = torch.export.export(module, (video,))
+    sparse, sites = sparsify_program(program, plan_of(Config(**settings)))
+    assert [(x.grid, x.sparse) for x in sites] == [((4, 5, 8), True)]
+    atol = 2e-3 if form is softmax_in_float32_with_dropout_off else 2e-6
+    for output in (compiled(video), sparse.module()(video)):
+        torch.testing.assert_close(output, module(video), rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_the_multi_head_attention_of_torch_is_found(need_weights):
     """Also where it makes weights that nobody asks for."""
@@ -198,6 +244,41 @@ def test_a_multi_head_attention_with_more_than_attention_stays_dense():
         assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
 
 
+class Encoder(nn.Module):
+    """Layers of torch over the tokens of a video."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(3, 32, 1)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, HEADS, 64, batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, video):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@torch.no_grad()
+def test_the_encoder_layer_of_torch_is_named_or_found():
+    """One operator, which says how to make it several; then both layers have the grid."""
+    module, video = Encoder().eval(), torch.randn(BATCH, 3, 4, 5, 8)
+    config = Config(**{**SMALL, "reorder": "tile"})
+    fast = uta_fx.explain(module, video, config=config).sites
+    assert [(site.kind, site.sparse) for site in fast] == [("self", False)] * 2
+    assert "torch.backends.mha.set_fastpath_enabled(False)" in fast[0].reason
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch._dynamo.reset()
+        found = uta_fx.explain(module, video, config=config).sites
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert [(site.grid, site.sparse) for site in found] == [((4, 5, 8), True)] * 2
+
+
 def capped(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return torch.tanh(q @ k.mT / 50).mul(50).softmax(-1) @ v
@@ -230,6 +311,17 @@ def biased(q, k, v):
     return (q @ k.mT * 0.25 + torch.zeros(LENGTH, LENGTH)).softmax(-1) @ v
 
 
+def transposed(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (v.mT @ (k @ q.mT).softmax(-2)).mT
+
+
+def flattened(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    return logits.flatten(0, 1).softmax(-1).view_as(logits) @ v
+
+
 def mask_scaled(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return ((q @ k.mT + torch.zeros(LENGTH, LENGTH)) * 0.25).softmax(-1) @ v
@@ -252,6 +344,8 @@ def written_to(q, k, v):
     [
         (capped, "looks like attention, but tanh changes the logits"),
         (wrong_dimension, "looks like attention, but its softmax is over dimension -2"),
+        (transposed, "looks like attention, but its softmax is over dimension -2, not the last"),
+        (flattened, "looks like attention, but view_as changes the weights"),
         (weights_returned, "looks like attention, but its weights are used elsewhere too"),
         (dropped_out, "looks like attention, but it has dropout"),
         (filled, "looks like attention, but has an attention mask written as masked_fill"),
@@ -265,6 +359,7 @@ def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):
     """One site each, with the condition."""
     (site,) = uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
     assert not site.sparse and re.match(reason, site.reason), site.reason
+    assert site.expected and (site.kind, site.length_kv) == ("self", LENGTH)
 
 
 @torch.no_grad()
