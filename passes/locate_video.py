@@ -38,25 +38,21 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
     Args:
         trace: The graph's axes.
         axis: Of the tokens.
-        given: The grid that the user gave; it says how long the video is, and wins.
+        given: The grid that the user gave: it says how long the video is, and which of several
+            claims is true; it must not contradict a single one.
     """
     stretches = trace.stretches(axis)
     if given is not None:
         return _given(axis, stretches, given)
-    grids: dict[tuple[int, int], set[Grid]] = {}
-    for stretch in stretches:
-        grid = _grid(stretch.source.sides)
-        if grid is not None:
-            grids.setdefault((stretch.start, stretch.end), set()).add(grid)
+    grids = _claims(stretches)
     if not grids:
         return (
             f"the graph does not show how its {_parts(axis)} tokens{_origin(trace, axis)} lie in"
             " frames, rows and columns; give grid"
         )
     (start, end), claims = max(grids.items(), key=lambda item: math.prod(min(item[1])))
-    claims = {grid for grid in claims if not any(_merges(grid, other) for other in claims)}
     if len(claims) > 1:
-        text = " and ".join(" x ".join(map(str, grid)) for grid in sorted(claims))
+        text = " and ".join(map(_text, sorted(claims)))
         return f"the graph claims {text} for its tokens; give grid"
     return _video(axis, start, end, claims.pop())
 
@@ -67,11 +63,27 @@ def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
     fits = {(x.start, x.end) for x in stretches if same(x.source.length, tokens)}
     if same(length(axis), tokens):
         fits.add((0, len(axis)))
-    if len(fits) == 1:
-        return _video(axis, *fits.pop(), grid)
-    sides = " x ".join(map(str, grid))
-    problem = "matches more than one part of" if fits else "does not match"
-    return f"grid {sides} = {tokens} {problem} its {_parts(axis)} tokens"
+    if len(fits) != 1:
+        problem = "matches more than one part of" if fits else "does not match"
+        return f"grid {_text(grid)} = {tokens} {problem} its {_parts(axis)} tokens"
+    place = fits.pop()
+    claims = _claims(stretches).get(place, set())
+    if len(claims) == 1 and not any(x == grid or _merges(x, grid) for x in claims):
+        return f"grid {_text(grid)} is given, but the graph shows {_text(claims.pop())}"
+    return _video(axis, *place, grid)
+
+
+def _claims(stretches: list[Stretch]) -> dict[tuple[int, int], set[Grid]]:
+    """Grids of the parts of an axis, without those that merge two sides of another."""
+    found: dict[tuple[int, int], set[Grid]] = {}
+    for stretch in stretches:
+        grid = _grid(stretch.source.sides)
+        if grid is not None:
+            found.setdefault((stretch.start, stretch.end), set()).add(grid)
+    return {
+        place: {grid for grid in grids if not any(_merges(grid, other) for other in grids)}
+        for place, grids in found.items()
+    }
 
 
 def _video(axis: Axis, start: int, end: int, grid: Grid) -> Video:
@@ -94,6 +106,10 @@ def _merges(coarse: Grid, fine: Grid) -> bool:
     frames, height, width = fine
     merged = {(1, frames, height * width), (1, frames * height, width)}
     return coarse != fine and coarse in merged
+
+
+def _text(grid: Grid) -> str:
+    return " x ".join(map(str, grid))
 
 
 def _parts(axis: Axis) -> str:

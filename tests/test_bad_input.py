@@ -70,6 +70,7 @@ def first(output):
         (t5_text_encoder, {}, "its attention mask differs from query to query"),
         (vae, {}, "query head dim 272 is not from 16 to 256"),
         (wrong_grid, {"grid": (4, 6, 9)}, "grid 4 x 6 x 9 = 216 does not match its 192 tokens"),
+        (wrong_grid, {"grid": (4, 8, 6)}, "grid 4 x 8 x 6 is given, but the graph shows 4 x 6 x 8"),
     ],
 )
 def test_what_the_backend_cannot_help_is_said_and_computed(make, options, reason, caplog):
@@ -128,3 +129,22 @@ def test_an_unknown_option_leaves_the_model_alone():
     with pytest.raises(Exception, match=r"unknown option 'densty' \(did you mean 'density'\?\)"):
         torch.compile(model, backend="uta", options={"densty": 0.1})(video)
     assert torch.equal(model(video), dense) and "forward" not in vars(model)
+
+
+@torch.no_grad()
+def test_settings_that_are_no_config_are_named():
+    """By each function that takes them; the model stays as it was, to the bit."""
+    model, video = Layer().eval(), torch.randn(1, 3, 4, 6, 8)
+    dense, q = model(video), torch.randn(1, 1, 128, 16)
+    for call in (
+        lambda config: uta_fx.enable(model, config),
+        lambda config: uta_fx.explain(model, video, config=config),
+        lambda config: uta_fx.sparse_attention(q, q, q, config=config),
+        lambda config: uta_fx.export_onnx(model, (video,), "model.onnx", config=config),
+    ):
+        with pytest.raises(TypeError, match=r"config must be a uta_fx\.Config, got dict"):
+            call({"density": 0.3})
+    for name in ("backend", "options"):
+        with pytest.raises(TypeError, match=f"{name} is uta_fx.enable's own"):
+            uta_fx.enable(model, **{name: "inductor"})
+    assert "forward" not in vars(model) and torch.equal(model(video), dense)

@@ -68,7 +68,7 @@ def sparse_attention(
         TypeError: A dtype or device does not fit.
         RuntimeError: A gradient is asked for.
     """
-    config = config or Config()
+    config = Config.of(config)
     grid, video = _checked(query, key, value, attn_mask, config, grid, text)
     if lengths is not None:
         _check_lengths(lengths, query, config, text)

@@ -118,6 +118,19 @@ class Config:
             )
 
     @classmethod
+    def of(cls, config: Config | None) -> Config:
+        """The argument ``config`` of a public function: None stands for the defaults.
+
+        Raises:
+            TypeError: It is something else.
+        """
+        if config is None:
+            return cls()
+        if not isinstance(config, cls):
+            raise TypeError(f"config must be a uta_fx.Config, got {type(config).__name__}")
+        return config
+
+    @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
         """Build from the ``options`` of ``torch.compile``.
 

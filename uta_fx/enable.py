@@ -58,13 +58,17 @@ def enable(
         ``target``.
 
     Raises:
-        TypeError: ``target`` is neither, or a text encoder or a VAE.
+        TypeError: ``target`` is neither, or a text encoder or a VAE; ``config`` is no ``Config``;
+            ``compile_options`` has a ``backend`` or ``options``.
         ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` for a model
             that has none; ``dense_until`` without a schedule that can be followed, ``warmup``
             without ``dense_until``. The next call refuses a hook that is put inside later, and
             ``blocks`` without a grid where the model shows none.
     """
-    config = config or Config()
+    config = Config.of(config)
+    for name in ("backend", "options"):
+        if name in compile_options:
+            raise TypeError(f"{name} is uta_fx.enable's own: settings are fields of config")
     models = _models_of(target)
     for model in models:
         _check_model(model)

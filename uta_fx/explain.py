@@ -209,7 +209,7 @@ def explain(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    config = config or Config()
+    config = Config.of(config)
     graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
     notes = [note for graph in graphs for note in graph.notes]
     sites = tuple(site for graph in graphs for site in graph.counted_sites())

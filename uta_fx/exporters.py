@@ -80,7 +80,7 @@ def export_onnx(
     from uta_fx.export.clusters import spell_out_clusters
     from uta_fx.export.onnx_model import write_onnx
 
-    config, target = config or Config(), Path(path)
+    config, target = Config.of(config), Path(path)
     if target.suffix != ".onnx":
         raise ValueError(f"path must end in .onnx, got {path}")
     if not target.parent.is_dir():
@@ -143,7 +143,7 @@ def export_tensorrt(
         TypeError: ``model`` is not a module.
         ValueError: As for ``export_onnx``, or ``form`` is another.
     """
-    config, target = config or Config(), Path(path)
+    config, target = Config.of(config), Path(path)
     if form not in TENSORRT_FORMS:
         raise ValueError(f"form must be one of {', '.join(TENSORRT_FORMS)}, got {form!r}")
     suffix = ".engine" if form == "engine" else ".onnx"

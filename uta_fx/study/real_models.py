@@ -184,7 +184,7 @@ class RealModel:
         Raises:
             ValueError: The clip cannot be cut into whole tokens.
         """
-        config = config or Config()
+        config = Config.of(config)
         latent, grid = self.latent(size), self.grid(size)
         model = self.build(None if whole or config.dense_layers else TRACED)
         arguments = self.inputs(latent, grid)
