@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import re
 from collections import Counter
 
+import diffusers
 import pytest
 import torch
 
@@ -105,6 +107,13 @@ def test_every_attention_of_a_model_is_found_and_rewritten_without_harm(entry):
         if site.kind != "cross" and not short:
             assert site.sparse != bool(entry.dense), site.reason
             assert site.sparse or site.reason.startswith(entry.dense), site.reason
+
+
+def test_every_video_transformer_of_diffusers_is_there():
+    """By the names of its classes; few have no 3D in them, and are listed too."""
+    names = {name for name in dir(diffusers) if re.search(r"Transformer.*3DModel$", name)}
+    assert len(names) >= 30
+    assert names <= {entry.class_name for entry in MODELS}
 
 
 def test_a_repeated_block_by_itself_is_sparse_with_a_given_grid():

@@ -741,6 +741,22 @@ MODELS = (
         sites=_joint,
     ),
     Model(
+        name="JoyImage Edit Plus",
+        class_name="JoyImageEditPlusTransformer3DModel",
+        settings={
+            "patch_size": [1, 2, 2], "in_channels": 4, "hidden_size": 32, "num_attention_heads": 2,
+            "text_dim": 16, "num_layers": 2, "rope_dim_list": [4, 6, 6], "theta": 256,
+        },
+        inputs=lambda x: {
+            "hidden_states": x(1, VIDEO + 96, 4, 1, 2, 2),
+            "encoder_hidden_states": x(1, TEXT, 16),
+            "timestep": torch.ones(1),
+            "shape_list": [[GRID, IMAGE]],
+        },
+        sites=_joint,
+        note="a reference image in the sequence counts as text; with a mask: `trust_masks`",
+    ),
+    Model(
         name="Temporal transformer (AnimateDiff)",
         class_name="TransformerTemporalModel",
         settings={
