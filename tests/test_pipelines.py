@@ -8,7 +8,12 @@ import sys
 import accelerate
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import MagCacheConfig, SeaCacheConfig
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -248,6 +253,12 @@ def broadcast_attention(model):
     model.enable_cache(config)
 
 
+def extrapolate_attention(model):
+    """Likewise."""
+    config = TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r"blocks\.\d+\.attn1"])
+    model.enable_cache(config)
+
+
 def cache_first_block(model):
     """A cache that skips all blocks but the first while that one's residual hardly changes."""
     model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
@@ -259,6 +270,7 @@ def cache_first_block(model):
         (offload_by_groups, "group_offloading"),
         (offload_by_layers, "AlignDevicesHook"),
         (broadcast_attention, "pyramid_attention_broadcast"),
+        (extrapolate_attention, "taylorseer_cache"),
         (cache_first_block, "fbc_block_hook"),
     ],
 )
@@ -355,6 +367,42 @@ def test_a_cache_that_skips_blocks_does_not_make_the_schedule_drift(wan, monkeyp
     # two calls a step; the first step runs both blocks, the others run the first alone
     assert decisions == [True] * 4 + [True] * 2 * 2 + [False] * 2 * 3
     assert graphs() == 2 and not counters["graph_break"]
+
+
+CACHES = {
+    "FirstBlockCache": lambda: FirstBlockCacheConfig(threshold=0.05),
+    "TaylorSeer": lambda: TaylorSeerCacheConfig(
+        cache_interval=2,
+        disable_cache_before_step=2,
+        taylor_factors_dtype=torch.float32,
+        use_lite_mode=True,
+    ),
+    "MagCache": lambda: MagCacheConfig(mag_ratios=[1.0] * 6, num_inference_steps=6, threshold=0.5),
+    "SeaCache": SeaCacheConfig,
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_around_blocks_skip_what_they_skip_without_us(wan, name):
+    """Dense steps to the bit, density 1 to rounding, and each variant compiled once."""
+    uncached, outputs = generate(wan, "wan", steps=6), {}
+    for config in (None, dataclasses.replace(SPARSE, density=1.0), HALF):
+        pipe = tiny_pipeline("wan")
+        pipe.transformer.enable_cache(CACHES[name]())
+        counters.clear()
+        if config is not None:
+            config = dataclasses.replace(config, grid=GRID)
+            uta_fx.enable(pipe, config, blocks=True, fullgraph=True)
+        outputs[config and config.density] = generate(pipe, "wan", steps=6)
+        generate(pipe, "wan", steps=6)
+        assert graphs() == (0 if config is None else 2 if config.dense_until else 1)
+        assert not counters["graph_break"]
+    dense, exact, sparse = outputs[None], outputs[1.0], outputs[0.3]
+    assert not torch.equal(dense[-1], uncached[-1])
+    # six steps, each the sums of two layers in another order
+    torch.testing.assert_close(exact[-1], dense[-1], rtol=0, atol=1e-5 * float(dense[-1].std()))
+    assert all(torch.equal(a, b) for a, b in zip(dense[:3], sparse[:3], strict=True))
+    assert not torch.equal(dense[-1], sparse[-1])
 
 
 def test_dense_layers_counts_blocks_that_are_compiled_alone(wan):
