@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from uta_fx.passes.site import Grid
-from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, name_of, same
+import torch
+from torch.fx import GraphModule
+
+from uta_fx.passes.site import Grid, recorded
+from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, name_of, plain, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,46 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
         text = " and ".join(map(_text, sorted(claims)))
         return f"the graph claims {text} for its tokens; give grid"
     return _video(axis, start, end, claims.pop())
+
+
+def settle_grids(gm: GraphModule, trace: Trace, axes: Sequence[Axis]) -> bool:
+    """Read the sizes that the grids of these axes are computed from as numbers; whether any was.
+
+    A grid specialises the graph in any case. Where not the grid alone but what it is made of is
+    known, so are all lengths that are computed from the same.
+    """
+    wanted = {
+        symbol
+        for axis in axes
+        for stretch in trace.stretches(axis)
+        if len(stretch.source.sides) in (2, 3)
+        for side in stretch.source.sides
+        if isinstance(side, torch.SymInt)
+        for symbol in side.node.expr.free_symbols
+    }
+    if not wanted:
+        return False
+    values = [recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
+    sizes = [
+        size
+        for value in values
+        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+        if isinstance(size, torch.SymInt)
+    ]
+    for size in sizes:
+        if size.node.expr in wanted:
+            int(size)
+    # tables beside the tokens are as long, which the graph knows of the symbol alone
+    tokens = [
+        plain(x)
+        for axis in axes
+        for x in (length(axis), *(stretch.source.length for stretch in trace.stretches(axis)))
+    ]
+    lengths = {x for x in tokens if isinstance(x, int)}
+    for size in sizes:
+        if size.node.hint in lengths:
+            int(size)
+    return True
 
 
 def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:

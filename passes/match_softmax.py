@@ -104,7 +104,8 @@ def _product(node: Node) -> _Product | None:
         inputs, out, operands = equation_of(node)
         if len(operands) != 2 or any(len(set(x)) < len(x) for x in (*inputs, out)):
             return None
-        return _Product(node, *operands, *inputs, out)
+        (left, right), (left_letters, right_letters) = operands, inputs
+        return _Product(node, left, right, left_letters, right_letters, out)
     else:
         return None
     if not (isinstance(left, Node) and isinstance(right, Node)):
@@ -307,7 +308,7 @@ def _layout(
 
 def _guess(first: _Product) -> tuple[Operand, Operand]:
     """Queries and keys for a report: rows of the logits, and columns."""
-    row, column = first.out_letters[-2:]
+    row, column = first.out_letters[-2], first.out_letters[-1]
     if row not in first.left_letters:
         first = first.swapped()
     sides = ((first.left, first.left_letters, row), (first.right, first.right_letters, column))

@@ -15,6 +15,7 @@ from uta_fx.passes.trace_axes import (
     argument,
     name_of,
     number_of,
+    plain,
     same,
     written_by,
 )
@@ -120,7 +121,7 @@ def _operands(node: Node) -> list[Node]:
 def _constant(node: Node, dim: int) -> bool:
     """Whether all entries along a dimension are the same one."""
     value, name = recorded(node), name_of(node)
-    if value.dim() < -dim or (isinstance(value.shape[dim], int) and value.shape[dim] == 1):
+    if value.dim() < -dim or _is(value.shape[dim], 1):
         return True
     if name in ("expand", "repeat"):
         return _constant(argument(node, 0, "input"), dim)
@@ -151,7 +152,7 @@ def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
     if not isinstance(node, Node):
         return _fits(node, want)
     name = name_of(node)
-    shape = recorded(node).shape
+    shape = _sizes(node)
     if len(shape) < -dim or (isinstance(shape[dim], int) and shape[dim] < stop):
         return False
     if name in ("ones", "new_ones", "ones_like"):
@@ -196,7 +197,7 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
     parts: list[tuple[Any, Any]]
     if name_of(node) == "cat":
         along = argument(node, 1, "dim", 0) % rank - rank
-        parts = [(x, recorded(x).shape[along]) for x in argument(node, 0, "tensors")]
+        parts = [(x, _sizes(x)[along]) for x in argument(node, 0, "tensors")]
         if along != dim:
             return [(x, start, stop) for x, _ in parts]
     else:
@@ -205,7 +206,7 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
         if len(pads) != 2 or dim != -1:
             return None
         source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0
-        parts = [(value, pads[0]), (source, recorded(source).shape[-1]), (value, pads[1])]
+        parts = [(value, pads[0]), (source, _sizes(source)[-1]), (value, pads[1])]
     pieces, done = [], 0
     for x, size in parts:
         if start == stop:
@@ -279,7 +280,7 @@ def _first(node: Any, want: bool) -> bool:
         return _is_arange(index) and _is_one(bound) and below == want
     if name == "masked_fill":
         x, condition, value = _filled(node)
-        all_ones = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], True)
+        all_ones = isinstance(x, Node) and _always(x, -1, 0, _sizes(x)[-1], True)
         return want and all_ones and _fits(number_of(value), False) and _first(condition, False)
     source = _of_the_same_rows(node)
     return source is not None and _first(source, want)
@@ -298,7 +299,7 @@ def _added(node: Any) -> bool:
         )
     if name == "masked_fill":
         x, condition, value = _filled(node)
-        all_zeros = isinstance(x, Node) and _always(x, -1, 0, recorded(x).shape[-1], False)
+        all_zeros = isinstance(x, Node) and _always(x, -1, 0, _sizes(x)[-1], False)
         return all_zeros and _is_hiding(value) and _first(condition, False)
     if name == "mul":
         return any(
@@ -389,6 +390,10 @@ def _at_least(node: Any, bound: int) -> bool:
 def _is_count(node: Any) -> bool:
     """The sum of a mask."""
     return isinstance(node, Node) and name_of(node) == "sum"
+
+
+def _sizes(node: Node) -> list[Any]:
+    return [plain(size) for size in recorded(node).shape]
 
 
 def _is(a: Any, b: Any) -> bool:

@@ -14,7 +14,7 @@ from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
-from uta_fx.passes.locate_video import Video, locate_video
+from uta_fx.passes.locate_video import Video, locate_video, settle_grids
 from uta_fx.passes.read_mask import hides, pads
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
@@ -24,7 +24,7 @@ from uta_fx.passes.reorder_tokens import (
     insert_gathers,
 )
 from uta_fx.passes.site import Grid, Operand, Site, value_of
-from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, same
+from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, plain, same
 
 Replacement = Callable[..., Any]
 """Returns a tensor; or a tuple that begins with it, for ``carry_state`` to take apart."""
@@ -68,7 +68,10 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     """Describe and decide every attention call of the graph, which goes on to compute the same."""
     expand_multi_head(gm)
     trace = Trace(gm)
-    calls = [(call, classify_call(call, trace)) for call in find_calls(gm)]
+    found = find_calls(gm)
+    if settle_grids(gm, trace, [trace.axis(x.query.node, x.query.token_dim) for x in found]):
+        trace = Trace(gm)
+    calls = [(call, classify_call(call, trace)) for call in found]
     layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
     sites = []
     for call, kind in calls:
@@ -336,4 +339,5 @@ def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | Non
 
 
 def _plain(size: Size) -> int | str:
-    return size if isinstance(size, int) else str(size)
+    number = plain(size)
+    return number if isinstance(number, int) else str(number)

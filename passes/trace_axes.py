@@ -301,7 +301,7 @@ def _key(axis: Axis) -> Any:
 
 def number_of(x: Any) -> Any:
     """An int or SymInt where a graph holds it as a node."""
-    return recorded(x) if isinstance(x, Node) else x
+    return plain(recorded(x) if isinstance(x, Node) else x)
 
 
 def _shape(node: Node) -> Sequence[Size]:

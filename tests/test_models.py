@@ -109,6 +109,45 @@ def test_every_attention_of_a_model_is_found_and_rewritten_without_harm(entry):
             assert site.sparse or site.reason.startswith(entry.dense), site.reason
 
 
+def wider(arguments):
+    """The arguments of a video of twice the width."""
+    changed = dict(arguments)
+    along = -1 if arguments["hidden_states"].dim() == 5 else 1
+    changed["hidden_states"] = torch.cat([arguments["hidden_states"]] * 2, along)
+    if "width" in arguments:
+        changed["width"] = 2 * arguments["width"]
+    if "image_rotary_emb" in arguments:
+        changed["image_rotary_emb"] = tuple(
+            torch.cat([table] * 2) for table in arguments["image_rotary_emb"]
+        )
+    return changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX 5B", "LTX-Video", "LTX-2"])
+def test_another_size_is_one_graph_more_and_as_sparse(name, dynamic):
+    """Though Dynamo then has symbols where it had numbers; and it is right."""
+    entry = next(entry for entry in MODELS if entry.name == name)
+    model, compiled_sites = entry.build(), []
+
+    def backend(gm, inputs):
+        config = dataclasses.replace(SMALL, density=1.0)
+        compiled_sites.append([x for x in sparsify(gm, inputs, config) if x.expected])
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    first = entry.arguments()
+    for arguments, graphs in ((first, 1), (wider(first), 2), (first, 2)):
+        dense = flat(model(**arguments, return_dict=False))
+        for a, b in zip(dense, flat(compiled(**arguments, return_dict=False)), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=2e-6 * float(a.abs().max()))
+        assert len(compiled_sites) == graphs
+    for sites, grid in zip(compiled_sites, ((4, 6, 8), (4, 6, 16)), strict=True):
+        assert {(x.sparse, x.grid, x.reordered) for x in sites} == {(True, grid, "once")}
+
+
 def test_every_video_transformer_of_diffusers_is_there():
     """By the names of its classes; few have no 3D in them, and are listed too."""
     names = {name for name in dir(diffusers) if re.search(r"Transformer.*3DModel$", name)}
