@@ -172,7 +172,7 @@ def test_a_lora_swap_and_a_prompt_cost_nothing(wan):
     assert graphs() == 2 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_autocast_is_honoured(name):
     """Our part errs no more against float32 than dense attention does under autocast.
 
