@@ -14,7 +14,8 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     graph, copies = Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(gm.graph, copies))
     for node, new in copies.items():
-        new.meta = dict(node.meta)
+        # without what refers to the true inputs: Dynamo takes that out of its own graph afterwards
+        new.meta = {key: value for key, value in node.meta.items() if key != "grapharg"}
         if hasattr(node, "_dynamo_source"):
             new._dynamo_source = node._dynamo_source
     copy = GraphModule(gm, graph)
