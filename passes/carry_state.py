@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
+from uta_fx.passes.copy_graph import copy_graph
 from uta_fx.passes.site import value_of
 
 
@@ -36,7 +37,7 @@ def carry_state(
     Raises:
         ValueError: A state's size is known only at run time.
     """
-    copy = _copy_of(gm)
+    copy = copy_graph(gm)
     graph, inputs, results = copy.graph, list(example_inputs), []
     placeholder = graph.find_nodes(op="placeholder")[-1]
     for node in list(graph.nodes):
@@ -94,20 +95,6 @@ def with_state(compiled: Callable[..., Any], states: Sequence[Tensor]) -> Callab
         return outputs[:own]
 
     return call
-
-
-def _copy_of(gm: GraphModule) -> GraphModule:
-    graph, copies = Graph(), {}  # type: ignore[var-annotated]
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for node, new in copies.items():
-        new.meta = dict(node.meta)
-        if hasattr(node, "_dynamo_source"):
-            new._dynamo_source = node._dynamo_source
-    copy = GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
-    return copy
 
 
 def _zeros(shape: Sequence[int], query: Tensor, example_inputs: Sequence[Any]) -> Tensor:

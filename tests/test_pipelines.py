@@ -442,12 +442,40 @@ def test_compile_repeated_blocks_takes_the_backend(wan):
         uta_fx.enable(wan)
 
 
-def test_compile_repeated_blocks_refuses_what_a_block_does_not_know(wan):
-    """Which layer it is."""
-    options = {"density": 0.3, "grid": GRID, "dense_layers": "0", **SETTINGS}
-    wan.transformer.compile_repeated_blocks(backend="uta", fullgraph=True, options=options)
-    with pytest.raises(Exception, match=r"dense_layers='0' needs .* uta_fx.enable\(.*blocks=True"):
-        generate(wan, "wan", steps=1)
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+@pytest.mark.parametrize("layers", ["0", "-1", "0-1"])
+def test_compile_repeated_blocks_counts_blocks_as_enable_does(name, layers):
+    """HunyuanVideo has one of either kind: the index goes on from list to list."""
+    trust = name == "hunyuan_video"
+    config = Config(density=0.3, grid=GRID, dense_layers=layers, trust_masks=trust, **SETTINGS)
+    pipe = tiny_pipeline(name)
+    uta_fx.enable(pipe, config, blocks=True)
+    expected = generate(pipe, name, steps=2)[-1]
+    uta_fx.disable(pipe)
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    pipe.transformer.compile_repeated_blocks(backend="uta", fullgraph=True, options=options)
+    assert torch.equal(generate(pipe, name, steps=2)[-1], expected)
+
+
+def test_a_lora_moves_no_layer(wan):
+    """Loaded into compiled blocks and unloaded: the dense one stays the first."""
+    settings = {"density": 0.3, "grid": GRID, "dense_layers": "0", **SETTINGS}
+    weights = lora(wan.transformer, 1)
+
+    def outputs(pipe):
+        pipe.load_lora_weights(dict(weights), adapter_name="style")
+        with_lora = generate(pipe, "wan", steps=2)[-1]
+        pipe.unload_lora_weights()
+        return with_lora, generate(pipe, "wan", steps=2)[-1]
+
+    uta_fx.enable(wan, Config(**settings), blocks=True)
+    expected = outputs(wan)
+    repeated = tiny_pipeline("wan")
+    repeated.transformer.compile_repeated_blocks(backend="uta", options=settings)
+    generate(repeated, "wan", steps=1)
+    found = outputs(repeated)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(*found)
 
 
 def test_what_is_no_video_transformer_is_named(wan):

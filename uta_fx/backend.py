@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,9 @@ from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex, objection_to
 from uta_fx.compile_kernels import kernels_compiled_beside
 from uta_fx.config import Config
 from uta_fx.dump import readable
+from uta_fx.layers import BlockByBlock, block_around, blocks_of, check_layers, parameters_of
 from uta_fx.passes.carry_state import carry_state, with_state
+from uta_fx.passes.copy_graph import copy_graph
 from uta_fx.passes.order_rules import Place
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
@@ -23,6 +27,8 @@ from uta_fx.passes.trace_calls import trace_calls
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
+
+Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def uta(
@@ -44,7 +50,7 @@ def uta(
 
     Raises:
         ValueError: An option is unknown or out of range, ``strict`` and a site stays dense, or
-            ``dense_layers`` for a graph that does not show its layers.
+            ``dense_layers`` where neither the graph nor the model around it shows the layers.
         RuntimeError: A gradient is asked for.
     """
     options = dict(options or {})
@@ -56,20 +62,18 @@ def uta(
             f"dense_until={config.dense_until} needs uta_fx.enable(pipeline, config): the graph of"
             " one step does not know where in the noise schedule it is"
         )
-    sparsify(gm, example_inputs, config)
+    compile_inner = functools.partial(_compile, inner=config.inner, mode=mode, inductor=inductor)
     share = config.inner == "inductor"
-    trace_calls(gm, TokenIndex, share=False)
-    # apart, so that Inductor gathers a table once and not in each kernel that reads it
-    trace_calls(gm, GatherTokens, share=share)
-    if _keeps(config) and any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
-        gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
-        trace_calls(gm, ContinuedSite, share=share)
-        with kernels_compiled_beside(gm):
-            compiled = _compile(gm, inputs, config.inner, mode, inductor)
-        return with_state(compiled, inputs[len(example_inputs) :])
-    trace_calls(gm, SparseSite, share=share)
-    with kernels_compiled_beside(gm):
-        return _compile(gm, example_inputs, config.inner, mode, inductor)
+    blocks = _blocks_around(gm, config)
+    if blocks is None:
+        sparsify(gm, example_inputs, config)
+        return _compile_sparse(gm, example_inputs, compile_inner, share)
+    dense, sparse = copy_graph(gm), copy_graph(gm)
+    sites = sparsify(sparse, example_inputs, dataclasses.replace(config, dense_layers=""))
+    run_sparse = _compile_sparse(sparse, example_inputs, compile_inner, share)
+    if not any(site.sparse for site in sites):
+        return run_sparse
+    return blocks.choose(compile_inner(dense, example_inputs), run_sparse)
 
 
 def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:
@@ -143,7 +147,7 @@ def plan_of(config: Config) -> Plan:
 
 
 def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
-    """Why ``dense_layers`` cannot be honoured: nothing says which layers of a model these are.
+    """Why ``dense_layers`` cannot be honoured by the graph alone: it does not show its layers.
 
     The layers of a model are modules in a list, so that their paths hold a number. A block that is
     compiled by itself has none, and is one graph for all layers that are like it.
@@ -153,9 +157,10 @@ def objection_to_layers(sites: Sequence[Site], config: Config) -> str | None:
     if not config.dense_layers or not layers or numbered:
         return None
     return (
-        f"dense_layers={config.dense_layers!r} needs a graph with a list of blocks: this one has"
-        f" {layers[0].name} outside any, and may be a block by itself; compile the whole model, or"
-        " use uta_fx.enable(model, config, blocks=True)"
+        f"dense_layers={config.dense_layers!r} needs to know which layer runs: this graph has"
+        f" {layers[0].name} outside any list of blocks, and no model that is being called shows it"
+        " as one of its blocks; call the block through its model, compile the whole model, or use"
+        " uta_fx.enable(model, config, blocks=True)"
     )
 
 
@@ -182,6 +187,50 @@ def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:
         f"dense_layers={config.dense_layers!r} names layers that the graph does not have:"
         f" it has {layers} of self-attention"
     )
+
+
+def _blocks_around(gm: GraphModule, config: Config) -> BlockByBlock | None:
+    """What knows the layers of a graph that has none to count: those of the model around it.
+
+    None where ``dense_layers`` needs no such thing, or nothing shows which block this is.
+
+    Raises:
+        ValueError: ``dense_layers`` names blocks that the model does not have.
+    """
+    parameters = parameters_of(gm) if config.dense_layers else {}
+    found = block_around(list(parameters.values()))
+    if found is None:
+        return None
+    objection = objection_to_layers([site for _, site in understand(gm, plan_of(config))], config)
+    if objection is None:
+        return None
+    model, _ = found
+    check_layers(model, config)
+    number = len(blocks_of(model))
+    dense = [str(index) for index in range(number) if config.is_dense_layer(index, number)]
+    logger.info(
+        "dense_layers=%r: of the %d blocks of a %s these stay dense: %s",
+        config.dense_layers, number, type(model).__name__, ", ".join(dense),
+    )  # fmt: skip
+    return BlockByBlock(config, list(parameters), objection)
+
+
+def _compile_sparse(
+    gm: GraphModule, example_inputs: Sequence[Any], compile_inner: Compile, share: bool
+) -> Callable[..., Any]:
+    """Compile what ``sparsify`` has rewritten."""
+    trace_calls(gm, TokenIndex, share=False)
+    # apart, so that Inductor gathers a table once and not in each kernel that reads it
+    trace_calls(gm, GatherTokens, share=share)
+    if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
+        gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
+        trace_calls(gm, ContinuedSite, share=share)
+        with kernels_compiled_beside(gm):
+            compiled = compile_inner(gm, inputs)
+        return with_state(compiled, inputs[len(example_inputs) :])
+    trace_calls(gm, SparseSite, share=share)
+    with kernels_compiled_beside(gm):
+        return compile_inner(gm, example_inputs)
 
 
 def _compile(

@@ -41,8 +41,8 @@ class Config:
         min_tokens: Sites with fewer tokens stay dense.
         dense_layers: Layers whose attention stays dense, such as ``"0-1,-1"``; empty for none.
             A layer is a self-attention call of the graph. Those that a graph does not have are
-            logged, not refused: it may be a part of the model. A graph without a list of blocks,
-            which may be a block by itself, is refused.
+            logged, not refused: it may be a part of the model. For a block that is compiled by
+            itself it is a block of the model that calls it; one that has no such model is refused.
         dense_until: Share of the noise schedule that runs dense at its start, in [0, 1]; needs
             ``uta_fx.enable``, which sees the schedule.
         inner: Name of the ``torch.compile`` backend that gets the rewritten graph.

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from uta_fx.config import Config
 from uta_fx.hooks import hooks_inside, innermost_forward
+from uta_fx.layers import blocks_of, check_layers
 from uta_fx.surroundings import with_surroundings
 
 Forward = Callable[..., Any]
@@ -330,16 +331,10 @@ def _models_of(target: Any) -> list[nn.Module]:
 
 
 def _blocks_of(model: nn.Module, config: Config) -> list[nn.Module]:
-    """What diffusers names blocks: the modules in the lists that a model itself holds."""
-    lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
-    blocks = [block for part in lists for block in part]
+    blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"blocks=True needs a model with a list of blocks, got a {_name(model)}")
-    if not config.dense_layers_fit(len(blocks)):
-        raise ValueError(
-            f"dense_layers={config.dense_layers!r} names blocks that a {_name(model)} does not"
-            f" have: it has {len(blocks)}"
-        )
+    check_layers(model, config)
     return blocks
 
 
