@@ -92,7 +92,7 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     dialect = dialect or Dialect(lower=keep_nodes)
-    program = _without_factors(_without_complex_gaps(program))
+    program = _without_factors(_without_gaps(program))
     try:
         with _without_their_own_worries():
             exported = torch.onnx.export(
@@ -158,19 +158,22 @@ def _without_their_own_worries() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
-    """What complex tensors go through, by operations that the exporter can write for them."""
+def _without_gaps(program: ExportedProgram) -> ExportedProgram:
+    """What the exporter cannot write for some dtypes or sizes, by operations that it can.
+
+    For complex numbers it has few words. Einsum wants one dtype, which is not bfloat16, and so do
+    sequences, as which it writes parts whose sizes only a run knows.
+    """
     aten = torch.ops.aten
-    gaps = (
-        aten.split_with_sizes.default, aten.expand.default, aten.unsqueeze.default,
-        aten.index_select.default,
-    )  # fmt: skip
+    rare = (aten.split_with_sizes.default, aten.einsum.default)
+    common = (aten.expand.default, aten.unsqueeze.default, aten.index_select.default)
+    gaps = (*rare, *common)
     nodes = [x for gap in gaps for x in program.graph.find_nodes(op="call_function", target=gap)]
-    if not any(node.args[0].meta["val"].is_complex() for node in nodes):
+    if not any(x.target in rare or x.args[0].meta["val"].is_complex() for x in nodes):
         return program
 
     def split(x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> Any:
-        if not x.is_complex():
+        if not x.is_complex() and all(isinstance(size, int) for size in sizes):
             return NotImplemented
         ends = itertools.accumulate(sizes)
         return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
@@ -191,7 +194,15 @@ def _without_complex_gaps(program: ExportedProgram) -> ExportedProgram:
         parts = torch.view_as_real(x).index_select(dim - (dim < 0), index)
         return torch.view_as_complex(parts)
 
-    spelled = (split, expand, unsqueeze, index_select)
+    products = torch.export.default_decompositions()[aten.einsum.default]
+
+    def einsum(equation: str, tensors: Sequence[torch.Tensor], path: Any = None) -> Any:
+        dtypes = {x.dtype for x in tensors}
+        if len(dtypes) == 1 and torch.bfloat16 not in dtypes:
+            return NotImplemented
+        return products(equation, tensors, path=path)
+
+    spelled = (split, einsum, expand, unsqueeze, index_select)
     return program.run_decompositions(dict(zip(gaps, spelled, strict=True)))
 
 
@@ -337,7 +348,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def sort(x: Any, dim: int = -1, descending: bool = False) -> Any:
         """TopK of all: of equal values the one with the lower index comes first."""
         dim %= len(x.shape)
-        ranked = opset18.Cast(x, to=ir.DataType.INT32) if x.dtype == ir.DataType.BOOL else x
+        wider = {ir.DataType.BOOL: ir.DataType.INT32, ir.DataType.BFLOAT16: ir.DataType.FLOAT}
+        ranked = opset18.Cast(x, to=wider[x.dtype]) if x.dtype in wider else x
         values, order = opset18.TopK(
             ranked,
             opset18.Shape(x, start=dim, end=dim + 1),
@@ -345,12 +357,20 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             largest=int(descending),
             sorted=1,
         )
-        return opset18.CastLike(values, x) if x.dtype == ir.DataType.BOOL else values, order
+        return opset18.CastLike(values, x) if x.dtype in wider else values, order
 
     def stable_sort(
         x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
     ) -> Any:
         return sort(x, dim, descending)
+
+    def scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
+        """Numbers of 16 bits add up in float32: ONNX Runtime's CPU provider adds no others."""
+        if x.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            return opset18.ScatterElements(x, index, source, axis=dim, reduction="add")
+        wide, more = (opset18.Cast(y, to=ir.DataType.FLOAT) for y in (x, source))
+        total = opset18.ScatterElements(wide, index, more, axis=dim, reduction="add")
+        return opset18.CastLike(total, x)
 
     def slice_scatter(
         x: Any,
@@ -402,6 +422,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         **{operator: written(function) for operator, function in CONSTANTS.items()},
         torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.aten.slice_scatter.default: slice_scatter,
+        torch.ops.aten.scatter_add.default: scatter_add,
         torch.ops.aten.sort.default: sort,
         torch.ops.aten.sort.stable: stable_sort,
         torch.ops.uta.sparse_attention.default: sparse_attention,
