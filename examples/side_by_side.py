@@ -144,12 +144,7 @@ def timed_dense(args: argparse.Namespace, pipeline: Any, generate: Generate) -> 
 
 
 def show(args: argparse.Namespace, dense: Run, sparse: Run, frames_per_second: int) -> None:
-    """Write the video and print the table."""
-    rows = comparison_rows(dense.video, sparse.video)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    videos = {label: video[0] for label, video in rows.items()}
-    write_side_by_side(args.out, videos, frames_per_second=frames_per_second)
-
+    """Print the table, then write the video, which takes longer the larger it is."""
     first = dense_steps(args.steps, args.dense_until)  # the step after it holds no compilation
     times = [statistics.median(run) for run in (dense.seconds, sparse.seconds[first:])]
     table = Table(title=f"{args.width} x {args.height}, {args.frames} frames, on {DEVICE}")
@@ -162,4 +157,9 @@ def show(args: argparse.Namespace, dense: Run, sparse: Run, frames_per_second: i
     table.add_row("PSNR against dense", "", f"{psnr(dense.video, sparse.video):.1f} dB")
     table.add_row("SSIM against dense", "", f"{ssim(dense.video, sparse.video):.4f}")
     Console().print(table)
+
+    rows = comparison_rows(dense.video, sparse.video)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    videos = {label: video[0] for label, video in rows.items()}
+    write_side_by_side(args.out, videos, frames_per_second=frames_per_second)
     print(args.out)

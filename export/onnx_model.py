@@ -77,8 +77,9 @@ def write_onnx(
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
 
-    Weights lie in the file up to 2 GB together, beyond that in ``path`` with ``.data`` after its
-    name. Both are written beside ``path`` under another name, checked, and then renamed.
+    Weights lie in the file up to PyTorch's limit (about 1.5 GB together), beyond that in ``path``
+    with ``.data`` after its name. Both are written beside ``path`` under another name, checked, and
+    then renamed.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.

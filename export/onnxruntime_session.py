@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 from torch import Tensor
 
 from uta_fx.export.onnx_functions import ELEMENT_TYPES, check_version
@@ -44,7 +45,14 @@ def open_session(
             "%s: %s run by the plugin %s, what else is ours by its function",
             path, ", ".join(nodes), library,
         )  # fmt: skip
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except NotImplemented as error:
+        raise RuntimeError(
+            f"{path} needs an operation that {', '.join(names)} lacks for its dtype; a model in"
+            " bfloat16 needs a GPU's provider: for the CPU export it in float16 or float32"
+            f" ({error})"
+        ) from error
 
 
 def bind(

@@ -12,7 +12,7 @@ import torch
 from cases import Case, double
 from torch import nn
 
-from uta_fx import Config, export_onnx
+from uta_fx import Config, export_onnx, onnxruntime_session
 from uta_fx.explain import FULL_CAPTURE
 from uta_fx.kernels import reference
 from uta_fx.policies import Radial
@@ -596,6 +596,15 @@ def test_numbers_of_16_bits_are_written(tmp_path, dtype):
     results = run(path, {"x": x.numpy(), "wide": wide.numpy(), "mask": mask.numpy()})
     for got, expected in zip(results, Narrow()(x, wide, mask), strict=True):
         np.testing.assert_allclose(got, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_a_model_in_bfloat16_needs_a_gpu(tmp_path):
+    """ONNX Runtime's CPU provider has no product of matrices in bfloat16; the error says so."""
+    path = tmp_path / "model.onnx"
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16).eval()
+    export_onnx(layer, (torch.ones(2, 8, dtype=torch.bfloat16),), path)
+    with pytest.raises(RuntimeError, match="for its dtype; a model in bfloat16 needs a GPU"):
+        onnxruntime_session(path, ["CPUExecutionProvider"])
 
 
 class Factored(nn.Module):

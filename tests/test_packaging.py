@@ -18,9 +18,10 @@ def setuptools_table():
 
 
 def source_files():
-    """Every Python file that should be in the wheel, by its path there."""
+    """Every file of Python or C that should be in the wheel, by its path there."""
     files = {path.relative_to(ROOT) for path in (ROOT / "uta_fx").rglob("*.py")}
-    files |= {Path("uta_fx") / p.relative_to(ROOT) for m in MAPPED for p in (ROOT / m).glob("*.py")}
+    sources = [path for folder in MAPPED for path in (ROOT / folder).iterdir()]
+    files |= {Path("uta_fx") / p.relative_to(ROOT) for p in sources if p.suffix in (".py", ".c")}
     return {path.as_posix() for path in files}
 
 

@@ -42,7 +42,8 @@ def export_onnx(
 ) -> Explanation:
     """Write a model as an ONNX file in which video attention is sparse.
 
-    The file runs in any ONNX Runtime, with nothing of ours installed: each sparse attention is one
+    The file runs in any ONNX Runtime, with nothing of ours installed (in bfloat16 on a GPU alone:
+    its CPU provider lacks most operations for that dtype): each sparse attention is one
     node ``uta::SparseAttention`` beside a function that says what it is in standard operations, and
     so are steps of the selection of its blocks. ``uta_fx.onnxruntime_session`` runs these nodes by
     our own kernels instead. Metadata of the file: ``uta_fx.version``, ``uta_fx.config`` and
@@ -52,8 +53,9 @@ def export_onnx(
     Args:
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
-        path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than 2 GB
-            go into a second file beside it, with ``.data`` after its name.
+        path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than
+            PyTorch's limit, about 1.5 GB, go into a second file beside it, with ``.data`` after its
+            name.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
@@ -247,6 +249,8 @@ def onnxruntime_session(
 
     Raises:
         ImportError: onnx or onnxruntime is missing.
+        RuntimeError: No provider has an operation of the file for its dtype, as the CPU's for
+            bfloat16.
         ValueError: There is no such file, provider or library, or the file is from another version.
     """
     require("onnx", extra="onnx")
