@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from uta_fx.config import Config
 from uta_fx.hooks import hooks_inside, innermost_forward
@@ -19,6 +19,8 @@ from uta_fx.layers import blocks_of, check_layers
 from uta_fx.surroundings import with_surroundings
 
 Forward = Callable[..., Any]
+
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def enable(
@@ -53,7 +55,8 @@ def enable(
         warmup: The first call runs the dense and the sparse variant, so that both are compiled
             before the generation goes on; without it the sparse one is compiled by the first sparse
             step. Needs ``config.dense_until``.
-        **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``, ``mode``).
+        **compile_options: Handed to ``torch.compile`` (``fullgraph``, ``dynamic``, ``mode``). Under
+            a mode with CUDA graphs, outputs are copies: they live on when the next call comes.
 
     Returns:
         ``target``.
@@ -273,7 +276,8 @@ def _compiled(
 
 def _dense(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
     forward = _with_own_code(original, "dense")
-    return torch.compile(forward, backend=config.inner, **compile_options)
+    compiled = torch.compile(forward, backend=config.inner, **compile_options)
+    return _keeps_outputs(compiled, compile_options)
 
 
 def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
@@ -286,7 +290,23 @@ def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) 
     mode = {"mode": compile_options["mode"]} if "mode" in compile_options else {}
     others = {name: value for name, value in compile_options.items() if name != "mode"}
     forward = _with_own_code(original, "sparse")
-    return torch.compile(forward, backend="uta", options=fields | mode, **others)
+    compiled = torch.compile(forward, backend="uta", options=fields | mode, **others)
+    return _keeps_outputs(compiled, compile_options)
+
+
+def _keeps_outputs(compiled: Forward, compile_options: dict[str, Any]) -> Forward:
+    """The same, with outputs that outlive the next call.
+
+    Those of a CUDA graph do not, and a pipeline that guides in two calls needs both; so does a
+    block that follows another of the same code.
+    """
+    if compile_options.get("mode") not in CUDA_GRAPH_MODES:
+        return compiled
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, torch.clone, compiled(*args, **kwargs))
+
+    return forward
 
 
 def _copied(function: types.FunctionType, variant: str) -> types.FunctionType:
