@@ -145,7 +145,7 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
         and gluon_scores.takes_sizes(dtype, variant.dim, *numbers)
     ):
         function = gluon_scores._scores_kernel
-        options = gluon_scores.score_options(variant.dim, variant.block_q, variant.rows)
+        options = gluon_scores.score_options(variant.dim, power, variant.block_q, variant.rows)
         rows = gluon_scores.rows_of_program(variant.rows)
     else:
         function, limit = triton_scores._scores_kernel, SHARED_KB[architecture] * 1024

@@ -28,6 +28,7 @@ from uta_fx.kernels.launches import launcher
 
 TILE = 64  # key blocks of a step
 GROUPS = 128  # of query rows, that four warps score
+POWERS = (0.5, 1.0)  # of the variance, that the kernel serves
 SLOTS = 3  # of the ring: tiles of means or variances
 MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that multiply and one that copies
 
@@ -121,6 +122,7 @@ def _log_sums(
 def _add_up(
     memory, q_tile, square_tile, norm, scores_base, first_block, blocks_q, blocks, scale_log2,
     PER_BLOCK: gl.constexpr,  # groups of a query block
+    HALF: gl.constexpr,  # the power of the variance is a half, not one
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Store the scores; ``norm`` is taken off each group's base-2 logits."""
@@ -150,7 +152,8 @@ def _add_up(
         sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
         mbarrier.arrive(empty.index(other))
         scores = weights * sigma2
-        by_block = gl.sum(gl.reshape(scores * scores, [TILE, MANY, PER_BLOCK]), 2)  # [TILE, MANY]
+        squares = scores * (weights if HALF else scores)
+        by_block = gl.sum(gl.reshape(squares, [TILE, MANY, PER_BLOCK]), 2)  # [TILE, MANY]
         OUT: gl.constexpr = by_block.type.layout
         column = step * TILE + gl.arange(0, TILE, gl.SliceLayout(1, OUT))
         block = first_block + gl.arange(0, MANY, gl.SliceLayout(0, OUT))
@@ -162,7 +165,7 @@ def _add_up(
 @gluon.jit
 def _score(
     memory, given, q_tile, square_tile, first,
-    BLOCK_Q: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr,
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Store the scores of GROUPS * ROWS query rows from ``first`` on."""
@@ -177,7 +180,7 @@ def _score(
     norm = gl.where(row < length_q, norm, float("inf"))
     _add_up(
         memory, q_tile, square_tile, norm, scores_base, first // BLOCK_Q, blocks_q, blocks,
-        scale_log2, BLOCK_Q // ROWS, TILE, GROUPS, SLOTS,
+        scale_log2, BLOCK_Q // ROWS, HALF, TILE, GROUPS, SLOTS,
     )  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def _scores_kernel(
     size_sb, size_sh,
     heads, length_q, blocks_q, blocks,
     scale, scale_log2,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr,
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Score 2 * GROUPS * ROWS query rows against every key block."""
@@ -223,8 +226,12 @@ def _scores_kernel(
     rest = first + GROUPS * ROWS
     gl.warp_specialize(
         [
-            (_score, (memory, given, q_a, square_a, first, BLOCK_Q, ROWS, TILE, GROUPS, SLOTS)),
-            (_score, (memory, given, q_b, square_b, rest, BLOCK_Q, ROWS, TILE, GROUPS, SLOTS)),
+            (_score, (
+                memory, given, q_a, square_a, first, BLOCK_Q, ROWS, HALF, TILE, GROUPS, SLOTS,
+            )),
+            (_score, (
+                memory, given, q_b, square_b, rest, BLOCK_Q, ROWS, HALF, TILE, GROUPS, SLOTS,
+            )),
             (_copy, (
                 mean_desc, var_desc, size_base, ring, column_ring, full, empty,
                 batch, head, blocks, TILE, SLOTS,
@@ -247,7 +254,7 @@ def takes(
     """Whether ``block_scores`` serves these; last dimensions are contiguous.
 
     It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128, the default weight
-    and power of the variance, and no more than ``GROUPS`` groups in a query block.
+    of the variance and a power in ``POWERS``, and no more than ``GROUPS`` groups in a query block.
     """
     return (
         on_hopper(query)
@@ -271,7 +278,7 @@ def takes_sizes(
         dtype in (torch.bfloat16, torch.float16)
         and dim in HEAD_DIMS
         and variance_weight == 0
-        and variance_power == 1
+        and variance_power in POWERS
         and GROUPS % (block_q // rows) == 0
     )
 
@@ -281,11 +288,11 @@ def rows_of_program(rows: int) -> int:
     return 2 * GROUPS * rows
 
 
-def score_options(dim: int, block_q: int, rows: int) -> dict[str, int]:
+def score_options(dim: int, variance_power: float, block_q: int, rows: int) -> dict[str, int]:
     """Constants and compiler options of the kernel."""
     return {
-        "D": dim, "BLOCK_Q": block_q, "ROWS": rows, "TILE": TILE, "GROUPS": GROUPS,
-        "SLOTS": SLOTS, "num_warps": 4, "maxnreg": MAX_REGISTERS,
+        "D": dim, "BLOCK_Q": block_q, "ROWS": rows, "HALF": variance_power == 0.5,
+        "TILE": TILE, "GROUPS": GROUPS, "SLOTS": SLOTS, "num_warps": 4, "maxnreg": MAX_REGISTERS,
     }  # fmt: skip
 
 
@@ -295,6 +302,7 @@ def block_scores(
     key_variance: Tensor,
     log_size: Tensor,
     scale: float,
+    variance_power: float,
     block_q: int,
     rows: int,
 ) -> Tensor:
@@ -310,6 +318,6 @@ def block_scores(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,
-        **score_options(dim, block_q, rows),
+        **score_options(dim, variance_power, block_q, rows),
     )  # fmt: skip
     return scores

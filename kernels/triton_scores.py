@@ -188,7 +188,7 @@ def block_scores(
     ):  # fmt: skip
         with torch.cuda.device_of(query):
             return gluon_scores.block_scores(
-                query, key_mean, key_variance, log_size, scale, block_q, rows
+                query, key_mean, key_variance, log_size, scale, variance_power, block_q, rows
             )
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query.dtype))
     tile = tile or score_tile(query.dtype, dim, blocks, shared_limit(query))

@@ -32,10 +32,10 @@ from uta_fx.kernels.gluon_attention import MAP_LAYOUT
 
 dim = int(sys.argv[2])
 tile = f"tensordesc<bf16[1, 1, 64, {dim}],{MAP_LAYOUT!r}>"
-if sys.argv[1] == "scores":
+if sys.argv[1] in ("scores", "half"):
     module, function = gluon_scores, gluon_scores._scores_kernel
     constants = {
-        "D": dim, "BLOCK_Q": 64, "ROWS": 2, "TILE": 64,
+        "D": dim, "BLOCK_Q": 64, "ROWS": 2, "HALF": sys.argv[1] == "half", "TILE": 64,
         "GROUPS": module.GROUPS, "SLOTS": module.SLOTS,
     }
     types = {"q_ptr": "*bf16", "scores_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
@@ -59,7 +59,7 @@ assert kernel.asm["ptx"].count("wgmma.mma_async") >= 4
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["scores", "statistics"])
+@pytest.mark.parametrize("kernel", ["scores", "half", "statistics"])
 def test_it_compiles_for_hopper_without_one(kernel, dim, tmp_path):
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -76,8 +76,9 @@ def test_only_what_it_serves_is_taken():
         return gluon_scores.takes(query, mean, mean, **(plain | change))
 
     assert takes() == takes(x[..., :64], x[..., :64]) == takes(rows=16) == on_hopper()
+    assert takes(variance_power=0.5) == on_hopper()
     assert not takes(x.float()) and not takes(x[..., :32], x[..., :32])
-    assert not takes(variance_weight=0.5) and not takes(variance_power=0.5)
+    assert not takes(variance_weight=0.5) and not takes(variance_power=0.75)
     assert not takes(mean=x[:, :1].expand(x.shape))
 
     assert gluon_statistics.takes(x, x, 64) == on_hopper()
@@ -89,6 +90,7 @@ def test_only_what_it_serves_is_taken():
 CASE = ScoresCase(dim=128, length_q=700, blocks=77, block_q=64, variance_weight=0.0)
 CASES = {
     "everything": CASE,
+    "half_power": dataclasses.replace(CASE, power=0.5),
     "one_token": dataclasses.replace(CASE, length_q=1, blocks=1),
     "whole_tiles": dataclasses.replace(CASE, length_q=1024, blocks=128),
     "the_second_half_is_empty": dataclasses.replace(CASE, length_q=250, blocks=64),

@@ -24,8 +24,9 @@ class LowDelta:
     of errors add up.
 
     Attributes:
-        power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation; 0 leaves
-            the logits' spread out.
+        power: Exponent of sigma2. 1 is the expected error; 0.5 weighs by the deviation, which suits
+            blocks that are not compact (``reorder="none"``: ``docs/measured.md``), where errors
+            saturate; 0 leaves the logits' spread out.
         variance_weight: Share of sigma2 / 2 in the logits of p (the mass of a Gaussian block); any
             but 0 costs a sixth more time and gains nothing in the picture (``docs/measured.md``).
         value_power: Exponent of nu, the root of the values' variance summed over channels; 0 leaves
