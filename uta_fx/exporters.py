@@ -20,6 +20,7 @@ from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.branches import Branch, decided, find_branches
 from uta_fx.export.program import sparsify_program
+from uta_fx.export.state import opened, restored
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
@@ -381,13 +382,25 @@ def _sparse_program(
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
-    args, kwargs = tuple(args), dict(kwargs or {})
-    branches = find_branches(model, args, kwargs) if decide_branches else ()
-    with torch.no_grad():
+    with torch.no_grad(), opened(model, args, kwargs or {}) as given:
+        asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
+        branches = tuple(branch for branch in asked if not branch.is_number)
+
+        def trace() -> ExportedProgram:
+            with restored(model), decided(model, branches):
+                return torch.export.export(
+                    model, given.args, given.kwargs, dynamic_shapes=dynamic_shapes
+                )
+
         try:
-            with decided(model, branches):
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except Exception as error:  # of many kinds: data that decides, containers, shapes
+            try:
+                program = trace()
+            except Exception:
+                if branches == asked:
+                    raise
+                branches = asked  # the numbers too, which a graph knows better as symbols
+                program = trace()
+        except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
             plan = plan_of(config)
