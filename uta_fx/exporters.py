@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -18,7 +18,7 @@ from uta_fx._optional import require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
-from uta_fx.export.branches import Branch, decided, find_branches
+from uta_fx.export.branches import decided, find_branches
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import opened, restored
 from uta_fx.policies import SVG2
@@ -95,12 +95,14 @@ def export_onnx(
             " next. Take keep=False, with which each step clusters anew"
         )
     opset = _opset(model, opset)
-    program, explanation, branches = _sparse_program(
+    program, explanation, found = _sparse_program(
         model, args, kwargs, dynamic_shapes, config, decide_branches
     )
     program = spell_out_clusters(program)
-    metadata = _metadata(config, branches)
-    write_onnx(program, explanation.sites, target, opset=opset, metadata=metadata)
+    write_onnx(
+        program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
+        left=found.left,
+    )  # fmt: skip
     return explanation
 
 
@@ -169,7 +171,7 @@ def export_tensorrt(
     from uta_fx.export.tensorrt_program import spell_out
 
     opset = _opset(model, opset)
-    program, explanation, branches = _sparse_program(
+    program, explanation, found = _sparse_program(
         model, args, kwargs, None, config, decide_branches,
         "its attention mask hides padding, which files for TensorRT leave to dense attention",
     )  # fmt: skip
@@ -177,15 +179,15 @@ def export_tensorrt(
     if form == "engine":
         from uta_fx.export.tensorrt_torch import write_engine
 
-        write_engine(program, args, kwargs or {}, target)
+        write_engine(program, target)
     else:
         from uta_fx.export.onnx_model import write_onnx
         from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
 
         dialect = plugin_dialect() if form == "plugin" else standard_dialect()
         write_onnx(
-            program, explanation.sites, target, opset=opset, metadata=_metadata(config, branches),
-            dialect=dialect,
+            program, explanation.sites, target, opset=opset,
+            metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
         )  # fmt: skip
     return explanation
 
@@ -345,13 +347,25 @@ def _opset(model: Any, opset: int | None) -> int:
     return opset
 
 
-def _metadata(config: Config, branches: Sequence[Branch]) -> dict[str, str]:
+class _Found(NamedTuple):
+    """What an export has found out beside attention.
+
+    Attributes:
+        branches: What was decided.
+        left: Names of what the model leaves in objects among its arguments, its last outputs.
+    """
+
+    branches: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
     metadata = {
         VERSION_KEY: __version__,
         CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
     }
     if branches:
-        metadata[BRANCHES_KEY] = json.dumps([str(branch) for branch in branches])
+        metadata[BRANCHES_KEY] = json.dumps(branches)
     return metadata
 
 
@@ -367,7 +381,7 @@ def _sparse_program(
     config: Config,
     decide_branches: bool,
     no_padding: str | None = None,
-) -> tuple[ExportedProgram, Explanation, tuple[Branch, ...]]:
+) -> tuple[ExportedProgram, Explanation, _Found]:
     """Export and rewrite; what was decided is logged as the backend logs it.
 
     ``no_padding`` is that of a ``Plan``, where the file's form cannot hold it.
@@ -419,10 +433,14 @@ def _sparse_program(
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
     if refused and not any(site.sparse for site in sites):
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
-    notes = [f"decided by these inputs, others give NaN: {branch}" for branch in branches]
+    # a line of code may ask in every layer
+    found = _Found(tuple(dict.fromkeys(map(str, branches))), tuple(given.left))
+    notes = [f"decided by these inputs, others give NaN: {branch}" for branch in found.branches]
+    if found.left:
+        notes.append(f"what the model leaves in its arguments is output: {', '.join(found.left)}")
     if note := note_on_layers(sites, config):
         notes.append(note)
-    return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), branches
+    return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), found
 
 
 def _why_not_traced(said: str) -> str:
