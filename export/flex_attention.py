@@ -2,54 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
+from uta_fx.export.mask_groups import MaskGroups, group_tokens
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.match_operators import FLEX
 from uta_fx.passes.site import value_of
+from uta_fx.passes.trace_axes import is_random, written_by
 
 
-def spell_out_flex(module: GraphModule) -> dict[Node, bool]:
+def spell_out_flex(module: GraphModule) -> dict[Node, str]:
     """Put other operations in the place of FlexAttention, to be traced with the module.
 
     Where its mask hides whole blocks alone it becomes ``uta::sparse_attention`` over the blocks
-    that it lists; otherwise attention written out, with a logit for every pair of tokens. A call
-    stays where its log-sum-exp or its maximum is asked for.
+    that it lists; where the mask is constant and tells groups of tokens apart, over blocks of these
+    groups; otherwise attention written out, with a logit for every pair of tokens. A call stays
+    where its log-sum-exp or its maximum is asked for.
 
     Args:
         module: Changed in place.
 
     Returns:
-        The calls in question, and whether each takes listed blocks.
+        The calls in question, and what each attends to in blocks; empty where it is written out.
     """
-    found: dict[Node, bool] = {}
+    found: dict[Node, str] = {}
     for node in module.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") != FLEX:
             continue
         for user in [user for user in node.users if not user.users]:
             module.graph.erase_node(user)
         if all(user.args[1] == 0 for user in node.users):
-            found[node] = _takes_listed_blocks(module, node)
-            node.target = _listed_blocks if found[node] else _written_out
+            if _takes_listed_blocks(module, node):
+                found[node] = "the blocks that its own FlexAttention lists"
+                node.target = _listed_blocks
+            elif groups := _groups(module, node):
+                found[node] = "what its own FlexAttention shows, by groups of tokens"
+                _group(module, node, groups)
+            else:
+                found[node] = ""
+                node.target = _written_out
     module.recompile()
     return found
 
 
 def _takes_listed_blocks(module: GraphModule, node: Node) -> bool:
     arguments: Any = node.args
-    query, key, value, score_mod, block_mask = arguments[:5]
+    key, block_mask = arguments[1], arguments[4]
     return (
-        _changes_nothing(getattr(module, score_mod.target))
+        _fits(module, node)
         and _shows_all(getattr(module, block_mask[-1].target))
         and bool(value_of(key).shape[2] > block_mask[-2])  # without a mask all are one block
-        and value_of(query).dtype in DTYPES
-        and all(MIN_HEAD_DIM <= value_of(x).shape[-1] <= MAX_HEAD_DIM for x in (query, value))
     )
+
+
+def _fits(module: GraphModule, node: Node, more: int = 0) -> bool:
+    """Whether the operator can stand for a call, with so many channels more in its queries."""
+    arguments: Any = node.args
+    query, _, value, score_mod = arguments[:4]
+    dims = (value_of(query).shape[-1] + more, value_of(value).shape[-1])
+    return (
+        _changes_nothing(getattr(module, score_mod.target))
+        and value_of(query).dtype in DTYPES
+        and all(MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM for dim in dims)
+    )
+
+
+def _groups(module: GraphModule, node: Node) -> MaskGroups | None:
+    """Groups of tokens that a call's mask does not tell apart, where it is one constant mask.
+
+    That is, lists and buffers follow from no input, and are the same for every sample and head.
+    """
+    arguments: Any = node.args
+    query, key, _, _, block_mask, *_, buffers = arguments
+    sizes = (1, 1, value_of(query).shape[2], value_of(key).shape[2])
+    mask_mod = getattr(module, block_mask[-1].target)
+    sample, head, *_ = mask_mod.graph.nodes
+    if not (_fits(module, node, 1) and all(isinstance(size, int) for size in sizes)):
+        return None
+    if sample.users or head.users or not _is_constant(module, (block_mask[2:6], buffers)):
+        return None
+    values = _Constants(module)
+    lists, buffers = map_arg((block_mask[2:6], buffers), values.value_of)
+    *_, block_q, block_kv, _ = block_mask
+    blocks = _masks((None, None, *lists, block_q, block_kv, None), sizes[3])
+    if any(len(x) > 1 for x in (*blocks, *(x[0] for x in blocks))):
+        return None
+
+    def shown() -> Iterator[Tensor]:
+        for row, start in enumerate(range(0, sizes[2], block_q)):
+            queries = torch.arange(start, min(start + block_q, sizes[2]))
+            index = [torch.zeros(1, dtype=torch.int64)] * 2 + [queries, torch.arange(sizes[3])]
+            partly, *whole = (
+                _of_tokens(x[:, :, row : row + 1], block_q, block_kv, (1, 1, len(queries), sizes[3]))
+                for x in blocks
+            )
+            seen = _for_each_pair(mask_mod, (), index, buffers) & partly
+            for mask in whole:
+                seen = seen | mask
+            yield seen[0, 0]
+
+    return group_tokens(shown())
+
+
+def _group(module: GraphModule, node: Node, groups: MaskGroups) -> None:
+    """Put ``_grouped`` in the place of a call, with the groups as buffers of the module."""
+    query, key, value, _, _, scale, *_ = node.args
+    index = []
+    with module.graph.inserting_before(node):
+        for name, tensor in groups._asdict().items():
+            module.register_buffer(f"{node.name}_{name}", tensor)
+            index.append(module.graph.get_attr(f"{node.name}_{name}"))
+    node.target, node.args = _grouped, (query, key, value, scale, *index)
+
+
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *groups: Tensor
+) -> tuple[Tensor]:
+    """The output ``[B, H, L, Dv]`` by groups of tokens."""
+    key, value = _for_heads(query, key), _for_heads(query, value)
+    return (MaskGroups(*groups).attend(query, key, value, scale),)
 
 
 def _listed_blocks(
@@ -156,6 +233,35 @@ def _for_each_pair(
         run = torch.vmap(run, (*(0 for _ in logits), *own, *(None for _ in buffers)))
     result: Tensor = run(*logits, *index, *buffers)
     return result
+
+
+class _Constants(Interpreter):
+    """Computes nodes that follow from no input."""
+
+    def value_of(self, node: Node) -> Any:
+        """Of a node and, before it, of all that it is computed from."""
+        if node not in self.env:
+            for before in node.all_input_nodes:
+                self.value_of(before)
+            self.env[node] = self.run_node(node)
+        return self.env[node]
+
+
+def _is_constant(module: GraphModule, arguments: Any) -> bool:
+    """Whether nodes follow from no input, nor from what is random or written to."""
+    written = {x for node in module.graph.nodes for x in written_by(node)}
+    seen: set[Node] = set()
+    stack: list[Node] = []
+    map_arg(arguments, stack.append)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" or node in written or is_random(node):
+            return False
+        stack += node.all_input_nodes
+    return True
 
 
 class _Scalars(Interpreter):

@@ -156,7 +156,7 @@ class Trace:
             node.op not in ("call_function", "call_method")
             or not node.all_input_nodes
             or written_by(node)
-            or _is_random(node)
+            or is_random(node)
         ):
             return node
         args, kwargs = map_arg((node.args, node.kwargs), lambda x: self._twin.get(x, x))
@@ -313,7 +313,8 @@ def written_by(node: Node) -> tuple[Node, ...]:
     return ()
 
 
-def _is_random(node: Node) -> bool:
+def is_random(node: Node) -> bool:
+    """Whether two calls with the same arguments may give different values."""
     seeded = torch.Tag.nondeterministic_seeded
     return name_of(node) in _RANDOM or any(seeded in x.tags for x in overloads(node.target))
 
