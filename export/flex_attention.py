@@ -16,6 +16,9 @@ from uta_fx.passes.match_operators import FLEX
 from uta_fx.passes.site import value_of
 from uta_fx.passes.trace_axes import is_random, written_by
 
+LISTED = "the blocks that its own FlexAttention lists"
+GROUPED = "what its own FlexAttention shows, by groups of tokens"
+
 
 def spell_out_flex(module: GraphModule) -> dict[Node, str]:
     """Put other operations in the place of FlexAttention, to be traced with the module.
@@ -39,10 +42,10 @@ def spell_out_flex(module: GraphModule) -> dict[Node, str]:
             module.graph.erase_node(user)
         if all(user.args[1] == 0 for user in node.users):
             if _takes_listed_blocks(module, node):
-                found[node] = "the blocks that its own FlexAttention lists"
+                found[node] = LISTED
                 node.target = _listed_blocks
             elif groups := _groups(module, node):
-                found[node] = "what its own FlexAttention shows, by groups of tokens"
+                found[node] = GROUPED
                 _group(module, node, groups)
             else:
                 found[node] = ""
@@ -99,7 +102,9 @@ def _groups(module: GraphModule, node: Node) -> MaskGroups | None:
             queries = torch.arange(start, min(start + block_q, sizes[2]))
             index = [torch.zeros(1, dtype=torch.int64)] * 2 + [queries, torch.arange(sizes[3])]
             partly, *whole = (
-                _of_tokens(x[:, :, row : row + 1], block_q, block_kv, (1, 1, len(queries), sizes[3]))
+                _of_tokens(
+                    x[:, :, row : row + 1], block_q, block_kv, (1, 1, len(queries), sizes[3])
+                )
                 for x in blocks
             )
             seen = _for_each_pair(mask_mod, (), index, buffers) & partly

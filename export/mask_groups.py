@@ -1,4 +1,4 @@
-"""Tokens that a mask does not tell apart, as blocks of their own: any mask is then one of blocks."""
+"""Tokens that a mask does not tell apart, in blocks of their own: masks become ones of blocks."""
 
 from __future__ import annotations
 
@@ -50,13 +50,10 @@ class MaskGroups(NamedTuple):
             x.index_select(2, index)
             for x, index in ((query, self.queries), (key, self.keys), (value, self.keys))
         )
-        lists = (
-            x.expand(batch, heads, *x.shape)
-            for x in (self.ids, self.counts, self.key_counts)
-        )
+        lists = (x.expand(batch, heads, *x.shape) for x in (self.ids, self.counts, self.key_counts))
         none, sums = rows[:, :, :0], torch.float32
         output, _ = clustered_attention(
-            rows, keys, values, *lists,
+            rows, keys, values, ids, counts, key_counts,
             none, values[:, :, :0], query.new_empty(batch, heads, 0, dtype=sums), none,
             query.new_empty(batch, heads, 0, dim, value.shape[-1]), scale, 0.0, BLOCK, BLOCK,
         )  # fmt: skip

@@ -162,7 +162,7 @@ def _with_tensors(x: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) 
 def _name(forward: Any, path: KeyPath) -> str:
     """Of an argument, as torch.export names it: by the parameter that takes it."""
     parameters = list(inspect.signature(forward).parameters)
-    keys = [getattr(x, "key", getattr(x, "idx", getattr(x, "name", ""))) for x in path]
+    keys: list[Any] = [getattr(x, "key", getattr(x, "idx", getattr(x, "name", ""))) for x in path]
     in_kwargs, first, *rest = keys
     if not in_kwargs and first < len(parameters):
         first = parameters[first]

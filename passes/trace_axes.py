@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 from uta_fx.passes.match_operators import operands_of, overloads
 from uta_fx.passes.site import recorded

@@ -51,6 +51,12 @@ def export_onnx(
     ``uta_fx.sites``, the last two as JSON; and what was decided about branches, likewise as
     ``uta_fx.branches``.
 
+    An argument may be an object of the model's own, such as a cache that holds keys and values for
+    later calls (Wan Animate 2). Its tensors are inputs, named by the argument and their paths in
+    it: ``kv_cache_layer_caches_0_key``. What the model leaves in it are more outputs, of the same
+    names (with ``_after`` where there is such an input). The object itself stays as it is, and what
+    it holds beside tensors is constant.
+
     Args:
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
@@ -59,15 +65,17 @@ def export_onnx(
             name.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
-        dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
-            its video tokens) is fixed in any case, and is refused here by name.
+        dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
+            (``layer_caches.0.key``) for an object; what decides a sparse site (the number of its
+            video tokens) is fixed in any case, and is refused here by name.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
             are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
             reads from 1.23 on, dense attention is one operation too.
         decide_branches: Where the model asks whether a tensor is true (HunyuanVideo 1.5: whether
             its image is empty), write the way that these inputs take; it is run once to find out.
-            The file then answers NaN where its inputs would take another. False refuses such a
-            model.
+            So for whole numbers that it reads from tensors, if it cannot be traced with them left
+            open (Wan Animate 2: sizes of its video). The file then answers NaN where its inputs
+            would take another way or have other numbers. False refuses such a model.
 
     Returns:
         What was decided about every attention call, and why.
@@ -75,9 +83,9 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript is missing.
         TypeError: ``model`` is not a module.
-        ValueError: An argument is out of range, ``dense_until`` is set, ``strict`` and a site stays
-            dense, a dimension cannot be dynamic, the model is not one graph, or an operation has no
-            translation.
+        ValueError: An argument is out of range or cannot be copied, ``dense_until`` is set,
+            ``strict`` and a site stays dense, a dimension cannot be dynamic, the model is not one
+            graph, or an operation has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -95,7 +103,7 @@ def export_onnx(
             " next. Take keep=False, with which each step clusters anew"
         )
     opset = _opset(model, opset)
-    program, explanation, found = _sparse_program(
+    program, explanation, found = sparse_program(
         model, args, kwargs, dynamic_shapes, config, decide_branches
     )
     program = spell_out_clusters(program)
@@ -171,7 +179,7 @@ def export_tensorrt(
     from uta_fx.export.tensorrt_program import spell_out
 
     opset = _opset(model, opset)
-    program, explanation, found = _sparse_program(
+    program, explanation, found = sparse_program(
         model, args, kwargs, None, config, decide_branches,
         "its attention mask hides padding, which files for TensorRT leave to dense attention",
     )  # fmt: skip
@@ -373,7 +381,7 @@ def _parameters(model: Any) -> Iterator[torch.Tensor]:
     return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
 
 
-def _sparse_program(
+def sparse_program(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
@@ -454,6 +462,6 @@ def _why_not_traced(said: str) -> str:
         )
     return (
         f"model cannot be traced by torch.export: {reason}. Export a module that is one graph: no"
-        " containers of its own as arguments, no branch on the values of tensors unless"
-        " decide_branches=True takes the way that these inputs take"
+        " branch on the values of tensors, and no size read from one, unless decide_branches=True"
+        " takes the way and the numbers of these inputs"
     )
