@@ -50,7 +50,9 @@ class MaskGroups(NamedTuple):
             x.index_select(2, index)
             for x, index in ((query, self.queries), (key, self.keys), (value, self.keys))
         )
-        lists = (x.expand(batch, heads, *x.shape) for x in (self.ids, self.counts, self.key_counts))
+        ids, counts, key_counts = (
+            x.expand(batch, heads, *x.shape) for x in (self.ids, self.counts, self.key_counts)
+        )
         none, sums = rows[:, :, :0], torch.float32
         output, _ = clustered_attention(
             rows, keys, values, ids, counts, key_counts,
