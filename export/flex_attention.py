@@ -14,9 +14,10 @@ from uta_fx.export.mask_groups import MaskGroups, group_tokens
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.match_operators import FLEX
 from uta_fx.passes.site import value_of
-from uta_fx.passes.trace_axes import is_random, written_by
+from uta_fx.passes.trace_axes import VIEWS, is_random, name_of, written_by
 
 LISTED = "the blocks that its own FlexAttention lists"
+_NESTING = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
 GROUPED = "what its own FlexAttention shows, by groups of tokens"
 
 
@@ -35,6 +36,7 @@ def spell_out_flex(module: GraphModule) -> dict[Node, str]:
         The calls in question, and what each attends to in blocks; empty where it is written out.
     """
     found: dict[Node, str] = {}
+    masks = _ConstantMasks(module)
     for node in module.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") != FLEX:
             continue
@@ -44,7 +46,7 @@ def spell_out_flex(module: GraphModule) -> dict[Node, str]:
             if _takes_listed_blocks(module, node):
                 found[node] = LISTED
                 node.target = _listed_blocks
-            elif groups := _groups(module, node):
+            elif groups := masks.groups(node):
                 found[node] = GROUPED
                 _group(module, node, groups)
             else:
@@ -76,52 +78,79 @@ def _fits(module: GraphModule, node: Node, more: int = 0) -> bool:
     )
 
 
-def _groups(module: GraphModule, node: Node) -> MaskGroups | None:
-    """Groups of tokens that a call's mask does not tell apart, where it is one constant mask.
+class _ConstantMasks:
+    """Groups of tokens that the masks of a graph do not tell apart; layers may have one mask."""
 
-    That is, lists and buffers follow from no input, and are the same for every sample and head.
-    """
-    arguments: Any = node.args
-    query, key, _, _, block_mask, *_, buffers = arguments
-    sizes = (1, 1, value_of(query).shape[2], value_of(key).shape[2])
-    mask_mod = getattr(module, block_mask[-1].target)
-    sample, head, *_ = mask_mod.graph.nodes
-    if not (_fits(module, node, 1) and all(isinstance(size, int) for size in sizes)):
-        return None
-    if sample.users or head.users or not _is_constant(module, (block_mask[2:6], buffers)):
-        return None
-    values = _Constants(module)
-    lists, buffers = map_arg((block_mask[2:6], buffers), values.value_of)
-    *_, block_q, block_kv, _ = block_mask
-    blocks = _masks((None, None, *lists, block_q, block_kv, None), sizes[3])
-    if any(len(x) > 1 for x in (*blocks, *(x[0] for x in blocks))):
-        return None
+    def __init__(self, module: GraphModule) -> None:
+        self._module = module
+        self._values: dict[Any, Any] = {}
+        self._known: list[tuple[Any, Sequence[Tensor], MaskGroups | None]] = []
 
-    def shown() -> Iterator[Tensor]:
-        for row, start in enumerate(range(0, sizes[2], block_q)):
-            queries = torch.arange(start, min(start + block_q, sizes[2]))
-            index = [torch.zeros(1, dtype=torch.int64)] * 2 + [queries, torch.arange(sizes[3])]
-            partly, *whole = (
-                _of_tokens(
-                    x[:, :, row : row + 1], block_q, block_kv, (1, 1, len(queries), sizes[3])
-                )
-                for x in blocks
-            )
-            seen = _for_each_pair(mask_mod, (), index, buffers) & partly
-            for mask in whole:
-                seen = seen | mask
-            yield seen[0, 0]
+    def groups(self, node: Node) -> MaskGroups | None:
+        """Those of a call whose mask is one constant; None for others.
 
-    return group_tokens(shown())
+        That is, lists and buffers follow from no input, and there is one mask for every sample and
+        head.
+        """
+        arguments: Any = node.args
+        query, key, _, _, block_mask, *_, buffers = arguments
+        sizes = (value_of(query).shape[2], value_of(key).shape[2])
+        if not (_fits(self._module, node, 1) and all(isinstance(size, int) for size in sizes)):
+            return None
+        mask_mod = getattr(self._module, block_mask[-1].target)
+        sample, head, *_ = mask_mod.graph.nodes
+        tensors = (tuple(block_mask[2:6]), tuple(buffers))
+        if sample.users or head.users:
+            return None
+        if tensors not in self._values:
+            self._values[tensors] = _constants(self._module, tensors)
+        if self._values[tensors] is None:
+            return None
+        lists, buffers = self._values[tensors]
+        *_, block_q, block_kv, _ = block_mask
+        blocks = _masks((None, None, *lists, block_q, block_kv, None), sizes[1])
+        if any(x.shape[:2] != (1, 1) for x in blocks):
+            return None
+        same = (sizes, block_q, block_kv, mask_mod.code)
+        values = (*blocks, *buffers)
+        for other, other_values, groups in self._known:
+            if same == other and all(map(torch.equal, values, other_values)):
+                return groups
+        groups = group_tokens(_rows(mask_mod, blocks, buffers, (block_q, block_kv), sizes))
+        self._known.append((same, values, groups))
+        return groups
+
+
+def _rows(
+    mask_mod: GraphModule,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    sides: tuple[int, int],
+    sizes: tuple[int, int],
+) -> Iterator[Tensor]:
+    """A mask of tokens, boolean ``[n, Lk]`` for the n queries of one block after another."""
+    device = blocks[0].device
+    for row, start in enumerate(range(0, sizes[0], sides[0])):
+        queries = torch.arange(start, min(start + sides[0], sizes[0]), device=device)
+        partly, *whole = (
+            x[0, 0, row].repeat_interleave(min(sides[1], sizes[1]))[: sizes[1]] for x in blocks
+        )
+        seen = (whole[0] if whole else torch.zeros_like(partly)).repeat(len(queries), 1)
+        if len(keys := partly.nonzero()[:, 0]):
+            first = keys.new_zeros(1)
+            shown = _for_each_pair(mask_mod, (), (first, first, queries, keys), buffers)
+            seen[:, keys] |= shown[0, 0]
+        yield seen.cpu()
 
 
 def _group(module: GraphModule, node: Node, groups: MaskGroups) -> None:
     """Put ``_grouped`` in the place of a call, with the groups as buffers of the module."""
-    query, key, value, _, _, scale, *_ = node.args
+    arguments: Any = node.args
+    query, key, value, _, _, scale, *_ = arguments
     index = []
     with module.graph.inserting_before(node):
         for name, tensor in groups._asdict().items():
-            module.register_buffer(f"{node.name}_{name}", tensor)
+            module.register_buffer(f"{node.name}_{name}", tensor.to(value_of(query).device))
             index.append(module.graph.get_attr(f"{node.name}_{name}"))
     node.target, node.args = _grouped, (query, key, value, scale, *index)
 
@@ -240,33 +269,34 @@ def _for_each_pair(
     return result
 
 
-class _Constants(Interpreter):
-    """Computes nodes that follow from no input."""
+def _constants(module: GraphModule, arguments: Any) -> Any:
+    """Arguments with values for nodes; None where one follows from an input.
 
-    def value_of(self, node: Node) -> Any:
-        """Of a node and, before it, of all that it is computed from."""
-        if node not in self.env:
-            for before in node.all_input_nodes:
-                self.value_of(before)
-            self.env[node] = self.run_node(node)
-        return self.env[node]
-
-
-def _is_constant(module: GraphModule, arguments: Any) -> bool:
-    """Whether nodes follow from no input, nor from what is random or written to."""
-    written = {x for node in module.graph.nodes for x in written_by(node)}
-    seen: set[Node] = set()
+    Or from what is random or written to.
+    """
+    written: set[Node] = set()
+    for x in (x for node in module.graph.nodes for x in written_by(node)):
+        written.add(x)
+        while name_of(x) in VIEWS and x.all_input_nodes:
+            x = x.all_input_nodes[0]
+            written.add(x)
+    needed: set[Node] = set()
     stack: list[Node] = []
     map_arg(arguments, stack.append)
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node in needed:
             continue
-        seen.add(node)
         if node.op == "placeholder" or node in written or is_random(node):
-            return False
+            return None
+        needed.add(node)
         stack += node.all_input_nodes
-    return True
+    interpreter = Interpreter(module)
+    for node in module.graph.nodes:
+        # what a vmap in the model computes has to run inside of it again
+        if node in needed or getattr(node.target, "__name__", "") in _NESTING:
+            interpreter.env[node] = interpreter.run_node(node)
+    return map_arg(arguments, interpreter.env.__getitem__)
 
 
 class _Scalars(Interpreter):
