@@ -130,8 +130,7 @@ def write_onnx(
     names = ["output"] if own == 1 else [f"output_{index}" for index in range(own)]
     taken = {x.name for x in model.graph.inputs}
     names += [f"{name}_after" if name in taken else name for name in left]
-    for output, name in zip(model.graph.outputs, names, strict=True):
-        output.name = name
+    _name_outputs(model.graph, names)
     model.metadata_props.update(metadata)
     model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -143,6 +142,21 @@ def write_onnx(
         # the model last: a file that can be opened is whole
         for name in sorted(os.listdir(folder), key=path.name.__eq__):
             os.replace(Path(folder) / name, path.parent / name)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Name outputs; what is an input, or another output, as well becomes a value of its own."""
+    named = set(graph.inputs)
+    for index, (output, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        value = output
+        if output in named:
+            copied = ir.node("Identity", [output], name=f"{name}/Identity")
+            graph.append(copied)
+            (value,) = copied.outputs
+            value.shape, value.type = output.shape, output.type
+            graph.outputs[index] = value
+        value.name = name
+        named.add(value)
 
 
 @contextlib.contextmanager
