@@ -189,8 +189,8 @@ def test_wan_animate_2_generates_from_the_cache_of_its_reference_file(tmp_path):
         )
         nodes = [x for x in onnx.load(path).graph.node if x.op_type == "SparseAttention"]
         assert len(nodes) == model.config.num_layers
-    sparse = [[site.grid for site in x.sites if site.sparse] for x in found]
-    assert sparse == [[GRID] * 2, [None] * 2]
+    sparse = [[(site.kind, site.grid) for site in x.sites if site.sparse] for x in found]
+    assert sparse == [[("self", GRID)] * 2, [("unknown", None)] * 2]
     cache, random = first["kv_cache"], copy.deepcopy(second["kv_cache"])
     expected = [model(**first, return_dict=False)[0][0]]
     second["kv_cache"] = cache
