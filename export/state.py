@@ -1,4 +1,4 @@
-"""What a call of a model leaves behind: in objects among its arguments, and in the model itself."""
+"""Objects among a model's arguments: their tensors in its graph, and what a call leaves in them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def opened(
 
     Objects are arguments of classes that ``torch.export`` does not know, such as a cache of keys
     and values, which one call writes and another reads. Each call works on copies of them; what
-    they hold beside tensors is constant. Without objects among the arguments nothing changes.
+    they hold beside tensors, modules too, is constant. Without objects among the arguments nothing
+    changes.
 
     Raises:
         ValueError: An object cannot be copied.
@@ -101,40 +102,27 @@ def opened(
             model.forward = own
 
 
-@contextlib.contextmanager
-def restored(model: torch.nn.Module) -> Iterator[None]:
-    """Leave a model's attributes, and dicts, lists and sets among them, as they were.
-
-    A trace of a model that keeps what it has computed leaves tensors of the trace there.
-    """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [
-        (x, copy.copy(x))
-        for _, values in attributes
-        for x in values.values()
-        if type(x) in (dict, list, set)
-    ]
-    try:
-        yield
-    finally:
-        for x, before in contents:
-            x.clear()
-            x.extend(before) if isinstance(x, list) else x.update(before)
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
-
-
 def _tensors(x: Any) -> dict[str, Tensor]:
     """Those of an object by their paths: attributes, keys and places; each once."""
-    found: dict[str, Tensor] = {}
+    return {path: part for path, part in _parts(x).items() if isinstance(part, Tensor)}
+
+
+def _with_tensors(x: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Any:
+    """A copy of an object that holds the new tensors in the place of the old."""
+    memo: dict[int, Any] = {id(part): part for part in _parts(x).values()}
+    return copy.deepcopy(x, memo | {id(old[path]): new[path] for path in old})
+
+
+def _parts(x: Any) -> dict[str, Tensor | torch.nn.Module]:
+    """Tensors and modules in an object, which a copy shares, by their paths."""
+    found: dict[str, Tensor | torch.nn.Module] = {}
     seen: set[int] = set()
 
     def look(x: Any, path: tuple[str, ...]) -> None:
         if id(x) in seen or isinstance(x, (type, ModuleType)):
             return
         seen.add(id(x))
-        if isinstance(x, Tensor):
+        if isinstance(x, (Tensor, torch.nn.Module)):
             found[".".join(path)] = x
             return
         parts: list[tuple[Any, Any]] = []
@@ -152,11 +140,6 @@ def _tensors(x: Any) -> dict[str, Tensor]:
 
     look(x, ())
     return found
-
-
-def _with_tensors(x: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Any:
-    """A copy of an object that holds the new tensors in the place of the old."""
-    return copy.deepcopy(x, {id(old[path]): new[path] for path in old})
 
 
 def _name(forward: Any, path: KeyPath) -> str:

@@ -1,4 +1,4 @@
-"""Exports of models that are handed objects, keep something, or read numbers from tensors."""
+"""Exports of models that are handed objects, or read numbers from tensors."""
 
 import copy
 
@@ -34,12 +34,12 @@ class Slot:
 
 
 class Memory:
-    """Tensors in a list, a dict and a slot, one of them twice, and a number."""
+    """Tensors in a list, a dict and a slot, one of them twice, a number and a module."""
 
     def __init__(self, *tensors):
         self.parts = list(tensors[:1])
         self.named = {"last": tensors[1], "again": tensors[1]} if tensors else {}
-        self.slot, self.factor = Slot(), 3.0
+        self.slot, self.factor, self.module = Slot(), 3.0, nn.Linear(5, 5)
 
 
 class Remembers(nn.Module):
@@ -96,27 +96,6 @@ def test_an_object_that_cannot_be_copied_is_refused(tmp_path):
     """By the name of the argument."""
     with pytest.raises(ValueError, match="memory must be tensors, containers of them or an object"):
         export_onnx(Remembers().eval(), (torch.ones(4), Stubborn()), tmp_path / "model.onnx")
-
-
-class Keeps(nn.Module):
-    """Keeps what it has computed, as tables of positions are."""
-
-    def __init__(self):
-        super().__init__()
-        self.tables = {}
-
-    def forward(self, x):
-        if "table" not in self.tables:
-            self.tables["table"] = torch.arange(4) + 1.0
-        return x * self.tables["table"]
-
-
-def test_an_export_leaves_nothing_in_the_model(tmp_path):
-    """No tensor of a trace, with which the model would not run any more."""
-    model = Keeps().eval()
-    export_onnx(model, (torch.ones(4),), tmp_path / "model.onnx")
-    assert not model.tables
-    assert torch.equal(model(torch.ones(4)), torch.arange(4) + 1.0)
 
 
 class Sized(nn.Module):

@@ -20,7 +20,7 @@ from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
 from uta_fx.export.program import sparsify_program
-from uta_fx.export.state import opened, restored
+from uta_fx.export.state import opened
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
@@ -409,7 +409,7 @@ def sparse_program(
         branches = tuple(branch for branch in asked if not branch.is_number)
 
         def trace() -> ExportedProgram:
-            with restored(model), decided(model, branches):
+            with decided(model, branches):
                 return torch.export.export(
                     model, given.args, given.kwargs, dynamic_shapes=dynamic_shapes
                 )
