@@ -1,4 +1,4 @@
-"""Branches that a model takes by the values of tensors, decided by its example inputs."""
+"""What a model asks its tensors (which branch, which sizes), answered by its example inputs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_OF_TRACED_TENSORS = str(Path(torch._subclasses.__file__).parent)
 
 
 class Branch(NamedTuple):
-    """A place where a model asks whether a tensor is true.
+    """A place where a model asks whether a tensor is true, or which whole numbers are in it.
 
     Attributes:
         file: Of the model's code.
         line: In it.
-        taken: The answer.
+        asked: The method of the tensor, such as ``__bool__`` or ``tolist``.
+        taken: The answer: a boolean, a number, or lists of numbers.
     """
 
     file: str
     line: int
-    taken: bool
+    asked: str
+    taken: Any
+
+    @property
+    def is_number(self) -> bool:
+        """Whether a trace may leave the answer to a run, as a symbol: a boolean it cannot."""
+        return not isinstance(self.taken, bool)
 
     def __str__(self) -> str:
         """The line of code, where it stands, and the answer."""
@@ -77,7 +86,7 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
 
 
 class _Listener(TorchFunctionMode):
-    """Notes each answer of a tensor that is asked whether it is true."""
+    """Notes each answer of a tensor that is asked whether it is true, or for whole numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +97,7 @@ class _Listener(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if _asks(func, args):
-            self.heard.append(Branch(*_asked_from(), bool(result)))
+            self.heard.append(Branch(*_asked_from(), func.__name__, result))
         return result
 
 
@@ -98,29 +107,34 @@ class _Prompter(TorchFunctionMode):
     def __init__(self, branches: Iterable[Branch]) -> None:
         super().__init__()
         self.conditions: list[Tensor] = []
-        self._answers: defaultdict[tuple[str, int], deque[bool]] = defaultdict(deque)
-        for branch in branches:
-            self._answers[branch.file, branch.line].append(branch.taken)
+        self._answers: defaultdict[tuple[str, int, str], deque[Any]] = defaultdict(deque)
+        for file, line, asked, taken in branches:
+            # a traced tensor makes a list of numbers by asking for each of them
+            asked = "item" if asked == "tolist" else asked
+            self._answers[file, line, asked].extend(tree_leaves(taken))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        answers = self._answers[_asked_from()] if _asks(func, args) else None
+        answers = self._answers[*_asked_from(), func.__name__] if _asks(func, args) else None
         if not answers:
             return func(*args, **(kwargs or {}))
-        taken = answers.popleft()
-        condition = args[0].reshape(()).bool()
-        self.conditions.append(condition if taken else ~condition)
+        tensor, taken = args[0], answers.popleft()
+        tensor = tensor.bool() if isinstance(taken, bool) else tensor
+        self.conditions.append(tensor.reshape(()) == taken)
         return taken
 
 
 def _asks(func: Any, args: Sequence[Any]) -> bool:
-    if func is torch.Tensor.item:
-        return args[0].dtype == torch.bool
-    return func is torch.Tensor.__bool__
+    if func is torch.Tensor.__bool__:
+        return True
+    reads = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__int__, torch.Tensor.__index__)
+    return func in reads and not (args[0].is_floating_point() or args[0].is_complex())
 
 
 def _asked_from() -> tuple[str, int]:
     """File and line of the code that called a function of a tensor."""
     frame = sys._getframe(2)
+    while frame.f_code.co_filename.startswith(_OF_TRACED_TENSORS) and frame.f_back:
+        frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno

@@ -22,7 +22,7 @@ def spell_out_clusters(program: ExportedProgram) -> ExportedProgram:
     """The same program without ``uta::kmeans`` and ``uta::clustered_attention``."""
     table: dict[Any, Any] = {
         torch.ops.uta.kmeans.default: _kmeans,
-        torch.ops.uta.clustered_attention.default: _clustered_attention,
+        torch.ops.uta.clustered_attention.default: clustered_attention,
     }
     found = (program.graph.find_nodes(op="call_function", target=target) for target in table)
     if not any(found):
@@ -44,7 +44,7 @@ def _kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor,
     return labels.int(), means, sizes.int()
 
 
-def _clustered_attention(
+def clustered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -73,6 +73,7 @@ def write_onnx(
     *,
     opset: int,
     metadata: Mapping[str, str],
+    left: Sequence[str] = (),
     dialect: Dialect | None = None,
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
@@ -87,6 +88,7 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the sites.
+        left: Names of the last outputs, as of ``Opened``; one that an input has gets ``_after``.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
@@ -124,8 +126,11 @@ def write_onnx(
     )
     tidy(model)
     _spell_out_boolean_where(model)
-    for index, output in enumerate(model.graph.outputs):
-        output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
+    own = len(model.graph.outputs) - len(left)
+    names = ["output"] if own == 1 else [f"output_{index}" for index in range(own)]
+    taken = {x.name for x in model.graph.inputs}
+    names += [f"{name}_after" if name in taken else name for name in left]
+    _name_outputs(model.graph, names)
     model.metadata_props.update(metadata)
     model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -137,6 +142,21 @@ def write_onnx(
         # the model last: a file that can be opened is whole
         for name in sorted(os.listdir(folder), key=path.name.__eq__):
             os.replace(Path(folder) / name, path.parent / name)
+
+
+def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Name outputs; what is an input, or another output, as well becomes a value of its own."""
+    named = set(graph.inputs)
+    for index, (output, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        value = output
+        if output in named:
+            copied = ir.node("Identity", [output], name=f"{name}/Identity")
+            graph.append(copied)
+            (value,) = copied.outputs
+            value.shape, value.type = output.shape, output.type
+            graph.outputs[index] = value
+        value.name = name
+        named.add(value)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def sparsify_program(
     rewrite(module, pairs, plan)
     flex = spell_out_flex(module)
     sites = [
-        dataclasses.replace(site, sparse=True, reason="the blocks that its own FlexAttention lists")
+        dataclasses.replace(site, sparse=True, reason=flex[call.place])
         if flex.get(call.place)
         else site
         for call, site in pairs

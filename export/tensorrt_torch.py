@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -34,20 +32,20 @@ def check_torch_tensorrt() -> None:
         )
 
 
-def write_engine(
-    program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any], path: Path
-) -> None:
+def write_engine(program: ExportedProgram, path: Path) -> None:
     """Build the engine of a program of ``spell_out(..., plugins=True)`` and write it.
 
     No part of the program may stay with PyTorch: what cannot be converted is an error.
     """
     import torch_tensorrt
 
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
     register_converters()
     engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
         program,
-        arg_inputs=tuple(args),
-        kwarg_inputs=dict(kwargs),
+        arg_inputs=args,
+        kwarg_inputs=kwargs,
         require_full_compilation=True,
         truncate_double=True,
         attn_bias_is_causal=False,  # it takes any mask of dense attention for causal otherwise

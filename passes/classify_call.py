@@ -15,7 +15,9 @@ def classify_call(call: Call, trace: Trace) -> str:
     queries and keys of a self-attention come into being at the same place; in a joint attention
     they do too, but at several, one after another: video and text; the queries may be a part of
     them. Those of a cross-attention differ. Tokens that differ without being projected in this
-    graph leave the call unknown: it may be a part of a model, with queries and keys handed in.
+    graph leave the call unknown: it may be a part of a model, with queries and keys handed in. So
+    do tokens of which both come out of operations that cannot be followed, such as being written
+    into buffers: they may be the same.
     """
     tokens = trace.axis(call.query.node, call.query.token_dim)
     keys = trace.axis(call.key.node, call.key.token_dim)
@@ -23,7 +25,13 @@ def classify_call(call: Call, trace: Trace) -> str:
         return "self" if _have_one_origin(trace, tokens) else "joint"
     if place_in(keys, tokens) is not None:
         return "joint"
-    return "cross" if _is_projected(call.query.node) and _is_projected(call.key.node) else "unknown"
+    projected = _is_projected(call.query.node) and _is_projected(call.key.node)
+    followed = not (_is_opaque(trace, tokens) and _is_opaque(trace, keys))
+    return "cross" if projected and followed else "unknown"
+
+
+def _is_opaque(trace: Trace, axis: Axis) -> bool:
+    return any(trace.sources[number].opaque for run in axis for number, _ in run.spans)
 
 
 def _have_one_origin(trace: Trace, axis: Axis) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 from uta_fx.passes.match_operators import operands_of, overloads
 from uta_fx.passes.site import recorded
@@ -88,8 +89,11 @@ class Trace:
         self._numbers: dict[Any, int] = {}
         self._flattened: dict[int, Axes] = {}
         self._axes: dict[Node, Any] = {}
+        self._first: dict[Any, Node] = {}  # of the nodes that compute one thing
+        self._twin: dict[Node, Node] = {}
         for node in gm.graph.nodes:
-            self._axes[node] = self._visit(node)
+            twin = self._find_twin(node)
+            self._axes[node] = self._visit(node) if twin is node else self._axes[twin]
 
     def axis(self, node: Node, dim: int) -> Axis:
         """Axis ``dim`` of a node whose output is one tensor."""
@@ -139,7 +143,26 @@ class Trace:
 
     def set(self, node: Node, axes: Axes) -> None:
         """Describe anew a tensor that was written to."""
+        if axes != self._axes.get(node):
+            self._first, self._twin = {}, {}  # what was computed of it before is another thing
         self._axes[node] = axes
+
+    def _find_twin(self, node: Node) -> Node:
+        """The first node that computes the same of the same tensors, which may be this one.
+
+        Some models make the rotary table of queries and that of keys apart.
+        """
+        if (
+            node.op not in ("call_function", "call_method")
+            or not node.all_input_nodes
+            or written_by(node)
+            or is_random(node)
+        ):
+            return node
+        args, kwargs = map_arg((node.args, node.kwargs), lambda x: self._twin.get(x, x))
+        first = self._first.setdefault((node.target, repr(args), repr(kwargs)), node)
+        self._twin[node] = first
+        return first
 
     def _checked(self, node: Node, axes: Axes | None, shape: Sequence[Size], part: int = 0) -> Axes:
         """The axes that a rule gave, wherever they have the length that the tensor has."""
@@ -288,6 +311,12 @@ def written_by(node: Node) -> tuple[Node, ...]:
     ):
         return (argument(node, 0, "input"),)
     return ()
+
+
+def is_random(node: Node) -> bool:
+    """Whether two calls with the same arguments may give different values."""
+    seeded = torch.Tag.nondeterministic_seeded
+    return name_of(node) in _RANDOM or any(seeded in x.tags for x in overloads(node.target))
 
 
 def _all(node: Node) -> Any:
@@ -870,6 +899,11 @@ _IN_PLACE = {
 _INPLACE_ARGUMENT = {
     "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "leaky_relu": 2, "elu": 2,
     "dropout": 3,
+}  # fmt: skip
+
+_RANDOM = {
+    "dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal",
+    "new_empty", "empty_like",
 }  # fmt: skip
 
 _RULES: dict[str, Rule] = {}

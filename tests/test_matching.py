@@ -432,3 +432,46 @@ def test_what_is_not_attention_is_no_site():
         return q.softmax(-1) * k @ v.mT
 
     assert uta_fx.explain(Attention(router).eval(), tokens(), config=Config(**SMALL)).sites == ()
+
+
+class Rotated(nn.Module):
+    """Queries and keys of a clip, each rotated by a table that is made for it alone."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.patch = nn.Conv3d(3, HEADS * DIM, (1, 2, 2), (1, 2, 2))
+        self.to_qkv = nn.Linear(HEADS * DIM, 3 * HEADS * DIM)
+        self.between = between
+
+    def forward(self, clip, rows, columns):
+        x = self.patch(clip)
+        frames, height, width = x.shape[2:]
+        q, k, v = self.to_qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+
+        def table():
+            down = rows[:height, None].expand(-1, width, -1)
+            along = columns[None, :width].expand(height, -1, -1)
+            return (down + along).expand(frames, -1, -1, -1).flatten(0, 2)
+
+        q = heads(q) * table()
+        rows, columns = self.between(rows, columns)
+        k = heads(k) * table()
+        return F.scaled_dot_product_attention(q, k, heads(v))
+
+
+@pytest.mark.parametrize(
+    ("between", "kind"),
+    [
+        (lambda *tables: tables, "self"),
+        (lambda rows, columns: (rows.flip(0), columns), "cross"),
+        (lambda rows, columns: (rows + torch.rand_like(rows), columns), "cross"),
+    ],
+)
+def test_tables_that_are_made_alike_are_one(between, kind):
+    """Not those of other tensors, nor of random ones: such keys have more to their positions."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator) for shape in ((1, 3, 4, 16, 20), (9, DIM))]
+    program = torch.export.export(Rotated(between), (*inputs, inputs[1].clone().repeat(2, 1)))
+    _, (site,) = sparsify_program(program, plan_of(Config(**SMALL)))
+    assert site.kind == kind
+    assert site.sparse == (kind == "self")

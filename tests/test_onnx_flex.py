@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from uta_fx import Config, export_onnx
+from uta_fx.export.mask_groups import group_tokens
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -113,3 +114,61 @@ def test_other_masks_are_written_out(tmp_path, biased):
         expected = dense(q, k, v, seen, -distance if biased else 0.0)
         assert not nodes
         np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+class Framed(nn.Module):
+    """A constant mask that tells frames apart: each sees the first, its own, and no padding."""
+
+    def __init__(self, frame):
+        super().__init__()
+        place = torch.arange(600)
+        self.place, self.frame = place, frame
+        group = place // frame
+        self.seen = (group[:, None] == group) | (group == 0)
+        self.seen &= (place < 590) & (place[:, None] < 590)
+
+    def forward(self, q, k, v):
+        def shown(b, h, i, j):
+            near = (i // self.frame == j // self.frame) | (j < self.frame)
+            return near & (i < 590) & (j < 590)
+
+        mask = create_block_mask(shown, None, None, 600, 600, device="cpu", BLOCK_SIZE=BLOCK)
+        return flex_attention(q, k, v, block_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frame", [70, 1])
+def test_a_constant_mask_is_one_of_groups_of_tokens(tmp_path, frame):
+    """In blocks of their own, where these hold fewer pairs; NaN in keys that nobody sees."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, 600, 16, generator=generator) for _ in range(3))
+    model, path = Framed(frame).eval(), tmp_path / "flex.onnx"
+    (site,) = export_onnx(model, (q, k, v), path).sites
+    assert site.sparse == (frame > 1)
+    expected = dense(q, k, v, model.seen)
+    if site.sparse:
+        assert site.reason == "what its own FlexAttention shows, by groups of tokens"
+        k[:, :, 590:], v[:, :, 590:] = torch.nan, torch.nan
+    output, nodes = run(path, (q, k, v))
+    assert len(nodes) == site.sparse
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_what_the_mask_does_not_tell_apart():
+    """Tokens anywhere, queries that see nothing, keys that nobody sees, rows in parts."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randint(3, (500,), generator=generator)
+    keys = torch.randint(4, (700,), generator=generator)
+    table = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    kinds, keys = kinds.sort()[0].roll(37), keys.roll(11)
+    seen = table[kinds][:, keys]
+    groups = group_tokens(seen.split(90))
+    q = torch.randn(1, 2, 500, 32, generator=generator)
+    k, v = (torch.randn(1, 2, 700, 32, generator=generator) for _ in range(2))
+    expected = (q.double() @ k.double().mT / 8).masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = expected.nan_to_num() @ v.double()
+    k[:, :, keys == 3], v[:, :, keys == 3] = torch.nan, torch.nan
+    output = groups.attend(q, k, v, 1 / 8)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not output[:, :, kinds == 2].any()
+    assert group_tokens(torch.ones(500, 500).tril().bool().split(90)) is None

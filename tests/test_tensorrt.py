@@ -436,7 +436,7 @@ def test_a_program_in_steps_computes_what_the_backend_computes(launched_by, limi
     model, inputs = small_wan()
     kwargs = {**inputs, "return_dict": False}
     config = Config(density=0.3, reorder="morton", **SMALL)
-    program, *_ = uta_fx.exporters._sparse_program(model, (), kwargs, None, config, False)
+    program, *_ = uta_fx.exporters.sparse_program(model, (), kwargs, None, config, False)
     program = tensorrt_program.spell_out(program, plugins=True)
     names = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert torch.ops.uta.sparse_attention.default not in names

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -18,8 +18,9 @@ from uta_fx._optional import require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
-from uta_fx.export.branches import Branch, decided, find_branches
+from uta_fx.export.branches import decided, find_branches
 from uta_fx.export.program import sparsify_program
+from uta_fx.export.state import opened
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ def export_onnx(
     ``uta_fx.sites``, the last two as JSON; and what was decided about branches, likewise as
     ``uta_fx.branches``.
 
+    An argument may be an object of the model's own, such as a cache that holds keys and values for
+    later calls (Wan Animate 2). Its tensors are inputs, named by the argument and their paths in
+    it: ``kv_cache_layer_caches_0_key``. What the model leaves in it are more outputs, of the same
+    names (with ``_after`` where there is such an input). The object itself stays as it is, and what
+    it holds beside tensors is constant.
+
     Args:
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
@@ -58,15 +65,17 @@ def export_onnx(
             name.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
-        dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
-            its video tokens) is fixed in any case, and is refused here by name.
+        dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
+            (``layer_caches.0.key``) for an object; what decides a sparse site (the number of its
+            video tokens) is fixed in any case, and is refused here by name.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
             are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
             reads from 1.23 on, dense attention is one operation too.
         decide_branches: Where the model asks whether a tensor is true (HunyuanVideo 1.5: whether
             its image is empty), write the way that these inputs take; it is run once to find out.
-            The file then answers NaN where its inputs would take another. False refuses such a
-            model.
+            So for whole numbers that it reads from tensors, if it cannot be traced with them left
+            open (Wan Animate 2: sizes of its video). The file then answers NaN where its inputs
+            would take another way or have other numbers. False refuses such a model.
 
     Returns:
         What was decided about every attention call, and why.
@@ -74,9 +83,9 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript is missing.
         TypeError: ``model`` is not a module.
-        ValueError: An argument is out of range, ``dense_until`` is set, ``strict`` and a site stays
-            dense, a dimension cannot be dynamic, the model is not one graph, or an operation has no
-            translation.
+        ValueError: An argument is out of range or cannot be copied, ``dense_until`` is set,
+            ``strict`` and a site stays dense, a dimension cannot be dynamic, the model is not one
+            graph, or an operation has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -94,12 +103,14 @@ def export_onnx(
             " next. Take keep=False, with which each step clusters anew"
         )
     opset = _opset(model, opset)
-    program, explanation, branches = _sparse_program(
+    program, explanation, found = sparse_program(
         model, args, kwargs, dynamic_shapes, config, decide_branches
     )
     program = spell_out_clusters(program)
-    metadata = _metadata(config, branches)
-    write_onnx(program, explanation.sites, target, opset=opset, metadata=metadata)
+    write_onnx(
+        program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
+        left=found.left,
+    )  # fmt: skip
     return explanation
 
 
@@ -168,7 +179,7 @@ def export_tensorrt(
     from uta_fx.export.tensorrt_program import spell_out
 
     opset = _opset(model, opset)
-    program, explanation, branches = _sparse_program(
+    program, explanation, found = sparse_program(
         model, args, kwargs, None, config, decide_branches,
         "its attention mask hides padding, which files for TensorRT leave to dense attention",
     )  # fmt: skip
@@ -176,15 +187,15 @@ def export_tensorrt(
     if form == "engine":
         from uta_fx.export.tensorrt_torch import write_engine
 
-        write_engine(program, args, kwargs or {}, target)
+        write_engine(program, target)
     else:
         from uta_fx.export.onnx_model import write_onnx
         from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
 
         dialect = plugin_dialect() if form == "plugin" else standard_dialect()
         write_onnx(
-            program, explanation.sites, target, opset=opset, metadata=_metadata(config, branches),
-            dialect=dialect,
+            program, explanation.sites, target, opset=opset,
+            metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
         )  # fmt: skip
     return explanation
 
@@ -344,13 +355,25 @@ def _opset(model: Any, opset: int | None) -> int:
     return opset
 
 
-def _metadata(config: Config, branches: Sequence[Branch]) -> dict[str, str]:
+class _Found(NamedTuple):
+    """What an export has found out beside attention.
+
+    Attributes:
+        branches: What was decided.
+        left: Names of what the model leaves in objects among its arguments, its last outputs.
+    """
+
+    branches: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
     metadata = {
         VERSION_KEY: __version__,
         CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
     }
     if branches:
-        metadata[BRANCHES_KEY] = json.dumps([str(branch) for branch in branches])
+        metadata[BRANCHES_KEY] = json.dumps(branches)
     return metadata
 
 
@@ -358,7 +381,7 @@ def _parameters(model: Any) -> Iterator[torch.Tensor]:
     return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
 
 
-def _sparse_program(
+def sparse_program(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
@@ -366,7 +389,7 @@ def _sparse_program(
     config: Config,
     decide_branches: bool,
     no_padding: str | None = None,
-) -> tuple[ExportedProgram, Explanation, tuple[Branch, ...]]:
+) -> tuple[ExportedProgram, Explanation, _Found]:
     """Export and rewrite; what was decided is logged as the backend logs it.
 
     ``no_padding`` is that of a ``Plan``, where the file's form cannot hold it.
@@ -381,13 +404,25 @@ def _sparse_program(
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
-    args, kwargs = tuple(args), dict(kwargs or {})
-    branches = find_branches(model, args, kwargs) if decide_branches else ()
-    with torch.no_grad():
-        try:
+    with torch.no_grad(), opened(model, args, kwargs or {}) as given:
+        asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
+        branches = tuple(branch for branch in asked if not branch.is_number)
+
+        def trace() -> ExportedProgram:
             with decided(model, branches):
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except Exception as error:  # of many kinds: data that decides, containers, shapes
+                return torch.export.export(
+                    model, given.args, given.kwargs, dynamic_shapes=dynamic_shapes
+                )
+
+        try:
+            try:
+                program = trace()
+            except Exception:
+                if branches == asked:
+                    raise
+                branches = asked  # the numbers too, which a graph knows better as symbols
+                program = trace()
+        except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
             plan = plan_of(config)
@@ -406,10 +441,14 @@ def _sparse_program(
         raise ValueError(f"strict: {refused[0].name} stays dense: {refused[0].reason}")
     if refused and not any(site.sparse for site in sites):
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
-    notes = [f"decided by these inputs, others give NaN: {branch}" for branch in branches]
+    # a line of code may ask in every layer
+    found = _Found(tuple(dict.fromkeys(map(str, branches))), tuple(given.left))
+    notes = [f"decided by these inputs, others give NaN: {branch}" for branch in found.branches]
+    if found.left:
+        notes.append(f"what the model leaves in its arguments is output: {', '.join(found.left)}")
     if note := note_on_layers(sites, config):
         notes.append(note)
-    return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), branches
+    return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), found
 
 
 def _why_not_traced(said: str) -> str:
@@ -423,6 +462,6 @@ def _why_not_traced(said: str) -> str:
         )
     return (
         f"model cannot be traced by torch.export: {reason}. Export a module that is one graph: no"
-        " containers of its own as arguments, no branch on the values of tensors unless"
-        " decide_branches=True takes the way that these inputs take"
+        " branch on the values of tensors, and no size read from one, unless decide_branches=True"
+        " takes the way and the numbers of these inputs"
     )

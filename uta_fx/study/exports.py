@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,9 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils._pytree import tree_leaves
 
 from uta_fx.explain import FULL_CAPTURE
-from uta_fx.exporters import export_onnx, onnx_schema
+from uta_fx.export.flex_attention import GROUPED, LISTED
+from uta_fx.export.state import opened
+from uta_fx.exporters import export_onnx, onnx_schema, sparse_program
 from uta_fx.study.models import MODELS, SMALL, Model
 
 HEADER = """# Models as ONNX files
@@ -37,21 +39,23 @@ Runtime {onnxruntime} on a CPU, float32. Error: of the file's output relative to
 `torch.compile(model, backend="uta")`, in norm. A model whose attention stays dense exports too;
 [models.md](models.md) says why it does. *Decided*: there the class asks whether a tensor is true,
 and with `decide_branches=True` the file takes the way that its example inputs take (and answers
-NaN where others would take another). *Own blocks*: the class attends by FlexAttention to blocks
-that it lists itself, which in the file the sparse node does.
+NaN where others would take another); so for numbers that it reads from tensors, where it cannot be
+exported otherwise. *Own blocks*, *own groups*: the class attends by FlexAttention to blocks that it
+lists itself, or under a mask of its own that tells groups of tokens apart, which in the file the
+sparse node does.
 
 | model | sparse nodes | error, or why there is no file |
 |---|---|---|"""
 
 REMARKS = """\
-* FlexAttention under any other mask (AnyFlow FAR) is written out in the file, with a logit for
-  each pair of tokens: a file of it is for short videos.
+* FlexAttention under a mask that depends on inputs, or that tells all tokens apart, is written out
+  in the file, with a logit for each pair of tokens: such a file is for short videos.
 * The error of a class with FlexAttention is to the model itself, uncompiled, with its block lists
   honoured: PyTorch's eager FlexAttention leaves them out.
-* Wan Animate 2 hands over keys and values in an object of its own, for which torch.export has no
-  form, and reads the sizes of the video from tensors in every layer (`grid_sizes.tolist()`), so
-  that a graph does not know how many tokens there are. No argument changes that: it takes a class
-  that is given the cache as tensors and the sizes as numbers.
+* Wan Animate 2 hands over keys and values in an object of its own: its tensors are inputs of the
+  file of the generation pass and outputs of that of the reference pass, of the same names. It reads
+  the sizes of its video from tensors in every layer, at which `torch.compile` breaks its graph: the
+  error of the reference pass, sparse in the file alone, is to the exported program in PyTorch.
 * Sana WM computes its softmax attention in bfloat16 in a model of any dtype, hence its error."""
 
 
@@ -128,21 +132,26 @@ def _cells(entry: Model) -> tuple[str, str]:
             )
         except ValueError as error:
             return "", re.sub(r" object at 0x\w+", "", str(error).partition(". ")[0])
+        with opened(model, (), arguments) as given:
+            tensors = _tensors(given.kwargs)
         try:
-            outputs, nodes = _run(path, arguments)
+            outputs, nodes = _run(path, tensors)
         except NoKernel as error:
             reason = str(error).rpartition(" : ")[2]
             return "", f"it is written, and ONNX Runtime cannot run it: {reason}"
     if entry.dense.startswith("FlexAttention"):
         with torch.no_grad(), _honoured_lists():
             expected = _tensors(model(**arguments))
+    elif entry.dense and any(site.sparse for site in found.sites):  # in one graph, not in several
+        program, *_ = sparse_program(model, (), arguments, None, config, decide_branches=True)
+        expected = _tensors(program.module()(**given.kwargs))
     else:
         expected = _compiled(model, entry, arguments)
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
     notes = [note.partition(": ")[2] for note in found.notes if note.startswith("decided")]
     notes = [f"decided: {note}" for note in notes]
-    if any("its own FlexAttention" in site.reason for site in found.sites):
-        notes.append("own blocks")
+    kinds = {LISTED: "own blocks", GROUPED: "own groups"}
+    notes += dict.fromkeys(kinds[x.reason] for x in found.sites if x.reason in kinds)
     return str(nodes), "; ".join([f"{max(errors).item():.1e}", *notes])
 
 
@@ -175,14 +184,14 @@ def _honoured_lists() -> Iterator[None]:
         yield
 
 
-def _run(path: Path, arguments: dict[str, Any]) -> tuple[list[Tensor], int]:
+def _run(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """Outputs of a file, and how many sparse nodes it has."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
-    tensors = [x.numpy() for x in _tensors(arguments)]
-    outputs = session.run(None, dict(zip(names, tensors, strict=True)))
+    arrays = [x.numpy() for x in tensors]
+    outputs = session.run(None, dict(zip(names, arrays, strict=True)))
     nodes = onnx.load(path).graph.node
     return [torch.from_numpy(x) for x in outputs], sum(
         node.op_type == "SparseAttention" for node in nodes

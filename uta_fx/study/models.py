@@ -46,6 +46,8 @@ class Model:
         dense: Why its long self- or joint attention stays dense (how the reason starts); empty
             where it becomes sparse.
         note: What a reader of the table should know about the model's sites.
+        keeps: Whether it keeps from its first call what it makes then by a compiler of its own (a
+            block mask): it is then built with that, made without one.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Model:
     grid: tuple[int, int, int] | None = None
     dense: str = ""
     note: str = ""
+    keeps: bool = False
 
     def build(self) -> torch.nn.Module:
         """A model with seeded random weights, in evaluation mode."""
@@ -66,7 +69,11 @@ class Model:
             for parameter in model.parameters():
                 if not parameter.any():  # gates that start at zero would hide the attention
                     parameter.normal_(std=0.1)
-        return model.eval()
+        model.eval()
+        if self.keeps:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                model(**self.arguments())
+        return model
 
     def arguments(self) -> dict[str, Any]:
         """Seeded inputs, the same at every call."""
@@ -182,16 +189,35 @@ def _minimax_layout() -> dict[str, Any]:
     }
 
 
-def _wan_animate_2_inputs(x: Random) -> dict[str, Any]:
+WAN_ANIMATE_2 = {
+    "patch_size": (1, 2, 2), "text_len": TEXT, "in_dim": 8, "dim": 32, "ffn_dim": 32,
+    "freq_dim": 16, "text_dim": 16, "out_dim": 4, "num_heads": 2, "num_layers": 2,
+    "cross_attn_norm": True, "use_img_emb": True,
+}
+
+
+def _wan_animate_2_inputs(x: Random, frames: int = 4) -> dict[str, Any]:
     module = require("diffusers.models.transformers.transformer_wan_animate_2", extra="diffusers")
     return {
-        "hidden_states": [x(4, 4, 12, 16)],
+        "hidden_states": [x(4, frames, 12, 16)],
         "timestep": torch.ones(1),
         "encoder_hidden_states": [x(TEXT, 16)],
-        "condition_latents": [x(4, 4, 12, 16)],
+        "condition_latents": [x(4, frames, 12, 16)],
         "encoder_hidden_states_image": x(1, 9, 1280),
-        "kv_cache": module.WanAnimate2KVCache(2), "kv_cache_mode": "extract", "seq_len": VIDEO,
+        "kv_cache": module.WanAnimate2KVCache(2), "kv_cache_mode": "extract",
+        "seq_len": frames * 6 * 8,
         "offset_grid_sizes": torch.tensor([GRID]),
+    }
+
+
+def _wan_animate_2_generation(x: Random) -> dict[str, Any]:
+    """One frame more than the reference, whose keys and values the cache has."""
+    arguments = _wan_animate_2_inputs(x, 5)
+    for layer in arguments["kv_cache"].layer_caches:
+        layer.store(x(1, VIDEO, 2, 16), x(1, VIDEO, 2, 16))
+    return arguments | {
+        "kv_cache_mode": "cached", "offset_grid_sizes": None,
+        "reference_grid_sizes": torch.tensor([GRID]), "origin_len": 13, "origin_area": [96, 128],
     }
 
 
@@ -675,15 +701,21 @@ MODELS = (
     Model(
         name="Wan Animate 2, reference pass",
         class_name="WanAnimate2Transformer3DModel",
-        settings={
-            "patch_size": (1, 2, 2), "text_len": TEXT, "in_dim": 8, "dim": 32, "ffn_dim": 32,
-            "freq_dim": 16, "text_dim": 16, "out_dim": 4, "num_heads": 2, "num_layers": 2,
-            "cross_attn_norm": True, "use_img_emb": True,
-        },
+        settings=WAN_ANIMATE_2,
         inputs=_wan_animate_2_inputs,
         sites=lambda c: {"unknown": 1, "cross": 2},
         dense="the graph does not show that queries and keys",
         note="the class breaks into many graphs, one of them with the attention of every layer",
+    ),
+    Model(
+        name="Wan Animate 2, generation pass",
+        class_name="WanAnimate2Transformer3DModel",
+        settings=WAN_ANIMATE_2,
+        inputs=_wan_animate_2_generation,
+        sites=lambda c: {"unknown": 1, "cross": 2},
+        dense="FlexAttention has a block mask",
+        note="each frame attends to the video and to its own frame of the reference",
+        keeps=True,
     ),
     Model(
         name="Kandinsky 6 super-resolution",
