@@ -54,8 +54,8 @@ def export_onnx(
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
         path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than
-            PyTorch's limit, about 1.5 GB, go into a second file beside it, with ``.data`` after its
-            name.
+            1.5 GiB go into a second file beside it, such as ``model.onnx.1f3a9c04.data``; they can
+            be moved together. Its name is new each time, and that of the file replaced goes.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``; what decides a sparse site (the number of
