@@ -571,22 +571,22 @@ def schemas() -> dict[str, OpSchema]:
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
                 {
                     "key_mean": ("T", "[B, H, Nk, D]"),
-                    "key_variance": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D], of each channel"),
                     "value_mean": ("T", "[B, H, Nk, Dv]"),
                     "value_variance": ("F", "[B, H, Nk], summed over the channels"),
-                    "covariance": ("F", "[B, H, D, Dv]"),
+                    "covariance": ("F", "[B, H, D, Dv], of keys and values inside their blocks"),
                 },
                 {"block_kv": (int, "keys in a block; the last may be ragged")},
             ),
             make_schema(
                 "BlockScores",
-                "Pooled attention of groups of query rows on each key block, weighted, as root mean"
-                " square over the query block.",
+                "Attention of mean query rows on mean keys, times a power of the variance of the"
+                " logit inside the key block; of the groups of a query block the root mean square.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key_mean": ("T", "[B, H, Nk, D]"),
-                    "key_variance": ("T", "[B, H, Nk, D]"),
-                    "log_size": ("F", "[B, H, Nk]"),
+                    "key_variance": ("T", "[B, H, Nk, D], of each channel"),
+                    "log_size": ("F", "[B, H, Nk], log of how many keys are in each block"),
                 },
                 {"scores": ("S", "[B, H, Nq, Nk]")},
                 {
@@ -610,8 +610,8 @@ def schemas() -> dict[str, OpSchema]:
             ),
             make_schema(
                 "ListBlocks",
-                "The lists of ``SparseAttention`` from a mask of blocks.",
-                {"exact": ("M", "[B, H, Nq, Nk]")},
+                "The lists of SparseAttention from a mask of blocks.",
+                {"exact": ("M", "[B, H, Nq, Nk], the blocks to list")},
                 {
                     "block_ids": ("I", "[B, H, Nq, Nk], ascending, then zeros"),
                     "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),

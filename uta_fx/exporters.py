@@ -317,23 +317,28 @@ def build_onnxruntime_plugin(
     build_plugin(Path(model), architecture, target)
 
 
-def onnx_schema() -> Any:
-    """The schema of ``uta::SparseAttention``, the node in the files of ``export_onnx``.
+def onnx_schema(name: str = "SparseAttention") -> Any:
+    """The schema of a node ``uta::name`` in the files of ``export_onnx``.
 
     Inputs, outputs, types and attributes with what they mean, the version, and the inference of
-    shapes. Files need it nowhere, because each has the node's function; tools that are to know the
-    node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+    shapes. Files need it nowhere, because each has the functions of its nodes; tools that are to
+    know a node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+
+    Args:
+        name: ``"SparseAttention"``, or a node that selects its blocks: ``"BlockStatistics"``,
+            ``"BlockScores"``, ``"SelectBlocks"`` or ``"ListBlocks"``.
 
     Returns:
         ``onnx.defs.OpSchema``.
 
     Raises:
         ImportError: onnx is missing.
+        ValueError: There is no such node.
     """
     require("onnx", extra="onnx")
-    from uta_fx.export.onnx_schema import sparse_attention_schema
+    from uta_fx.export.onnx_schema import published_schema
 
-    return sparse_attention_schema()
+    return published_schema(name)
 
 
 def _opset(model: Any, opset: int | None) -> int:
