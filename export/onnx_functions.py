@@ -17,10 +17,14 @@ from typing import Any
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx.defs import OpSchema
 from torch import Tensor
 
+from uta_fx import __version__
+
 DOMAIN, VERSION = "uta", 1
+VERSION_KEY = "uta_fx.version"  # of the library, in a file's metadata
 OPSET = 18  # of the standard operations, and the lowest of an exported file
 
 SPARSE_ATTENTION_HEAD = """
@@ -667,23 +671,32 @@ def check_version(path: Path, name: str) -> None:
         path: The file.
         name: Of the argument that gave it.
     """
+    problem = f"{name} must be an ONNX file, got {path}"
     if not path.is_file():
-        raise ValueError(f"{name} must be an ONNX file, got {path}")
-    imports = onnx.load(path, load_external_data=False).opset_import
-    versions = [x.version for x in imports if x.domain == DOMAIN]
+        raise ValueError(problem)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{problem}, which is none") from error
+    versions = [x.version for x in model.opset_import if x.domain == DOMAIN]
     if versions not in ([], [VERSION]):
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        writer = f"uta-fx {metadata.get(VERSION_KEY, 'of a version that it does not name')}"
         raise ValueError(
-            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
-            f" this release has version {VERSION}: export the model again"
+            f"{path} was written by {writer} for version {versions[0]} of the operators of domain"
+            f" {DOMAIN!r}, and uta-fx {__version__} has version {VERSION}: export the model again"
+            " with this release, or install that one"
         )
 
 
 ELEMENT_TYPES = {
+    torch.float64: onnx.TensorProto.DOUBLE,
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
+    torch.uint8: onnx.TensorProto.UINT8,
     torch.bool: onnx.TensorProto.BOOL,
 }
 

@@ -33,9 +33,11 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.values import Op, Opset
 from torch.export import ExportedProgram
 
+from uta_fx import __version__
 from uta_fx.export.onnx_functions import (
     DOMAIN,
     VERSION,
+    VERSION_KEY,
     block_scores_function,
     block_statistics_function,
     list_blocks_function,
@@ -90,7 +92,7 @@ def write_onnx(
         sites: Of the same call.
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
-        metadata: Goes into the model's metadata, beside the sites.
+        metadata: Goes into the model's metadata, beside the version of the library and the sites.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
@@ -131,6 +133,7 @@ def write_onnx(
     _spell_out_boolean_where(model)
     for index, output in enumerate(model.graph.outputs):
         output.name = "output" if len(model.graph.outputs) == 1 else f"output_{index}"
+    model.metadata_props[VERSION_KEY] = __version__
     model.metadata_props.update(metadata)
     model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
     weights = [x.const_value for x in model.graph.initializers.values()]

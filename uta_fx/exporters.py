@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from uta_fx import __version__
 from uta_fx._optional import require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
@@ -25,8 +24,7 @@ from uta_fx.policies import SVG2
 logger = logging.getLogger(__name__)
 
 TENSORRT_FORMS = ("plugin", "standard", "engine")
-VERSION_KEY, CONFIG_KEY = "uta_fx.version", "uta_fx.config"
-BRANCHES_KEY = "uta_fx.branches"
+CONFIG_KEY, BRANCHES_KEY = "uta_fx.config", "uta_fx.branches"
 
 
 def export_onnx(
@@ -271,14 +269,15 @@ def bind_tensors(
 
     Args:
         session: ``onnxruntime.InferenceSession``.
-        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU.
-        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
+        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU, of
+            the dtypes and sizes that the file says; a size that it names instead may be any.
+        outputs: By the names of its outputs, likewise; written by every run.
 
     Returns:
         ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps the tensors alive.
 
     Raises:
-        ValueError: A tensor is not contiguous.
+        ValueError: A tensor is not contiguous, or not what the file says.
     """
     from uta_fx.export.onnxruntime_session import bind
 
@@ -302,16 +301,16 @@ def build_onnxruntime_plugin(
     Raises:
         ImportError: onnx or Triton is missing.
         RuntimeError: There is no C compiler, or it or Triton failed.
-        ValueError: The file has no sparse attention, a size that a kernel needs is dynamic, or the
-            architecture is another.
+        ValueError: There is no such file or it is from another version, it has no sparse attention,
+            a size that a kernel needs is dynamic, or the architecture is another.
     """
     require("onnx", extra="onnx")
     require("triton", extra="triton")
+    from uta_fx.export.onnx_functions import check_version
     from uta_fx.export.onnxruntime_plugin import build_plugin
 
     target = Path(path)
-    if not Path(model).is_file():
-        raise ValueError(f"model must be an ONNX file, got {model}")
+    check_version(Path(model), "model")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
     build_plugin(Path(model), architecture, target)
@@ -350,10 +349,7 @@ def _opset(model: Any, opset: int | None) -> int:
 
 
 def _metadata(config: Config, branches: Sequence[Branch]) -> dict[str, str]:
-    metadata = {
-        VERSION_KEY: __version__,
-        CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
-    }
+    metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr)}
     if branches:
         metadata[BRANCHES_KEY] = json.dumps([str(branch) for branch in branches])
     return metadata
