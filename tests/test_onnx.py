@@ -176,10 +176,7 @@ def arrays_of(inputs):
     "options",
     [
         {"tail": "gaussian"},
-        {"tail": "none", "policy": "topk", "budget": "row"},
-        {"tail": "bins", "reorder": "morton"},
-        {"policy": "spatial_temporal", "reorder": "hilbert"},
-        {"tail": "gaussian", "dense_layers": "0"},
+        {"tail": "bins", "reorder": "morton", "dense_layers": "0"},
     ],
     ids=str,
 )
