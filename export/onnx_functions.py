@@ -17,10 +17,14 @@ from typing import Any
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx.defs import OpSchema
 from torch import Tensor
 
+from uta_fx import __version__
+
 DOMAIN, VERSION = "uta", 1
+VERSION_KEY = "uta_fx.version"  # of the library, in a file's metadata
 OPSET = 18  # of the standard operations, and the lowest of an exported file
 
 SPARSE_ATTENTION_HEAD = """
@@ -571,22 +575,22 @@ def schemas() -> dict[str, OpSchema]:
                 {"key": ("T", "[B, H, L, D]"), "value": ("T", "[B, H, L, Dv]")},
                 {
                     "key_mean": ("T", "[B, H, Nk, D]"),
-                    "key_variance": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D], of each channel"),
                     "value_mean": ("T", "[B, H, Nk, Dv]"),
                     "value_variance": ("F", "[B, H, Nk], summed over the channels"),
-                    "covariance": ("F", "[B, H, D, Dv]"),
+                    "covariance": ("F", "[B, H, D, Dv], of keys and values inside their blocks"),
                 },
                 {"block_kv": (int, "keys in a block; the last may be ragged")},
             ),
             make_schema(
                 "BlockScores",
-                "Pooled attention of groups of query rows on each key block, weighted, as root mean"
-                " square over the query block.",
+                "Attention of mean query rows on mean keys, times a power of the variance of the"
+                " logit inside the key block; of the groups of a query block the root mean square.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key_mean": ("T", "[B, H, Nk, D]"),
-                    "key_variance": ("T", "[B, H, Nk, D]"),
-                    "log_size": ("F", "[B, H, Nk]"),
+                    "key_variance": ("T", "[B, H, Nk, D], of each channel"),
+                    "log_size": ("F", "[B, H, Nk], log of how many keys are in each block"),
                 },
                 {"scores": ("S", "[B, H, Nq, Nk]")},
                 {
@@ -610,8 +614,8 @@ def schemas() -> dict[str, OpSchema]:
             ),
             make_schema(
                 "ListBlocks",
-                "The lists of ``SparseAttention`` from a mask of blocks.",
-                {"exact": ("M", "[B, H, Nq, Nk]")},
+                "The lists of SparseAttention from a mask of blocks.",
+                {"exact": ("M", "[B, H, Nq, Nk], the blocks to list")},
                 {
                     "block_ids": ("I", "[B, H, Nq, Nk], ascending, then zeros"),
                     "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),
@@ -667,23 +671,32 @@ def check_version(path: Path, name: str) -> None:
         path: The file.
         name: Of the argument that gave it.
     """
+    problem = f"{name} must be an ONNX file, got {path}"
     if not path.is_file():
-        raise ValueError(f"{name} must be an ONNX file, got {path}")
-    imports = onnx.load(path, load_external_data=False).opset_import
-    versions = [x.version for x in imports if x.domain == DOMAIN]
+        raise ValueError(problem)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{problem}, which is none") from error
+    versions = [x.version for x in model.opset_import if x.domain == DOMAIN]
     if versions not in ([], [VERSION]):
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        writer = f"uta-fx {metadata.get(VERSION_KEY, 'of a version that it does not name')}"
         raise ValueError(
-            f"{path} was written for version {versions[0]} of the operators of domain {DOMAIN!r},"
-            f" this release has version {VERSION}: export the model again"
+            f"{path} was written by {writer} for version {versions[0]} of the operators of domain"
+            f" {DOMAIN!r}, and uta-fx {__version__} has version {VERSION}: export the model again"
+            " with this release, or install that one"
         )
 
 
 ELEMENT_TYPES = {
+    torch.float64: onnx.TensorProto.DOUBLE,
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
+    torch.uint8: onnx.TensorProto.UINT8,
     torch.bool: onnx.TensorProto.BOOL,
 }
 

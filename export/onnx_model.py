@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import tempfile
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 from onnx_ir.passes import Sequential as Passes
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -31,9 +33,11 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.values import Op, Opset
 from torch.export import ExportedProgram
 
+from uta_fx import __version__
 from uta_fx.export.onnx_functions import (
     DOMAIN,
     VERSION,
+    VERSION_KEY,
     block_scores_function,
     block_statistics_function,
     list_blocks_function,
@@ -45,6 +49,8 @@ from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+LARGE = 1536 * 1024**2
+"""Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
 KEPT = ("SparseAttention", "BlockStatistics", "BlockScores", "SelectBlocks", "ListBlocks")
 """Nodes of our domain in a file, beside their functions."""
 
@@ -78,16 +84,16 @@ def write_onnx(
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
 
-    Weights lie in the file up to PyTorch's limit (about 1.5 GB together), beyond that in ``path``
-    with ``.data`` after its name. Both are written beside ``path`` under another name, checked, and
-    then renamed.
+    Weights lie in the file up to ``LARGE``, beyond that in a second one beside it. Both are written
+    in another folder, checked, and then renamed, the file of weights first: it has a new name each
+    time, so that no file is ever with the weights of another, whenever this may be cut off.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.
         sites: Of the same call.
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
-        metadata: Goes into the model's metadata, beside the sites.
+        metadata: Goes into the model's metadata, beside the version of the library and the sites.
         left: Names of the last outputs, as of ``Opened``; one that an input has gets ``_after``.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
@@ -116,6 +122,7 @@ def write_onnx(
         ) from error
     assert exported is not None
     model = exported.model
+    _name_forms_of_weights(model)
     with _without_their_own_worries():
         fold_constants(model)
     _name_nodes(model)
@@ -131,17 +138,39 @@ def write_onnx(
     taken = {x.name for x in model.graph.inputs}
     names += [f"{name}_after" if name in taken else name for name in left]
     _name_outputs(model.graph, names)
+    model.metadata_props[VERSION_KEY] = __version__
     model.metadata_props.update(metadata)
     model.metadata_props[SITES_KEY] = json.dumps([_description(site) for site in sites])
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        exported.save(Path(folder) / path.name)
+    weights = [x.const_value for x in model.graph.initializers.values()]
+    large = sum(x.nbytes for x in weights if x is not None) > LARGE
+    data = f"{path.name}.{secrets.token_hex(4)}.data" if large else None
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+        folder = Path(name)
+        ir.save(model, folder / path.name, external_data=data)
         try:
-            onnx.checker.check_model(Path(folder) / path.name, full_check=True)
+            onnx.checker.check_model(folder / path.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ValueError(f"model cannot be written in opset {opset}: {error}") from error
-        # the model last: a file that can be opened is whole
-        for name in sorted(os.listdir(folder), key=path.name.__eq__):
-            os.replace(Path(folder) / name, path.parent / name)
+        if data is not None:
+            os.replace(folder / data, path.parent / data)
+        replaced = _files_of_weights(path)
+        os.replace(folder / path.name, path)
+    for file in replaced:
+        file.unlink(missing_ok=True)
+
+
+def _files_of_weights(path: Path) -> list[Path]:
+    """The files beside an ONNX file that bear its name and hold its weights; none of no such file.
+
+    One under another name may belong to several.
+    """
+    try:
+        weights = onnx.load(path, load_external_data=False).graph.initializer
+    except (FileNotFoundError, DecodeError):
+        return []
+    places = {x.value for w in weights for x in w.external_data if x.key == "location"}
+    names = {place for place in places if place.startswith(f"{path.name}.")}
+    return [path.parent / name for name in names if Path(name).name == name]
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
@@ -529,6 +558,25 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], parts, node.outputs, [value]
         )
+
+
+def _name_forms_of_weights(model: ir.Model) -> None:
+    """Name the forms of a weight after it: folding leaves ``weight.transposed`` in its place."""
+    forms = {
+        "Cast": "cast",
+        "Reshape": "reshaped",
+        "Transpose": "transposed",
+        "Unsqueeze": "unsqueezed",
+    }
+    weights = set(model.graph.initializers.values())
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        if node.op_type in forms and node.inputs[0] in weights:
+            form = node.outputs[0]
+            name = f"{node.inputs[0].name}.{forms[node.op_type]}"
+            form.name = f"{name}_{seen[name]}" if seen[name] else name
+            seen[name] += 1
+            weights.add(form)
 
 
 def _name_nodes(model: ir.Model) -> None:

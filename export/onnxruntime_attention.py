@@ -19,6 +19,8 @@ from uta_fx.export.onnxruntime_kernels import (
     Kernel,
     NodeOfFile,
     compile_kernel,
+    map_type,
+    number_type,
 )
 from uta_fx.kernels import triton_attention
 from uta_fx.kernels.triton_attention import (
@@ -33,7 +35,6 @@ _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
     "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
 }  # fmt: skip
-_HEADERS_OF_ROW = ("_sb", "_sh")  # strides that may not fit 32 bits
 # what the C source calls a parameter, where a kernel of gluon_attention has another name for it
 _NAMES = {
     "_paired_kernel": {
@@ -223,7 +224,7 @@ def _parameter_type(name: str, variant: AttentionVariant) -> str:
         return "*" + _POINTERS.get(name.removesuffix("_ptr"), DTYPES[variant.dtype][1])
     if name in ("scale", "scale_log2", "half_weight_log2"):
         return "fp32"
-    return "i64" if name.endswith(_HEADERS_OF_ROW) else "i32"
+    return number_type(name)
 
 
 def _map_types(
@@ -233,11 +234,8 @@ def _map_types(
     rows = dict.fromkeys(names, gluon_attention.BLOCK)
     if constants["TAIL"]:
         rows["slope_desc"] = variant.dim
-    dtype, layout = DTYPES[variant.dtype][1], gluon_attention.MAP_LAYOUT
-    return {
-        name: f"tensordesc<{dtype}[1, 1, {count}, {variant.dim}],{layout!r}>"
-        for name, count in rows.items()
-    }
+    dtype = DTYPES[variant.dtype][1]
+    return {name: map_type(dtype, count, variant.dim) for name, count in rows.items()}
 
 
 def _is_divisible(name: str, variant: AttentionVariant) -> bool:

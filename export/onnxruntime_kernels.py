@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from uta_fx.kernels.triton_attention import gluon_attention
+
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory of one program by architecture, as NVIDIA's programming guide gives it."""
 
@@ -24,6 +26,16 @@ DTYPES = {
     TensorProto.BFLOAT16: (torch.bfloat16, "bf16"),
 }
 """Of a file, in PyTorch and in Triton."""
+
+
+def map_type(dtype: str, rows: int, dim: int) -> str:
+    """Triton's type of a tensor map of so many rows."""
+    return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{gluon_attention.MAP_LAYOUT!r}>"
+
+
+def number_type(name: str) -> str:
+    """Triton's type of a size or a stride: those of samples and heads may not fit 32 bits."""
+    return "i64" if name.endswith(("_sb", "_sh")) else "i32"
 
 
 class NodeOfFile:

@@ -13,6 +13,8 @@ from uta_fx.export.onnxruntime_kernels import (
     Kernel,
     NodeOfFile,
     compile_kernel,
+    map_type,
+    number_type,
 )
 from uta_fx.kernels import triton_scores, triton_selection, triton_statistics
 from uta_fx.kernels.triton_attention import gluon_attention
@@ -22,11 +24,6 @@ from uta_fx.kernels.triton_statistics import gluon_statistics
 
 _NAMES = {"counts_ptr": "digits_ptr"}
 _POWERS = (0.0, 0.5, 1.0)  # that kernels know; the C source numbers them so
-
-
-def _map_type(dtype: str, rows: int, dim: int) -> str:
-    """Triton's type of a tensor map of so many rows."""
-    return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{gluon_attention.MAP_LAYOUT!r}>"
 
 
 class StatisticsVariant(NamedTuple):
@@ -70,7 +67,7 @@ def compile_statistics(variant: StatisticsVariant, architecture: int) -> dict[st
         RuntimeError: Triton could not compile one of them.
     """
     name = DTYPES[variant.dtype][1]
-    tile = _map_type(name, variant.block_kv, variant.dim)
+    tile = map_type(name, variant.block_kv, variant.dim)
     types = {"k_desc": tile, "v_desc": tile} | dict.fromkeys(
         ("k_mean_ptr", "k_var_ptr", "v_mean_ptr"), f"*{name}"
     )
@@ -163,11 +160,11 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
         divisible |= {"blocks", "size_sb", "size_sh"}
     for parameter in function.arg_names:
         if parameter.endswith("_desc"):
-            types[parameter] = _map_type(name, gluon_scores.TILE, variant.dim)
+            types[parameter] = map_type(name, gluon_scores.TILE, variant.dim)
         elif parameter.endswith("_ptr"):
             types.setdefault(parameter, f"*{name}")
         else:
-            types.setdefault(parameter, "i64" if parameter.endswith(("_sb", "_sh")) else "i32")
+            types.setdefault(parameter, number_type(parameter))
     kernel = compile_kernel(
         function, architecture, options, types=types, divisible=divisible, blocks=rows
     )

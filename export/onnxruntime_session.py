@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 from torch import Tensor
@@ -62,14 +63,35 @@ def bind(
 ) -> onnxruntime.IOBinding:
     """See ``uta_fx.bind_tensors``."""
     binding = session.io_binding()
-    for bind_one, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+    for kind, tensors, said, bind_one in (
+        ("inputs", inputs, session.get_inputs(), binding.bind_input),
+        ("outputs", outputs, session.get_outputs(), binding.bind_output),
+    ):
+        known = {x.name: x for x in said}
+        if odd := sorted(tensors.keys() - known.keys()):
+            raise ValueError(f"{kind} must be among {', '.join(known)}, got {', '.join(odd)}")
         for name, x in tensors.items():
-            if not x.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
-            kind, place = ELEMENT_TYPES[x.dtype], x.device.index or 0
-            bind_one(name, x.device.type, place, kind, tuple(x.shape), x.data_ptr())
+            if problem := _misfit(x, known[name].type, known[name].shape):
+                raise ValueError(f"{name} must be {problem}")
+            place = x.device.index or 0
+            bind_one(
+                name, x.device.type, place, ELEMENT_TYPES[x.dtype], tuple(x.shape), x.data_ptr()
+            )
     binding.tensors = [*inputs.values(), *outputs.values()]  # it has their addresses alone
     return binding
+
+
+def _misfit(x: Tensor, kind: str, sizes: Sequence[int | str | None]) -> str | None:
+    """What a tensor must be and is not: ONNX Runtime names neither it nor all that is wrong."""
+    name = onnx.TensorProto.DataType.Name
+    dtypes = {f"tensor({name(number).lower()})": x for x, number in ELEMENT_TYPES.items()}
+    if dtypes.get(kind) != x.dtype:
+        return f"{dtypes.get(kind, kind)}, got {x.dtype}"
+    if len(sizes) != x.dim() or any(
+        isinstance(size, int) and size != given for size, given in zip(sizes, x.shape, strict=True)
+    ):
+        return f"of sizes {list(sizes)}, got {list(x.shape)}"
+    return None if x.is_contiguous() else f"contiguous, got strides {x.stride()}"
 
 
 def nodes_of_plugin(library: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -140,13 +141,14 @@ def test_a_file_rounds_scores_as_the_operator(tmp_path):
     torch.testing.assert_close(scores, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
-def wan():
+def wan(layers=1):
     """A small Wan and its inputs."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=3,
-        out_channels=3, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
+        out_channels=3, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=layers,
+        rope_max_seq_len=32,
     ).eval()  # fmt: skip
     return model, wan_inputs()
 
@@ -175,16 +177,13 @@ def arrays_of(inputs):
     "options",
     [
         {"tail": "gaussian"},
-        {"tail": "none", "policy": "topk", "budget": "row"},
-        {"tail": "bins", "reorder": "morton"},
-        {"policy": "spatial_temporal", "reorder": "hilbert"},
-        {"tail": "gaussian", "dense_layers": "0"},
+        {"tail": "bins", "reorder": "morton", "dense_layers": "0"},
     ],
     ids=str,
 )
 def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     """Float32 differs by rounding alone: a relative error of 1e-4 is the goal, 1e-5 is asked."""
-    model, inputs = wan()
+    model, inputs = wan(layers=2)
     path = tmp_path / "model.onnx"
     config = Config(density=0.3, **SMALL, **options)
     explanation = export_onnx(
@@ -207,6 +206,10 @@ def test_a_file_computes_what_the_backend_computes(tmp_path, options):
     names = [node.name for node in loaded.graph.node]
     assert any(name.startswith("blocks.1.ffn.net.2/linear") for name in names)
     assert len(set(names)) == len(names)
+    weights = {x.name: onnx.numpy_helper.to_array(x) for x in loaded.graph.initializer}
+    for name, x in model.named_parameters():
+        form = name if name in weights else f"{name}.transposed"
+        np.testing.assert_array_equal(weights[form], (x if form == name else x.mT).detach())
     assert {entry.key for node in loaded.graph.node for entry in node.metadata_props} == {
         "namespace"
     }
@@ -233,11 +236,19 @@ def test_a_file_in_half_precision_errs_no_more_than_the_backend(tmp_path):
     assert np.linalg.norm(output - exact) <= 2 * np.linalg.norm(backend - exact)
 
 
+def shallow(name):
+    """An entry of the table with one layer of each kind; Mochi's last is of another kind."""
+    pytest.importorskip("diffusers")
+    (entry,) = (entry for entry in MODELS if entry.name == name)
+    fewer = {"num_layers": 2 if name == "Mochi" else 1, "num_single_layers": 1}
+    settings = {**entry.settings, **{x: n for x, n in fewer.items() if x in entry.settings}}
+    return dataclasses.replace(entry, settings=settings)
+
+
 @pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX 5B", "LTX-Video", "Mochi", "Allegro"])
 def test_a_model_of_diffusers_computes_what_the_backend_computes(tmp_path, name):
     """Joint attention, masks, text whose length only a run knows, boolean and odd operations."""
-    pytest.importorskip("diffusers")
-    (entry,) = (entry for entry in MODELS if entry.name == name)
+    entry = shallow(name)
     model, arguments = entry.build(), entry.arguments()
     config = dataclasses.replace(SMALL_MODEL, density=0.3, grid=entry.grid)
     path = tmp_path / "model.onnx"
@@ -355,7 +366,7 @@ def test_batch_and_text_may_be_dynamic(tmp_path):
     config = Config(density=0.3, **SMALL)
     kwargs = {**inputs, "return_dict": False}
     export_onnx(model, (), path, config=config, kwargs=kwargs, dynamic_shapes=shapes)
-    for other in (inputs, wan_inputs(batch=1), wan_inputs(batch=3, words=20)):
+    for other in (wan_inputs(batch=1), wan_inputs(batch=3, words=20)):
         (output,) = run(path, arrays_of(other))
         expected = compiled(model, other, density=0.3).numpy()
         assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
@@ -492,8 +503,7 @@ def test_a_branch_may_be_decided_by_the_inputs(tmp_path, sign):
 
 def test_hunyuan_video_15_takes_every_prompt_and_one_kind_of_image(tmp_path):
     """It asks whether its image is empty; how much of the text is padding a run may change."""
-    pytest.importorskip("diffusers")
-    (entry,) = (entry for entry in MODELS if entry.name == "HunyuanVideo 1.5")
+    entry = shallow("HunyuanVideo 1.5")
     model, path = entry.build(), tmp_path / "model.onnx"
     arguments = {**entry.arguments(), "return_dict": False}
     config = dataclasses.replace(SMALL_MODEL, density=0.3)
@@ -503,7 +513,7 @@ def test_hunyuan_video_15_takes_every_prompt_and_one_kind_of_image(tmp_path):
     sites = [site for site in explanation.sites if site.kind == "joint"]
     assert [(site.sparse, site.grid, site.text) for site in sites] == [
         (True, entry.grid, (0, 18))  # a plugin and an engine need to know how much text there is
-    ] * 2
+    ]
     options = {
         "inner": "eager", "density": 0.3, "grid": entry.grid, "min_tokens": 48, "block_q": 16,
         "block_kv": 16,
@@ -629,17 +639,86 @@ def test_factors_are_written_as_reflections(tmp_path):
         np.testing.assert_allclose(got, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
-    """Large is here more than nothing; another export takes the place of both files."""
-    from torch.onnx._internal.exporter import _onnx_program
+class Tied(nn.Module):
+    """Weights in several forms, one of them of two layers, and as many rows as are asked for."""
 
-    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
-    model = nn.Linear(64, 64).eval()
-    for _ in range(2):
-        export_onnx(model, (torch.ones(1, 64),), tmp_path / "model.onnx")
-        assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
-    (output,) = run(tmp_path / "model.onnx", {"input": np.ones((1, 64), np.float32)})
-    np.testing.assert_allclose(output, model(torch.ones(1, 64)).detach(), rtol=1e-5, atol=1e-5)
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = nn.Linear(16, rows)
+        self.twice = nn.Linear(16, 16, bias=False)
+        self.table = nn.Parameter(torch.randn(3, 16))
+
+    def forward(self, x):
+        return self.rows(self.twice(self.twice(x).sin()) + self.table[None])
+
+
+def test_forms_of_a_weight_are_named_after_it(tmp_path):
+    """However many there are; a viewer shows no ``val_12`` for a weight."""
+    path, x = tmp_path / "model.onnx", torch.ones(2, 3, 16)
+    model = Tied(4).eval()
+    export_onnx(model, (x,), path)
+    weights = {w.name for w in onnx.load(path).graph.initializer if w.dims}
+    assert weights == {
+        "rows.weight.transposed", "rows.bias", "table.unsqueezed", "twice.weight.transposed",
+        "twice.weight.transposed_1",
+    }  # fmt: skip
+    (output,) = run(path, {"x": x.numpy()})
+    np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def write_tied(path, rows):
+    """Export a model with that many output channels; give what it computes of ones."""
+    torch.manual_seed(rows)
+    model, x = Tied(rows).eval(), torch.ones(2, 3, 16)
+    export_onnx(model, (x,), path)
+    return model(x).detach().numpy()
+
+
+def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
+    """Large is here more than nothing. They move together; the next export takes their place."""
+    monkeypatch.setattr(onnx_model, "LARGE", 0)
+    path, elsewhere = tmp_path / "model.onnx", tmp_path / "elsewhere"
+    (tmp_path / "model.onnx.json").write_text("of the user")
+    for rows in (40, 20):
+        expected = write_tied(path, rows)
+        name, data, other = sorted(os.listdir(tmp_path))
+        assert re.fullmatch(r"model\.onnx\.[0-9a-f]{8}\.data", data)
+        assert (name, other) == ("model.onnx", "model.onnx.json")
+    elsewhere.mkdir()
+    for name in (data, "model.onnx"):
+        (tmp_path / name).rename(elsewhere / name)
+    (output,) = run(elsewhere / "model.onnx", {"x": np.ones((2, 3, 16), np.float32)})
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    write_tied(elsewhere / "model.onnx", 30)
+    assert os.listdir(elsewhere) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_an_export_that_is_cut_off_leaves_the_file_of_before(tmp_path, monkeypatch, renames):
+    """Before either rename or between the two: the old file stays with its own weights."""
+    monkeypatch.setattr(onnx_model, "LARGE", 0)
+    path, replace, left = tmp_path / "model.onnx", os.replace, [None] * renames
+
+    def cut_off(*names):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(*names)
+
+    expected = write_tied(path, 40)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(onnx_model.os, "replace", cut_off)
+        write_tied(path, 42)
+    (output,) = run(path, {"x": np.ones((2, 3, 16), np.float32)})
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_is_no_model_is_replaced(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("not a model")
+    write_tied(path, 4)
+    onnx.checker.check_model(path)
 
 
 MEASURE = """

@@ -58,6 +58,7 @@ def write_node(path, case, version=1):
     args = case.inputs()
     model, inputs = onnx_functions.node_model(args)
     model.opset_import[1].version = version
+    onnx.helper.set_model_props(model, {"uta_fx.version": "9.9"})
     onnx.save(model, path)
     return args, inputs
 
@@ -226,6 +227,9 @@ def test_bad_input_to_the_builder(tmp_path):
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
     with pytest.raises(ValueError, match="model must be an ONNX file"):
         uta_fx.build_onnxruntime_plugin(model, library, architecture=90)
+    write_node(model, Case(), version=2)
+    with pytest.raises(ValueError, match=r"written by uta-fx 9\.9 for version 2 of the"):
+        uta_fx.build_onnxruntime_plugin(model, library, architecture=90)
     write_node(model, Case())
     with pytest.raises(ValueError, match=r"architecture must be one of 80, 86, .*, got 75"):
         uta_fx.build_onnxruntime_plugin(model, library, architecture=75)
@@ -263,8 +267,59 @@ def test_bad_input_to_a_session(tmp_path):
     with pytest.raises(ValueError, match="plugin needs CUDAExecutionProvider"):
         uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"], plugin=path)
     write_node(path, Case(), version=2)
-    with pytest.raises(ValueError, match="written for version 2 of the operators"):
+    with pytest.raises(ValueError, match=r"written by uta-fx 9\.9 for version 2 of .* or install"):
         uta_fx.onnxruntime_session(path)
+    path.write_text("no model")
+    with pytest.raises(ValueError, match=r"path must be an ONNX file, got .*, which is none"):
+        uta_fx.onnxruntime_session(path)
+
+
+def test_bad_input_to_a_run(tmp_path):
+    """A tensor that is not what the file says is named where it is bound; a session says it too."""
+    path = tmp_path / "model.onnx"
+    args, inputs = write_node(path, Case())
+    session = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    outputs = {"output": torch.empty(*args[0].shape), "lse": torch.empty(args[0].shape[:3])}
+    query, lse = inputs["query"], outputs["lse"]
+    for kind, name, x, message in (
+        ("inputs", "querry", query, "inputs must be among query, key, .*, got querry"),
+        ("inputs", "query", query.half(), "query must be torch.float32, got torch.float16"),
+        (
+            "inputs",
+            "query",
+            query[:, :, 1:],
+            r"query must be of sizes \[2, 3, 130, 32\], got .*129",
+        ),
+        ("inputs", "query", query[0], r"query must be of sizes .*, got \[3, 130, 32\]"),
+        ("inputs", "query", query.mT.contiguous().mT, "query must be contiguous, got strides"),
+        ("outputs", "lsse", lse, "outputs must be among output, lse, got lsse"),
+        ("outputs", "lse", lse.double(), "lse must be torch.float32, got torch.float64"),
+        ("outputs", "lse", lse[..., 1:], "lse must be of sizes"),
+    ):
+        given = {"inputs": dict(inputs), "outputs": dict(outputs)}
+        given[kind][name] = x
+        with pytest.raises(ValueError, match=message):
+            uta_fx.bind_tensors(session, **given)
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+    for wrong, message in (
+        (query.half(), r"Actual: \(tensor\(float16\)\) , expected: \(tensor\(float\)\)"),
+        (query[:, :, 1:], "Got invalid dimensions for input: query"),
+    ):
+        with pytest.raises(Exception, match=message):
+            session.run(None, {**arrays, "query": wrong.numpy()})
+
+
+def test_what_has_no_fixed_size_may_be_bound_in_any(tmp_path):
+    path, linear = tmp_path / "model.onnx", nn.Linear(4, 4).eval()
+    uta_fx.export_onnx(
+        linear, (torch.ones(2, 4),), path, dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    session = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x, output = torch.randn(batch, 4), torch.empty(batch, 4)
+        binding = uta_fx.bind_tensors(session, {"input": x}, {"output": output})
+        session.run_with_iobinding(binding)
+        torch.testing.assert_close(output, linear(x).detach())
 
 
 def open_node(path, inputs, outputs, caplog):

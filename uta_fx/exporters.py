@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.export import ExportedProgram
 
-from uta_fx import __version__
 from uta_fx._optional import require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
@@ -26,8 +25,7 @@ from uta_fx.policies import SVG2
 logger = logging.getLogger(__name__)
 
 TENSORRT_FORMS = ("plugin", "standard", "engine")
-VERSION_KEY, CONFIG_KEY = "uta_fx.version", "uta_fx.config"
-BRANCHES_KEY = "uta_fx.branches"
+CONFIG_KEY, BRANCHES_KEY = "uta_fx.config", "uta_fx.branches"
 
 
 def export_onnx(
@@ -61,8 +59,8 @@ def export_onnx(
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
         path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than
-            PyTorch's limit, about 1.5 GB, go into a second file beside it, with ``.data`` after its
-            name.
+            1.5 GiB go into a second file beside it, such as ``model.onnx.1f3a9c04.data``; they can
+            be moved together. Its name is new each time, and that of the file replaced goes.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
@@ -282,14 +280,15 @@ def bind_tensors(
 
     Args:
         session: ``onnxruntime.InferenceSession``.
-        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU.
-        outputs: By the names of its outputs, contiguous and of their sizes; written by every run.
+        inputs: By the names of the file's inputs, contiguous, on the CPU or the session's GPU, of
+            the dtypes and sizes that the file says; a size that it names instead may be any.
+        outputs: By the names of its outputs, likewise; written by every run.
 
     Returns:
         ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps the tensors alive.
 
     Raises:
-        ValueError: A tensor is not contiguous.
+        ValueError: A tensor is not contiguous, or not what the file says.
     """
     from uta_fx.export.onnxruntime_session import bind
 
@@ -313,38 +312,43 @@ def build_onnxruntime_plugin(
     Raises:
         ImportError: onnx or Triton is missing.
         RuntimeError: There is no C compiler, or it or Triton failed.
-        ValueError: The file has no sparse attention, a size that a kernel needs is dynamic, or the
-            architecture is another.
+        ValueError: There is no such file or it is from another version, it has no sparse attention,
+            a size that a kernel needs is dynamic, or the architecture is another.
     """
     require("onnx", extra="onnx")
     require("triton", extra="triton")
+    from uta_fx.export.onnx_functions import check_version
     from uta_fx.export.onnxruntime_plugin import build_plugin
 
     target = Path(path)
-    if not Path(model).is_file():
-        raise ValueError(f"model must be an ONNX file, got {model}")
+    check_version(Path(model), "model")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {path}")
     build_plugin(Path(model), architecture, target)
 
 
-def onnx_schema() -> Any:
-    """The schema of ``uta::SparseAttention``, the node in the files of ``export_onnx``.
+def onnx_schema(name: str = "SparseAttention") -> Any:
+    """The schema of a node ``uta::name`` in the files of ``export_onnx``.
 
     Inputs, outputs, types and attributes with what they mean, the version, and the inference of
-    shapes. Files need it nowhere, because each has the node's function; tools that are to know the
-    node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+    shapes. Files need it nowhere, because each has the functions of its nodes; tools that are to
+    know a node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
+
+    Args:
+        name: ``"SparseAttention"``, or a node that selects its blocks: ``"BlockStatistics"``,
+            ``"BlockScores"``, ``"SelectBlocks"`` or ``"ListBlocks"``.
 
     Returns:
         ``onnx.defs.OpSchema``.
 
     Raises:
         ImportError: onnx is missing.
+        ValueError: There is no such node.
     """
     require("onnx", extra="onnx")
-    from uta_fx.export.onnx_schema import sparse_attention_schema
+    from uta_fx.export.onnx_schema import published_schema
 
-    return sparse_attention_schema()
+    return published_schema(name)
 
 
 def _opset(model: Any, opset: int | None) -> int:
@@ -368,10 +372,7 @@ class _Found(NamedTuple):
 
 
 def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
-    metadata = {
-        VERSION_KEY: __version__,
-        CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr),
-    }
+    metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr)}
     if branches:
         metadata[BRANCHES_KEY] = json.dumps(branches)
     return metadata

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from uta_fx.explain import FULL_CAPTURE
 from uta_fx.export.flex_attention import GROUPED, LISTED
+from uta_fx.export.onnx_model import KEPT
 from uta_fx.export.state import opened
 from uta_fx.exporters import export_onnx, onnx_schema, sparse_program
 from uta_fx.study.models import MODELS, SMALL, Model
@@ -58,6 +59,14 @@ REMARKS = """\
   error of the reference pass, sparse in the file alone, is to the exported program in PyTorch.
 * Sana WM computes its softmax attention in bfloat16 in a model of any dtype, hence its error."""
 
+NODES = """\
+## Nodes of domain `uta`
+
+`uta_fx.onnx_schema(name)` is this as a schema of the onnx package, with inference of types and
+shapes; every file has the functions of its nodes, of standard operations, too. A file for another
+version of the domain is refused: export the model again. Nq, Nk: numbers of blocks of queries and
+keys."""
+
 
 def page(only: Collection[str] = (), before: str = "") -> str:
     """The documentation's page, Markdown.
@@ -69,16 +78,19 @@ def page(only: Collection[str] = (), before: str = "") -> str:
     Raises:
         ValueError: A model is not known, or the page is of other versions.
     """
-    return f"{table(only, before)}\n\n{REMARKS}\n\n{node()}\n"
+    return f"{table(only, before)}\n\n{REMARKS}\n\n{nodes()}\n"
 
 
-def node() -> str:
-    """What the node of our domain takes and gives, Markdown."""
-    schema = onnx_schema()
+def nodes() -> str:
+    """What the nodes of our domain take and give, Markdown."""
+    return "\n\n".join([NODES, *map(_node, KEPT)])
+
+
+def _node(name: str) -> str:
+    schema = onnx_schema(name)
     lines = [
-        f"## The node `{schema.domain}::{schema.name}`, version {schema.since_version}\n",
-        f"{schema.doc} `uta_fx.onnx_schema()` is this as a schema of the onnx package, with"
-        " inference of shapes; every file has the node's function of standard operations too.\n",
+        f"### `{schema.domain}::{schema.name}`, version {schema.since_version}\n",
+        f"{schema.doc}\n",
         "| | | type | |\n|---|---|---|---|",
     ]
     types = {
