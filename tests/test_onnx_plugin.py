@@ -529,3 +529,40 @@ def test_a_plugin_for_another_gpu_says_which(tmp_path):
     session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"], plugin=library)
     with pytest.raises(Exception, match=r"for sm_(120|90) \(build the plugin for the"):
         session.run(None, {name: x.numpy() for name, x in inputs.items()})
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_model_in_16_bits_errs_as_in_pytorch(tmp_path, dtype, caplog):
+    """The shipped model: against float32, the file errs at most twice what the operator does."""
+    from uta_fx.moving_shapes import load_pipeline
+
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": load_pipeline().prompt_encoder(torch.zeros(1, 24).long()),
+    }
+    model = load_pipeline().transformer.cuda()
+    config = uta_fx.Config(density=0.3)
+    results = []
+    for kind in (torch.float32, dtype):
+        given = {name: x.cuda().to(kind) for name, x in inputs.items()}
+        compiled = torch.compile(
+            model.to(kind), backend="uta", options={"density": 0.3, "inner": "eager"}
+        )
+        results.append(compiled(**given, return_dict=False)[0].float())
+        torch.compiler.reset()
+    exact, by_torch = results
+    path = tmp_path / "model.onnx"
+    on_cpu = {name: x.cpu() for name, x in given.items()}
+    uta_fx.export_onnx(model.cpu(), (), path, config=config, kwargs=on_cpu | {"return_dict": False})
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "run by the plugin" in caplog.text
+    output = torch.empty_like(given["hidden_states"])
+    torch.cuda.synchronize()
+    session.run_with_iobinding(uta_fx.bind_tensors(session, given, {"output": output}))
+    error = (by_torch - exact).norm()
+    assert 0 < error and (output.float() - exact).norm() <= 2 * error
