@@ -1,10 +1,13 @@
 """The command line: what it writes, and how it refuses."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from uta_fx import pictures
 from uta_fx.bench import attention as bench
 from uta_fx.bench import model as bench_model
 from uta_fx.bench import tails as bench_tails
+from uta_fx.cli import main
 from uta_fx.commands import app
 from uta_fx.study.real_models import REAL_MODELS, Size
 
@@ -26,6 +30,19 @@ def run(*arguments):
     """Run the installed entry point in this interpreter's environment."""
     command = [sys.executable, "-c", "from uta_fx.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def run_here(*arguments):
+    """The same in this process, which has imported all that it needs."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["uta-fx", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +81,7 @@ def test_mistakes_end_in_one_sentence(arguments, message):
     """On standard error, with status 2 and no traceback."""
     if "cannot be written" in message and not hasattr(os, "geteuid"):
         pytest.skip("no such file system")
-    result = run("generate", *arguments)
+    result = run_here("generate", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("uta-fx: ") and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -80,7 +97,7 @@ def test_export_refuses_in_one_sentence(tmp_path):
         ),
         (("engine", str(tmp_path / "no.onnx"), "m.engine"), "model must be an ONNX file"),
     ):
-        result = run("export", *arguments)
+        result = run_here("export", *arguments)
         assert result.returncode == 2
         assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
@@ -88,7 +105,7 @@ def test_export_refuses_in_one_sentence(tmp_path):
 def test_bench_looks_at_its_output_before_it_times(tmp_path):
     """A folder in the file's place, or no place at all: one sentence, and no table was begun."""
     for output in (tmp_path, "/dev/null/x.json"):
-        result = run(
+        result = run_here(
             "bench", "attention", "--shape", "tiny", "--device", "cpu", "--output", str(output)
         )
         assert result.returncode == 2 and not result.stdout
@@ -201,11 +218,11 @@ def test_explain_needs_no_weights_of_a_released_model():
     """Its configuration, another size: as a table, and the same as JSON."""
     size = ("--height", "256", "--width", "320", "--frames", "97", "--density", "0.1")
     arguments = ("explain", "--model", "wan-2.1-1.3b", "--min-tokens", "1024", *size)
-    result = run(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Wan 2.1 1.3B, 256 x 320, 97 frames, density 0.1\n")
     assert "blocks.1-28.attn1" in result.stdout and "30 of 60 sites sparse" in result.stdout
-    report = json.loads(run(*arguments, "--json").stdout)
+    report = json.loads(run_here(*arguments, "--json").stdout)
     assert (report["model"], report["frames"], report["density"]) == ("wan-2.1-1.3b", 97, 0.1)
     assert report["sites"][2]["count"] == 28 and report["sites"][2]["grid"] == [25, 16, 20]
     assert f"{report['ideal_speedup']:.2f}x fewer operations" in result.stdout
@@ -221,7 +238,7 @@ def test_explain_needs_no_weights_of_a_released_model():
 )
 def test_explain_refuses_what_is_not_there(arguments, message):
     """In one sentence."""
-    result = run("explain", *arguments)
+    result = run_here("explain", *arguments)
     assert result.returncode == 2 and result.stderr.startswith(f"uta-fx: {message}")
     assert len(result.stderr.strip().splitlines()) == 1
 
