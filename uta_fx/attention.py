@@ -208,9 +208,11 @@ class SparseSite:
 
     Attributes:
         config: Settings.
-        grid: Frames, height and width of the video tokens; None keeps their order.
+        grid: Frames, height and width of the video tokens; None keeps their order, if a call gives
+            none either.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
-        video: The first video token and how many there are, where others lie around them.
+        video: The first video token and how many there are, where others lie around them; None
+            for as many as the grid of a call has.
         alone: Whether the video alone has queries, and the others are keys and values.
         in_order: Whether video tokens come in block order already.
     """
@@ -218,22 +220,32 @@ class SparseSite:
     config: Config
     grid: Grid | None
     scale: float | None
-    video: tuple[int, int] | None = None
+    video: tuple[int, int | None] | None = None
     alone: bool = False
     in_order: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        grid: Grid | None = None,
     ) -> Tensor:
-        """Attend; shapes and meaning as in ``sparse_attention``.
+        """Attend; shapes and meaning as in ``sparse_attention``. ``grid`` is that of this call.
 
         A mask over video alone, which broadcasts to ``[B, H, L, L]`` and is the same for all
         queries, stands for lengths: the tokens that it shows are the first of a sample, or its
         output is NaN where masks are trusted (``Config.trust_masks``). Rows of the others, the
         padding, are zero, where the model has attention of padding to what is shown.
         """
-        config, grid, scale, video = self.config, self.grid, self.scale, self.video
+        config, scale, video = self.config, self.scale, self.video
+        grid = self.grid if grid is None else grid
+        if video is not None and video[1] is None:
+            assert grid is not None
+            video = video[0], math.prod(grid)
         return _attend(
             query, key, value, attn_mask, config, grid, scale, video, self.alone,
             in_order=self.in_order,
@@ -288,7 +300,7 @@ class TokenIndex:
     """The index by which a tensor's video tokens are brought into block order, or back.
 
     Attributes:
-        grid: Frames, height and width of the video tokens.
+        grid: Frames, height and width of the video tokens; None where each call gives them.
         order: As in ``Config.reorder``, but neither ``"auto"`` nor ``"none"``.
         block: Tokens in a block.
         dim: Of the tensor, along which tokens lie.
@@ -296,7 +308,7 @@ class TokenIndex:
         back: From block order into the order of the grid.
     """
 
-    grid: Grid
+    grid: Grid | None
     order: str
     block: int
     dim: int
@@ -304,10 +316,12 @@ class TokenIndex:
     back: bool
     __name__ = "token_index"  # torch.fx names and prints the target of a node by it
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """For a tensor: int64, as long as its dimension ``dim``."""
-        index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
-        tokens, length = math.prod(self.grid), x.shape[self.dim]
+        grid = self.grid if grid is None else grid
+        assert grid is not None
+        index = token_order(grid, self.order, self.block, x.device)[int(self.back)]
+        tokens, length = math.prod(grid), x.shape[self.dim]
         if statically_known_true(length == tokens):
             return index
         before = torch.arange(self.start, device=x.device)
