@@ -83,15 +83,17 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     trace = Trace(gm)
     found = find_calls(gm)
     axes = [trace.axis(x.query.node, x.query.token_dim) for x in found]
-    clear = plan.symbolic and all(is_clear(gm, trace, axis) for axis in axes)
-    if not clear and settle_grids(gm, trace, axes):
-        trace = Trace(gm)
-    calls = [(call, classify_call(call, trace)) for call in found]
-    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
-    sites = []
-    for call, kind in calls:
-        layer = layers.index(call) if call in layers else None
-        sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
+    if plan.symbolic and all(is_clear(gm, trace, axis) for axis in axes):
+        sites = _sites(found, trace, plan)
+    else:
+        sites = None
+    if sites is None or any(site.expected and not site.sparse for _, site in sites):
+        # what cannot be shown of symbols may be shown of numbers
+        plan = dataclasses.replace(plan, symbolic=False)
+        if settle_grids(gm, trace, axes):
+            trace = Trace(gm)
+            sites = None
+        sites = sites or _sites(found, trace, plan)
     reasons = {
         node: reason
         for region in _regions(gm, sites, plan)
@@ -100,6 +102,17 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     return [
         (call, dataclasses.replace(site, reordered=reasons.get(call.node))) for call, site in sites
     ]
+
+
+def _sites(found: Sequence[Call], trace: Trace, plan: Plan) -> list[tuple[Call, Site]]:
+    """What is decided about each call."""
+    calls = [(call, classify_call(call, trace)) for call in found]
+    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
+    sites = []
+    for call, kind in calls:
+        layer = layers.index(call) if call in layers else None
+        sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
+    return sites
 
 
 def _regions(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> list[Region]:
@@ -189,7 +202,9 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     Exactly there, because models rotate q and k in place: dataflow does not show it.
     """
     regions = _regions(gm, sites, plan)
+    nodes = set(gm.graph.nodes)
     sides = _sides(gm, {site.grid for _, site in sites if site.sparse and site.grid is not None})
+    computed = [node for node in gm.graph.nodes if node not in nodes]
     in_order = {node for region in regions for node in region.calls}
     moved: dict[tuple[Node, Node], Node] = {}
     for region in regions:
@@ -227,12 +242,15 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             for other in list(call.operator.users):  # outputs that nobody uses
                 gm.graph.erase_node(other)
             gm.graph.erase_node(call.operator)
+    # gathers of inputs stand after the last input too, and take them
+    for node in reversed(computed):
+        gm.graph.find_nodes(op="placeholder")[-1].append(node)
     gm.graph.lint()
     gm.recompile()
 
 
 def _sides(gm: GraphModule, grids: set[Grid]) -> dict[Grid, tuple[int | Node, ...]]:
-    """The sides of symbolic grids, computed at the start of the graph from its inputs."""
+    """The sides of symbolic grids, computed from the graph's inputs after the last of them."""
     symbols = symbols_of(gm)
     made: dict[Side, int | Node] = {}
     tracer = torch.fx.proxy.GraphAppendingTracer(gm.graph)
