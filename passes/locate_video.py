@@ -173,9 +173,7 @@ def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
     return _video(axis, *place, grid)
 
 
-def _claims(
-    stretches: list[Stretch], symbolic: bool = False
-) -> dict[tuple[int, int], set[Grid]]:
+def _claims(stretches: list[Stretch], symbolic: bool = False) -> dict[tuple[int, int], set[Grid]]:
     """Grids of the parts of an axis, without those that merge two sides of another."""
     found: dict[tuple[int, int], set[Grid]] = {}
     for stretch in stretches:

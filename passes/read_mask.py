@@ -13,6 +13,7 @@ from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
     NEGATIONS,
     VIEWS,
+    Size,
     argument,
     name_of,
     number_of,

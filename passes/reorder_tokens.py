@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from uta_fx.passes.find_calls import Call, module_path
+from uta_fx.passes.locate_video import expected, tokens_in
 from uta_fx.passes.order_rules import (
     Place,
     discards,
@@ -29,7 +30,6 @@ from uta_fx.passes.order_rules import (
     needs,
     places_from,
 )
-from uta_fx.passes.locate_video import expected, tokens_in
 from uta_fx.passes.site import Grid, recorded, value_of
 from uta_fx.passes.trace_axes import Size, name_of, same, written_by
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import sympy
+import torch
 from torch.fx import Node
 
 Side = int | sympy.Expr

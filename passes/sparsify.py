@@ -229,7 +229,10 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             sparse = gm.graph.call_function(
                 plan.replacement(
                     None if symbolic else site.grid,
-                    call.scale, video, alone, call.node in in_order,
+                    call.scale,
+                    video,
+                    alone,
+                    call.node in in_order,
                 ),
                 (*operands, *masks),
                 {"grid": sides[site.grid]} if symbolic else None,
