@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Node
 
-Side = int | sympy.Expr
+Side: TypeAlias = int | sympy.Expr
 """Of a grid: a number, or what a graph with dynamic shapes computes it from."""
 Grid = tuple[Side, Side, Side]
 

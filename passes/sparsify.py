@@ -218,7 +218,7 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
         if site.text is not None:
             assert site.grid is not None and isinstance(site.text[0], int)
             tokens = tokens_in(site.grid, call.key.shape[-2])
-            video = (site.text[0], None if symbolic else tokens)
+            video = (site.text[0], None if symbolic else int(tokens))
             alone = same(call.query.shape[-2], tokens)
         with gm.graph.inserting_before(call.place):
             operands = [
@@ -235,7 +235,7 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
                     call.node in in_order,
                 ),
                 (*operands, *masks),
-                {"grid": sides[site.grid]} if symbolic else None,
+                {"grid": sides[site.grid]} if symbolic and site.grid else None,
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line

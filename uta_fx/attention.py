@@ -243,11 +243,11 @@ class SparseSite:
         """
         config, scale, video = self.config, self.scale, self.video
         grid = self.grid if grid is None else grid
-        if video is not None and video[1] is None:
-            assert grid is not None
-            video = video[0], math.prod(grid)
+        place = None
+        if video is not None:
+            place = video[0], math.prod(grid or ()) if video[1] is None else video[1]
         return _attend(
-            query, key, value, attn_mask, config, grid, scale, video, self.alone,
+            query, key, value, attn_mask, config, grid, scale, place, self.alone,
             in_order=self.in_order,
         )[0]  # fmt: skip
 
