@@ -243,13 +243,20 @@ class SparseSite:
         """
         config, scale, video = self.config, self.scale, self.video
         grid = self.grid if grid is None else grid
-        place = None
-        if video is not None:
-            place = video[0], math.prod(grid or ()) if video[1] is None else video[1]
+        video = self.known_video if video is None or grid is None else (video[0], math.prod(grid))
         return _attend(
-            query, key, value, attn_mask, config, grid, scale, place, self.alone,
+            query, key, value, attn_mask, config, grid, scale, video, self.alone,
             in_order=self.in_order,
         )[0]  # fmt: skip
+
+    @property
+    def known_video(self) -> tuple[int, int] | None:
+        """``video`` where it does not depend on the grid of a call."""
+        if self.video is None:
+            return None
+        start, tokens = self.video
+        assert tokens is not None
+        return start, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +275,8 @@ class ContinuedSite:
         policy = self.site.config.selection_policy()
         assert isinstance(policy, SVG2)
         batch, heads, length, dim = query.shape
-        counts = policy.clusters_of(self.site.video[1] if self.site.video else length)
+        video = self.site.known_video
+        counts = policy.clusters_of(video[1] if video else length)
         return (batch, heads, counts[0], dim), (batch, heads, counts[1], dim)
 
     def __call__(
@@ -288,7 +296,7 @@ class ContinuedSite:
         """
         site, mask = self.site, others[0] if len(others) == 3 else None
         output, centroids = _attend(
-            query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
+            query, key, value, mask, site.config, site.grid, site.scale, site.known_video, site.alone,
             Centroids(*others[-2:]), site.in_order,
         )  # fmt: skip
         assert centroids is not None
