@@ -204,8 +204,8 @@ def test_a_policy_may_hold_constants():
 def test_a_new_resolution_costs_one_compile_and_is_right(dynamic, expected):
     """A grid is never carried over from another resolution with the same number of tokens.
 
-    Nor with dynamic shapes (that a height equals the channels is a graph of the dense model too), where the second graph at the latest serves them all; one that
-    was there before costs nothing.
+    Nor with dynamic shapes, where one graph serves all but a height that equals the number of
+    channels (of which the dense model has a graph too); one that was there before costs nothing.
     """
     model = wan(num_layers=1)
     options = {**SMALL, "inner": "eager", "density": 1.0}

@@ -296,8 +296,8 @@ class ContinuedSite:
         """
         site, mask = self.site, others[0] if len(others) == 3 else None
         output, centroids = _attend(
-            query, key, value, mask, site.config, site.grid, site.scale, site.known_video, site.alone,
-            Centroids(*others[-2:]), site.in_order,
+            query, key, value, mask, site.config, site.grid, site.scale, site.known_video,
+            site.alone, Centroids(*others[-2:]), site.in_order,
         )  # fmt: skip
         assert centroids is not None
         return output, *centroids
