@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,11 @@ CONSTANTS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
 """What each operator of ``constant`` returns, as a function of its arguments but the first."""
 
 
-def constant(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def constant(
+    schema: str,
+    shape: Callable[..., Sequence[int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Make an operator of a function of numbers and strings that returns a CPU tensor.
 
     The operator takes a tensor before them, for its device. It is opaque to whoever traces it: what
@@ -23,6 +27,9 @@ def constant(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
     Args:
         schema: Of the arguments, such as ``"int[] grid, float decay"``.
+        shape: Of what the function returns, from the same arguments, where these may be symbolic
+            (``SymInt[]``): then nothing is computed before a run, which does so once for each grid.
+        dtype: Of what it returns; read with ``shape`` alone.
 
     Returns:
         A decorator; what it returns is called as ``function(like, *arguments)``.
@@ -38,6 +45,8 @@ def constant(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
             return kept(like.device, _hashable(arguments)).clone()
 
         def fake(like: Tensor, *arguments: Any) -> Tensor:
+            if shape is not None and _is_symbolic(arguments):
+                return like.new_empty(shape(*arguments), dtype=dtype)
             on_gpu = like.device.type == "cuda" and torch.cuda.is_available()
             device = like.device if on_gpu else torch.device("cpu")
             with unset_fake_temporarily():
@@ -63,6 +72,14 @@ def constant(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
         return operation
 
     return decorate
+
+
+def _is_symbolic(arguments: tuple[Any, ...]) -> bool:
+    return any(
+        isinstance(x, torch.SymInt)
+        for argument in arguments
+        for x in (argument if isinstance(argument, (list, tuple)) else (argument,))
+    )
 
 
 def _hashable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -72,7 +72,7 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(
-    "select_blocks(Tensor scores, int kept, int rows) -> Tensor",
+    "select_blocks(Tensor scores, SymInt kept, SymInt rows) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.define(

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import sympy
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from uta_fx.passes.site import Grid, recorded
+from uta_fx.passes.site import Grid, Side, recorded
 from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, name_of, plain, same
 
 
@@ -30,7 +32,9 @@ class Video:
     grid: Grid
 
 
-def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
+def locate_video(
+    trace: Trace, axis: Axis, given: Grid | None, symbolic: bool = False
+) -> Video | str:
     """The video in a token axis, or a sentence that says why it cannot be told.
 
     Tokens are video where the graph flattens two (rows and columns of one frame) or three axes
@@ -44,21 +48,73 @@ def locate_video(trace: Trace, axis: Axis, given: Grid | None) -> Video | str:
         axis: Of the tokens.
         given: The grid that the user gave: it says how long the video is, and which of several
             claims is true; it must not contradict a single one.
+        symbolic: Whether sides may be other than numbers, as far as ``is_clear`` has found.
     """
     stretches = trace.stretches(axis)
     if given is not None:
         return _given(axis, stretches, given)
-    grids = _claims(stretches)
+    grids = _claims(stretches, symbolic)
     if not grids:
         return (
             f"the graph does not show how its {_parts(axis)} tokens{_origin(trace, axis)} lie in"
             " frames, rows and columns; give grid"
         )
-    (start, end), claims = max(grids.items(), key=lambda item: math.prod(min(item[1])))
+    if len(grids) == 1:
+        (((start, end), claims),) = grids.items()
+    else:  # is_clear has found none of these symbolic
+        (start, end), claims = max(grids.items(), key=lambda item: math.prod(min(item[1])))
     if len(claims) > 1:
         text = " and ".join(map(_text, sorted(claims)))
         return f"the graph claims {text} for its tokens; give grid"
     return _video(axis, start, end, claims.pop())
+
+
+def is_clear(gm: GraphModule, trace: Trace, axis: Axis) -> bool:
+    """Whether the grid of the video in a token axis, if there is any, need not be numbers.
+
+    It is where the graph claims no other for any of the tokens, its product is known to be their
+    number, and its sides can be computed from the sizes that are inputs of the graph.
+    """
+    symbols = set(symbols_of(gm))
+    grids = _claims(trace.stretches(axis), symbolic=True)
+    for (start, end), claims in grids.items():
+        if len(grids) > 1 or len(claims) > 1:
+            return False
+        grid = next(iter(claims))
+        if not same(tokens_in(grid, length(axis)), length(axis[start:end])):
+            return False
+        if not {x for side in grid for x in sympy.sympify(side).free_symbols} <= symbols:
+            return False
+    return True
+
+
+def symbols_of(gm: GraphModule) -> dict[sympy.Symbol, Node]:
+    """The sizes that are inputs of a graph."""
+    values = {node: recorded(node) for node in gm.graph.find_nodes(op="placeholder")}
+    return {
+        value.node.expr: node
+        for node, value in values.items()
+        if isinstance(value, torch.SymInt) and value.node.expr.is_symbol
+    }
+
+
+def is_symbolic(grid: Grid) -> bool:
+    """Whether a side is no number."""
+    return not all(isinstance(side, int) for side in grid)
+
+
+def tokens_in(grid: Grid, like: Size) -> Size:
+    """How many tokens a grid has; ``like`` is any size of the graph that depends on it."""
+    tokens = math.prod(grid)
+    if isinstance(tokens, int) or isinstance(like, int):
+        return int(tokens)
+    tokens = like.node.shape_env.create_symintnode(tokens, hint=None)
+    return plain(tokens)
+
+
+def expected(size: Size) -> int:
+    """A size as it is in the run that is traced; no guard is added: for what need not be right."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def settle_grids(gm: GraphModule, trace: Trace, axes: Sequence[Axis]) -> bool:
@@ -117,11 +173,11 @@ def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
     return _video(axis, *place, grid)
 
 
-def _claims(stretches: list[Stretch]) -> dict[tuple[int, int], set[Grid]]:
+def _claims(stretches: list[Stretch], symbolic: bool = False) -> dict[tuple[int, int], set[Grid]]:
     """Grids of the parts of an axis, without those that merge two sides of another."""
     found: dict[tuple[int, int], set[Grid]] = {}
     for stretch in stretches:
-        grid = _grid(stretch.source.sides)
+        grid = _grid(stretch.source.sides, symbolic)
         if grid is not None:
             found.setdefault((stretch.start, stretch.end), set()).add(grid)
     return {
@@ -134,15 +190,24 @@ def _video(axis: Axis, start: int, end: int, grid: Grid) -> Video:
     return Video(length(axis[:start]), length(axis[start:end]), length(axis[end:]), grid)
 
 
-def _grid(sides: tuple[Size, ...]) -> Grid | None:
-    """Two or three sides as plain numbers, which specialises the graph."""
+def _grid(sides: tuple[Size, ...], symbolic: bool) -> Grid | None:
+    """Two or three sides; as plain numbers, which specialises the graph, unless ``symbolic``."""
     if len(sides) not in (2, 3):
         return None
     try:
-        *frames, height, width = map(int, sides)
+        *frames, height, width = (_side(side) if symbolic else int(side) for side in sides)
     except RuntimeError:
         return None  # known only at run time
     return (frames[0] if frames else 1), height, width
+
+
+def _side(size: Size) -> Side:
+    size = plain(size)
+    if isinstance(size, int):
+        return size
+    if free_unbacked_symbols(size):
+        raise RuntimeError(f"{size} is known only at run time")
+    return size.node.expr
 
 
 def _merges(coarse: Grid, fine: Grid) -> bool:

@@ -49,12 +49,12 @@ class Place(NamedTuple):
 
 
 Needs = dict[Node, Place]
-Rule = Callable[[Node, Place, int], Needs | None]
+Rule = Callable[[Node, Place, Size], Needs | None]
 
 ATTENTION = "scaled_dot_product_attention"
 
 
-def needs(node: Node, place: Place, tokens: int) -> Needs | None:
+def needs(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Places of the operands that make a place of the output come out permuted, or None.
 
     Operands that are not named must not be permuted, except where ``discards`` lets them be.
@@ -77,7 +77,7 @@ def needs(node: Node, place: Place, tokens: int) -> Needs | None:
         return None  # arguments in a form, or sizes, that the rule does not know
 
 
-def places_from(node: Node, operand: Node, place: Place, tokens: int) -> Iterator[Place]:
+def places_from(node: Node, operand: Node, place: Place, tokens: Size) -> Iterator[Place]:
     """Places of the output that come out permuted when this place of this operand is."""
     if node.op not in ("call_function", "call_method"):
         return
@@ -97,7 +97,7 @@ def places_from(node: Node, operand: Node, place: Place, tokens: int) -> Iterato
 
 
 def discards(
-    node: Node, operand: Node, place: Place, tokens: int, places: Callable[[Node], set[Place]]
+    node: Node, operand: Node, place: Place, tokens: Size, places: Callable[[Node], set[Place]]
 ) -> bool:
     """Whether the order of an operand's place does not reach the output.
 
@@ -167,7 +167,7 @@ def _is_known(node: Node) -> bool:
     return node.op == "call_method" or (node.op == "call_function" and known)
 
 
-def _fits(node: Node, place: Place, tokens: int) -> bool:
+def _fits(node: Node, place: Place, tokens: Size) -> bool:
     """Whether a place lies in a value, for all that is known of its size."""
     value = recorded(node)
     if not isinstance(value, torch.Tensor):
@@ -217,22 +217,22 @@ def _aligned(operands: Sequence[Node], dim: int, start: int, size: Size, rank: i
     return found
 
 
-def _inside(place: Place, begin: Size, size: Size, tokens: int) -> bool | None:
+def _inside(place: Place, begin: Size, size: Size, tokens: Size) -> bool | None:
     """Whether the tokens lie in ``[begin, begin + size)``: all True, none False, some None."""
     if not isinstance(begin, int):
         return None
-    if begin >= place.start + tokens:
+    if statically_known_true(begin >= place.start + tokens):
         return False
     if isinstance(size, int) and begin + size <= place.start:
         return False
-    known = isinstance(size, int) and begin <= place.start
-    return True if known and place.start + tokens <= begin + size else None
+    holds = statically_known_true(place.start + tokens <= begin + size)
+    return True if begin <= place.start and holds else None
 
 
 # ---- operations that commute with the permutation ------------------------------------------------
 
 
-def _pointwise(node: Node, place: Place, tokens: int) -> Needs | None:
+def _pointwise(node: Node, place: Place, tokens: Size) -> Needs | None:
     if name_of(node) == "where" and argument(node, 1, "input") is None:
         return None  # where(condition) lists places
     if (
@@ -246,36 +246,36 @@ def _pointwise(node: Node, place: Place, tokens: int) -> Needs | None:
     return _aligned(operands, place.dim, place.start, shape[place.dim], len(shape))
 
 
-def _constant(node: Node, place: Place, tokens: int) -> Needs | None:
+def _constant(node: Node, place: Place, tokens: Size) -> Needs | None:
     """All entries alike, or not yet written."""
     return {}
 
 
-def _last_kept(node: Node, place: Place, tokens: int) -> Needs | None:
+def _last_kept(node: Node, place: Place, tokens: Size) -> Needs | None:
     """A projection: the last dimension alone is mixed."""
     if place.dim >= len(_shape(node)) - 1:
         return None
     return {_first(node): place}
 
 
-def _norm(node: Node, place: Place, tokens: int) -> Needs | None:
+def _norm(node: Node, place: Place, tokens: Size) -> Needs | None:
     width = argument(node, 1, "normalized_shape")
     if place.dim >= len(_shape(node)) - len(width):
         return None
     return {_first(node): place}
 
 
-def _group_norm(node: Node, place: Place, tokens: int) -> Needs | None:
+def _group_norm(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Statistics over all tokens of a group of channels: a sum, whatever their order."""
     return {_first(node): place} if place.dim != 1 else None
 
 
-def _same_place(node: Node, place: Place, tokens: int) -> Needs | None:
+def _same_place(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Softmax and normalize: each entry by itself and a sum over a dimension."""
     return {_first(node): place}
 
 
-def _along_another(node: Node, place: Place, tokens: int) -> Needs | None:
+def _along_another(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Entries along one dimension are mixed or moved; the tokens must lie along another."""
     rank = len(_shape(node))
     default = -1 if name_of(node) == "glu" else None
@@ -285,20 +285,20 @@ def _along_another(node: Node, place: Place, tokens: int) -> Needs | None:
     return {_first(node): place}
 
 
-def _permute(node: Node, place: Place, tokens: int) -> Needs | None:
+def _permute(node: Node, place: Place, tokens: Size) -> Needs | None:
     dims = argument(node, 1, "dims")
     given: Any = dims if isinstance(dims, (tuple, list)) else node.args[1:]
     return {_first(node): Place(given[place.dim] % len(given), place.start)}
 
 
-def _transpose(node: Node, place: Place, tokens: int) -> Needs | None:
+def _transpose(node: Node, place: Place, tokens: Size) -> Needs | None:
     rank = len(_shape(node))
     a, b = _dim(node, 1, "dim0", 0, rank), _dim(node, 2, "dim1", 1, rank)
     dim = b if place.dim == a else a if place.dim == b else place.dim
     return {_first(node): Place(dim, place.start)}
 
 
-def _movedim(node: Node, place: Place, tokens: int) -> Needs | None:
+def _movedim(node: Node, place: Place, tokens: Size) -> Needs | None:
     rank = len(_shape(node))
     source, target = _dim(node, 1, "source", 0, rank), _dim(node, 2, "destination", 0, rank)
     order = [dim for dim in range(rank) if dim != source]
@@ -306,7 +306,7 @@ def _movedim(node: Node, place: Place, tokens: int) -> Needs | None:
     return {_first(node): Place(order[place.dim], place.start)}
 
 
-def _transposed_attribute(node: Node, place: Place, tokens: int) -> Needs | None:
+def _transposed_attribute(node: Node, place: Place, tokens: Size) -> Needs | None:
     name = argument(node, 1, "other") if name_of(node) == "getattr" else name_of(node)
     rank = len(_shape(node))
     if name in ("real", "imag", "data"):
@@ -319,7 +319,7 @@ def _transposed_attribute(node: Node, place: Place, tokens: int) -> Needs | None
     return {_first(node): Place(dim, place.start)}
 
 
-def _reshape(node: Node, place: Place, tokens: int) -> Needs | None:
+def _reshape(node: Node, place: Place, tokens: Size) -> Needs | None:
     """A dimension is one of the input's as a whole where as much lies before it in both."""
     old, new = _shape(_first(node)), _shape(node)
     before = math.prod(new[: place.dim])
@@ -329,19 +329,19 @@ def _reshape(node: Node, place: Place, tokens: int) -> Needs | None:
     return None
 
 
-def _complex(node: Node, place: Place, tokens: int) -> Needs | None:
+def _complex(node: Node, place: Place, tokens: Size) -> Needs | None:
     """A last dimension of pairs comes or goes."""
     if place.dim >= min(len(_shape(node)), len(_shape(_first(node)))):
         return None
     return {_first(node): place}
 
 
-def _expand(node: Node, place: Place, tokens: int) -> Needs | None:
+def _expand(node: Node, place: Place, tokens: Size) -> Needs | None:
     shape = _shape(node)
     return _aligned([_first(node)], place.dim, place.start, shape[place.dim], len(shape))
 
 
-def _cat(node: Node, place: Place, tokens: int) -> Needs | None:
+def _cat(node: Node, place: Place, tokens: Size) -> Needs | None:
     parts = _parts(node)
     dim = _joined_dim(node)
     if dim != place.dim:
@@ -373,7 +373,7 @@ def _parts(node: Node) -> list[tuple[Node, Size, Size]]:
     return parts
 
 
-def _stack(node: Node, place: Place, tokens: int) -> Needs | None:
+def _stack(node: Node, place: Place, tokens: Size) -> Needs | None:
     dim = _dim(node, 1, "dim", 0, len(_shape(node)))
     if dim == place.dim:
         return None
@@ -381,7 +381,7 @@ def _stack(node: Node, place: Place, tokens: int) -> Needs | None:
     return {x: shifted for x in argument(node, 0, "tensors")}
 
 
-def _split(node: Node, place: Place, tokens: int) -> Needs | None:
+def _split(node: Node, place: Place, tokens: Size) -> Needs | None:
     """The place is the input's: whole in one part, or across all parts."""
     dim = _split_dim(node)
     if name_of(node) == "unbind":
@@ -414,7 +414,7 @@ def _cuts(node: Node) -> list[tuple[Size, Size]]:
     return cuts
 
 
-def _getitem(node: Node, place: Place, tokens: int) -> Needs | None:
+def _getitem(node: Node, place: Place, tokens: Size) -> Needs | None:
     source, index = _first(node), argument(node, 1, "other")
     if isinstance(recorded(source), torch.Tensor):
         return _indexed(source, index, place, tokens)
@@ -431,13 +431,13 @@ def _getitem(node: Node, place: Place, tokens: int) -> Needs | None:
     return {source: Place(place.dim, place.start + begin)} if isinstance(begin, int) else None
 
 
-def _index(node: Node, place: Place, tokens: int) -> Needs | None:
+def _index(node: Node, place: Place, tokens: Size) -> Needs | None:
     indices = argument(node, 1, "indices")
     entries = tuple(slice(None) if entry is None else entry for entry in indices)
     return _indexed(_first(node), entries, place, tokens)
 
 
-def _indexed(source: Node, index: Any, place: Place, tokens: int) -> Needs | None:
+def _indexed(source: Node, index: Any, place: Place, tokens: Size) -> Needs | None:
     """``x[index]`` where tokens lie along a slice."""
     walked = _walk(source, index)
     if walked is None:
@@ -500,7 +500,7 @@ def _slice_entry(node: Node) -> tuple[int, slice]:
     return dim, slice(*(argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))))
 
 
-def _slice(node: Node, place: Place, tokens: int) -> Needs | None:
+def _slice(node: Node, place: Place, tokens: Size) -> Needs | None:
     dim, entry = _slice_entry(node)
     if dim != place.dim:
         return {_first(node): place}
@@ -508,12 +508,12 @@ def _slice(node: Node, place: Place, tokens: int) -> Needs | None:
     return None if begin is None else {_first(node): Place(dim, place.start + begin)}
 
 
-def _select(node: Node, place: Place, tokens: int) -> Needs | None:
+def _select(node: Node, place: Place, tokens: Size) -> Needs | None:
     dim = _dim(node, 1, "dim", 0, len(_shape(node)) + 1)
     return {_first(node): Place(place.dim + (place.dim >= dim), place.start)}
 
 
-def _pad(node: Node, place: Place, tokens: int) -> Needs | None:
+def _pad(node: Node, place: Place, tokens: Size) -> Needs | None:
     pads = [number_of(pad) for pad in argument(node, 1, "pad")]
     rank, after_last = len(_shape(node)), len(pads) // 2
     at = rank - 1 - place.dim
@@ -527,7 +527,7 @@ def _pad(node: Node, place: Place, tokens: int) -> Needs | None:
     return {_first(node): Place(place.dim, place.start - before)}
 
 
-def _matmul(node: Node, place: Place, tokens: int) -> Needs | None:
+def _matmul(node: Node, place: Place, tokens: Size) -> Needs | None:
     shape, rank = _shape(node), len(_shape(node))
     added, left, right = _factors(node)
     if len(_shape(left)) < 2 or len(_shape(right)) < 2:
@@ -554,7 +554,7 @@ def _factors(node: Node) -> tuple[list[Node], Node, Node]:
     return [], tensors[0], tensors[1] if len(tensors) > 1 else _tensors(node)[1]
 
 
-def _einsum(node: Node, place: Place, tokens: int) -> Needs | None:
+def _einsum(node: Node, place: Place, tokens: Size) -> Needs | None:
     inputs, output, operands = _equation(node)
     letter = output[place.dim]
     if len(set(operands)) < len(operands):
@@ -573,11 +573,11 @@ def _equation(node: Node) -> tuple[list[str], str, list[Node]]:
     return inputs, output, operands
 
 
-def _convolution(node: Node, place: Place, tokens: int) -> Needs | None:
+def _convolution(node: Node, place: Place, tokens: Size) -> Needs | None:
     return {_first(node): place} if place.dim == 0 else None
 
 
-def _attention(node: Node, place: Place, tokens: int) -> Needs | None:
+def _attention(node: Node, place: Place, tokens: Size) -> Needs | None:
     query, key, value, mask, causal, dropout = _attention_operands(node)
     rank, shape = len(_shape(node)), _shape(node)
     if causal or dropout or place.dim == rank - 1:
@@ -591,7 +591,7 @@ def _attention(node: Node, place: Place, tokens: int) -> Needs | None:
     return _aligned(operands, place.dim, place.start, shape[place.dim], rank)
 
 
-def _operator(node: Node, place: Place, tokens: int) -> Needs | None:
+def _operator(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Attention that is one operator; the place is that of its first output and of its queries."""
     call = _plain_operator(node)
     if call is None or place.dim == call.query.order[-1]:
@@ -623,12 +623,12 @@ def _attention_operands(node: Node) -> tuple[Node, Node, Node, Node | None, Any,
     return query, key, value, mask, causal, dropout
 
 
-def _hides_nothing(mask: Node, start: int, tokens: int) -> bool:
+def _hides_nothing(mask: Node, start: int, tokens: Size) -> bool:
     """Whether a mask shows all tokens to all, and the same to each of them."""
     return hides(mask, start, start + tokens) is None
 
 
-def _reduction(node: Node, place: Place, tokens: int) -> Needs | None:
+def _reduction(node: Node, place: Place, tokens: Size) -> Needs | None:
     rank = len(_shape(_first(node)))
     gone = _reduced(node)
     if len(_shape(node)) == rank:
@@ -649,13 +649,13 @@ def _reduced(node: Node) -> set[int]:
     return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
-def _outer(node: Node, place: Place, tokens: int) -> Needs | None:
+def _outer(node: Node, place: Place, tokens: Size) -> Needs | None:
     a, b = _first(node), argument(node, 1, "other")
     b = node.kwargs.get("vec2", b)
     return None if a is b else {(a, b)[place.dim]: Place(0, place.start)}
 
 
-def _setitem(node: Node, place: Place, tokens: int) -> Needs | None:
+def _setitem(node: Node, place: Place, tokens: Size) -> Needs | None:
     """``target[index] = value``, with the place in the target."""
     target, index, value = node.args
     assert isinstance(target, Node)
@@ -731,7 +731,7 @@ def _summed(node: Node) -> list[Mapping[Node, set[int]]]:
     return []
 
 
-def _masked(node: Node, start: int, tokens: int) -> bool:
+def _masked(node: Node, start: int, tokens: Size) -> bool:
     """Whether an attention mask treats the keys among the tokens differently."""
     if name_of(node) != ATTENTION:
         return False
@@ -741,7 +741,7 @@ def _masked(node: Node, start: int, tokens: int) -> bool:
     return not _hides_nothing(mask, start, tokens)
 
 
-def _leaves_out(node: Node, operand: Node, place: Place, tokens: int) -> bool:
+def _leaves_out(node: Node, operand: Node, place: Place, tokens: Size) -> bool:
     """Whether a slice holds none of the tokens."""
     if node.args and operand is not node.args[0] and operand is not node.kwargs.get("input"):
         return False

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.passes.count_selected import count_selected, counted
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
     NEGATIONS,
     VIEWS,
+    Size,
     argument,
     name_of,
     number_of,
@@ -24,7 +26,7 @@ HIDING = -9984.0
 """What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""
 
 
-def hides(mask: Node, start: int, stop: int, *, trusted: bool = False) -> str | None:
+def hides(mask: Node, start: Size, stop: Size, *, trusted: bool = False) -> str | None:
     """Why a mask may do more than hide keys outside ``[start, stop)`` from everyone, or None.
 
     The queries in ``[start, stop)``, the video, must all see the same keys, among them every key in
@@ -139,7 +141,7 @@ def _transposed(node: Node, dim: int) -> int:
     return (b if place == a else a if place == b else place) - rank
 
 
-def _always(node: Any, dim: int, start: int, stop: int, want: bool) -> bool:
+def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
     """Whether every entry whose index along ``dim`` (from the end) is in ``[start, stop)`` is so.
 
     Args:
@@ -191,7 +193,7 @@ def _fits(number: Any, want: bool) -> bool:
     return isinstance(number, (int, float)) and number == (1 if want else 0)
 
 
-def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int, int]] | None:
+def _pieces(node: Node, dim: int, start: Size, stop: Size) -> list[tuple[Any, Size, Size]] | None:
     """What ``cat`` or ``pad`` put into ``[start, stop)``: a tensor or number, and where in it."""
     rank = recorded(node).dim()
     parts: list[tuple[Any, Any]]
@@ -221,7 +223,7 @@ def _pieces(node: Node, dim: int, start: int, stop: int) -> list[tuple[Any, int,
     return pieces if start == stop else None
 
 
-def _reshaped(node: Node, dim: int, start: int, stop: int, want: bool) -> bool:
+def _reshaped(node: Node, dim: int, start: Size, stop: Size, want: bool) -> bool:
     """Through operations that put dimensions of size 1 in, or repeat along them."""
     source = argument(node, 0, "input")
     if not isinstance(source, Node) or not isinstance(recorded(source), torch.Tensor):
@@ -371,17 +373,19 @@ def _is_arange(node: Any) -> bool:
     return name_of(node) == "arange" and whole
 
 
-def _at_least(node: Any, bound: int) -> bool:
+def _at_least(node: Any, bound: Size) -> bool:
     """Whether a number for each sample is ``bound`` and a count, which is not negative."""
     if not isinstance(node, Node):
-        return isinstance(node, int) and node >= bound
+        return isinstance(node, int) and statically_known_true(node >= bound)
     name = name_of(node)
     if name in ("unsqueeze", "view", "to", "int", "long", "reshape"):
         return _at_least(argument(node, 0, "input"), bound)
     if name == "add":
         sides = node.args
         return any(
-            isinstance(number_of(a), int) and number_of(a) >= bound and _is_count(b)
+            isinstance(number_of(a), (int, torch.SymInt))
+            and statically_known_true(number_of(a) >= bound)
+            and _is_count(b)
             for a, b in (sides, sides[::-1])
         )
     return False

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from uta_fx.passes.find_calls import Call, module_path
+from uta_fx.passes.locate_video import expected, tokens_in
 from uta_fx.passes.order_rules import (
     Place,
     discards,
@@ -32,8 +33,8 @@ from uta_fx.passes.order_rules import (
 from uta_fx.passes.site import Grid, recorded, value_of
 from uta_fx.passes.trace_axes import Size, name_of, same, written_by
 
-TokenIndex = Callable[[Tensor], Tensor]
-MakeIndex = Callable[[Grid, Place, bool], TokenIndex]
+TokenIndex = Callable[..., Tensor]
+MakeIndex = Callable[[Grid | None, Place, bool], TokenIndex]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +66,18 @@ class SparseCall:
     @property
     def _before_queries(self) -> int:
         """None where the video alone has queries."""
-        alone = same(self.call.query.shape[-2], math.prod(self.grid))
+        alone = same(self.call.query.shape[-2], self.tokens)
         return 0 if alone else self.before
+
+    @property
+    def tokens(self) -> Size:
+        """Of the video."""
+        return tokens_in(self.grid, self.call.key.shape[-2])
 
     @property
     def size(self) -> int:
         """Elements that are gathered when tokens are reordered around the call alone."""
-        tokens = math.prod(self.grid)
+        tokens = expected(self.tokens)
         sides = (self.call.query, self.call.key, self.call.value, self.call.query)
         return sum(tokens * _product(x.shape[:2] + x.shape[3:]) for x in sides)
 
@@ -157,7 +163,10 @@ def find_regions(gm: GraphModule, sparse: Sequence[SparseCall]) -> list[Region]:
 
 
 def insert_gathers(
-    gm: GraphModule, region: Region, index: MakeIndex
+    gm: GraphModule,
+    region: Region,
+    index: MakeIndex,
+    sides: tuple[int | Node, ...] | None = None,
 ) -> dict[tuple[Node, Node], Node]:
     """Put the gathers of a region into the graph.
 
@@ -167,7 +176,8 @@ def insert_gathers(
         gm: Changed in place.
         region: Of this graph.
         index: Makes a function that gives, for a tensor, the index that brings the grid's tokens at
-            a place into block order, or back.
+            a place into block order, or back; for no grid the function takes one too, as ``grid``.
+        sides: Of the region's grid, where it is symbolic.
 
     Returns:
         What a user (of a sparse call, the node that attends) takes from now on in place of a
@@ -182,10 +192,10 @@ def insert_gathers(
         if gather.written:
             for user in users:
                 with gm.graph.inserting_before(user):
-                    moved[user, gather.node] = _gathered(gm.graph, gather, region, index, {})
+                    moved[user, gather.node] = _gathered(gm.graph, gather, region, index, {}, sides)
         else:
             with gm.graph.inserting_before(following[gather.node]):
-                value = _gathered(gm.graph, gather, region, index, made)
+                value = _gathered(gm.graph, gather, region, index, made, sides)
             moved.update({(user, gather.node): value for user in users})
     for (user, node), value in moved.items():
         user.replace_input_with(node, value)
@@ -198,6 +208,7 @@ def _gathered(
     region: Region,
     index: MakeIndex,
     made: dict[tuple[object, ...], Node],
+    sides: tuple[int | Node, ...] | None,
 ) -> Node:
     """The node's value in another order; indices that were made before are used again."""
     node, value = gather.node, value_of(gather.node)
@@ -206,7 +217,11 @@ def _gathered(
             length = value.shape[place.dim]
             alike = place.start, str(length), back, value.device
             if alike not in made:
-                made[alike] = graph.call_function(index(region.grid, place, back), (gather.node,))
+                made[alike] = graph.call_function(
+                    index(region.grid if sides is None else None, place, back),
+                    (gather.node,),
+                    None if sides is None else {"grid": sides},
+                )
                 made[alike].meta = {
                     key: x for key, x in gather.node.meta.items() if key not in _VALUES
                 }
@@ -242,7 +257,7 @@ class _Search:
         self.every = {x.call.node: x for x in sparse}
         self.sparse = {node: x for node, x in self.every.items() if x.grid == grid}
         self.grid = grid
-        self.tokens = math.prod(self.grid)
+        self.tokens = next(iter(self.sparse.values())).tokens
         self.nodes = list(graph.nodes)
         self.places: dict[Node, set[Place]] = {}
         self.banned = set(banned)
@@ -429,7 +444,7 @@ class _Search:
         """How many are gathered; a length that only a run knows counts as that of the video."""
         sizes: list[Size] = list(value_of(node).shape)
         if not isinstance(sizes[place.dim], int):
-            sizes[place.dim] = self.tokens
+            sizes[place.dim] = expected(self.tokens)
         return _product(sizes)
 
     def _in_between(self, gathers: Sequence[Gather]) -> str | None:

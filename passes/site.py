@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch.fx import Node
 
-Grid = tuple[int, int, int]
+Side: TypeAlias = int | sympy.Expr
+"""Of a grid: a number, or what a graph with dynamic shapes computes it from."""
+Grid = tuple[Side, Side, Side]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Site:
         dtype: Of the query.
         layer: Index among the self- and joint attention sites of the graph that have at least
             ``min_tokens``; None for other sites.
-        grid: Frames, height and width of the video tokens, where known.
+        grid: Frames, height and width of the video tokens, where known; an expression for a side
+            that each run may have anew.
         text: Tokens before and after the video of a joint site, where known.
         expected: Whether a user would expect it sparse: it is not cross-attention, not shorter than
             ``min_tokens`` and not named by ``dense_layers``.

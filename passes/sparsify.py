@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
-from uta_fx.passes.locate_video import Video, locate_video, settle_grids
+from uta_fx.passes.locate_video import (
+    Video,
+    is_clear,
+    is_symbolic,
+    locate_video,
+    settle_grids,
+    symbols_of,
+    tokens_in,
+)
 from uta_fx.passes.read_mask import hides, pads
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
@@ -23,7 +32,7 @@ from uta_fx.passes.reorder_tokens import (
     find_regions,
     insert_gathers,
 )
-from uta_fx.passes.site import Grid, Operand, Site, value_of
+from uta_fx.passes.site import Grid, Operand, Side, Site, value_of
 from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, plain, same
 
 Replacement = Callable[..., Any]
@@ -38,7 +47,8 @@ class Plan:
         replacement: Makes what takes the place of a call, a function of q, k, v and, where there
             is one, the mask: from the site's grid, the call's scale (None for torch's default), of
             a joint site the first video token and how many there are, whether they alone have
-            queries, and whether they are in block order already.
+            queries, and whether they are in block order already. Where the grid is symbolic, it is
+            None here and the function takes it too, as ``grid``.
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
@@ -50,10 +60,12 @@ class Plan:
         token_index: Makes a function that gives, for a tensor, the index that brings the tokens of
             a grid at a place of it into block order, or (True) back; None to leave the order of
             tokens to each replacement alone.
+        symbolic: Whether a grid may stay symbolic, where it is clear; otherwise it is read as
+            numbers, which specialises the graph.
     """
 
     replacement: Callable[
-        [Grid | None, float | None, tuple[int, int] | None, bool, bool], Replacement
+        [Grid | None, float | None, tuple[int, int | None] | None, bool, bool], Replacement
     ]
     min_tokens: int
     needs_grid: bool
@@ -62,6 +74,7 @@ class Plan:
     is_dense_layer: Callable[[int, int], bool]
     no_padding: str | None = None
     token_index: MakeIndex | None = None
+    symbolic: bool = False
 
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
@@ -69,14 +82,18 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     expand_multi_head(gm)
     trace = Trace(gm)
     found = find_calls(gm)
-    if settle_grids(gm, trace, [trace.axis(x.query.node, x.query.token_dim) for x in found]):
-        trace = Trace(gm)
-    calls = [(call, classify_call(call, trace)) for call in found]
-    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
-    sites = []
-    for call, kind in calls:
-        layer = layers.index(call) if call in layers else None
-        sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
+    axes = [trace.axis(x.query.node, x.query.token_dim) for x in found]
+    if plan.symbolic and all(is_clear(gm, trace, axis) for axis in axes):
+        sites = _sites(found, trace, plan)
+    else:
+        sites = None
+    if sites is None or any(site.expected and not site.sparse for _, site in sites):
+        # what cannot be shown of symbols may be shown of numbers
+        plan = dataclasses.replace(plan, symbolic=False)
+        if settle_grids(gm, trace, axes):
+            trace = Trace(gm)
+            sites = None
+        sites = sites or _sites(found, trace, plan)
     reasons = {
         node: reason
         for region in _regions(gm, sites, plan)
@@ -85,6 +102,17 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     return [
         (call, dataclasses.replace(site, reordered=reasons.get(call.node))) for call, site in sites
     ]
+
+
+def _sites(found: Sequence[Call], trace: Trace, plan: Plan) -> list[tuple[Call, Site]]:
+    """What is decided about each call."""
+    calls = [(call, classify_call(call, trace)) for call in found]
+    layers = [call for call, kind in calls if _is_layer(call, kind, plan)]
+    sites = []
+    for call, kind in calls:
+        layer = layers.index(call) if call in layers else None
+        sites.append((call, _describe(call, kind, layer, len(layers), trace, plan)))
+    return sites
 
 
 def _regions(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> list[Region]:
@@ -121,7 +149,7 @@ def _describe(
         or call.objection
         or _objection_to_arguments(call)
         or _objection_to_kind(kind)
-        or _objection_to_length(tokens, kind)
+        or (None if known and is_symbolic(known.grid) else _objection_to_length(tokens, kind))
         or _objection_to_video(video, kind, plan)
         or _objection_to_mask(call, known, plan)
     )
@@ -147,7 +175,7 @@ def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
     """Where the video lies among the keys: its queries may be all that there are."""
     tokens = trace.axis(call.query.node, call.query.token_dim)
     keys = trace.axis(call.key.node, call.key.token_dim)
-    video = locate_video(trace, tokens, plan.grid)
+    video = locate_video(trace, tokens, plan.grid, plan.symbolic)
     if isinstance(video, str) or equal(tokens, keys):
         return video
     if not same(video.tokens, length(tokens)):
@@ -174,19 +202,24 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     Exactly there, because models rotate q and k in place: dataflow does not show it.
     """
     regions = _regions(gm, sites, plan)
+    nodes = set(gm.graph.nodes)
+    sides = _sides(gm, {site.grid for _, site in sites if site.sparse and site.grid is not None})
+    computed = [node for node in gm.graph.nodes if node not in nodes]
     in_order = {node for region in regions for node in region.calls}
     moved: dict[tuple[Node, Node], Node] = {}
     for region in regions:
         assert plan.token_index is not None
-        moved |= insert_gathers(gm, region, plan.token_index)
+        moved |= insert_gathers(gm, region, plan.token_index, sides.get(region.grid))
     for call, site in sites:
         if not site.sparse:
             continue
+        symbolic = site.grid is not None and is_symbolic(site.grid)
         video, alone = None, False
         if site.text is not None:
             assert site.grid is not None and isinstance(site.text[0], int)
-            video = (site.text[0], math.prod(site.grid))
-            alone = same(call.query.shape[-2], video[1])
+            tokens = tokens_in(site.grid, call.key.shape[-2])
+            video = (site.text[0], None if symbolic else int(tokens))
+            alone = same(call.query.shape[-2], tokens)
         with gm.graph.inserting_before(call.place):
             operands = [
                 _canonical(gm.graph, x, moved.get((call.place, x.node), x.node), call.dtype)
@@ -194,8 +227,15 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             ]
             masks = () if call.attn_mask is None else (_mask(gm.graph, call),)
             sparse = gm.graph.call_function(
-                plan.replacement(site.grid, call.scale, video, alone, call.node in in_order),
+                plan.replacement(
+                    None if symbolic else site.grid,
+                    call.scale,
+                    video,
+                    alone,
+                    call.node in in_order,
+                ),
                 (*operands, *masks),
+                {"grid": sides[site.grid]} if symbolic and site.grid else None,
             )
             sparse = _laid_out(gm.graph, sparse, call)
         sparse.meta = dict(call.node.meta)  # same shape, dtype and source line
@@ -205,8 +245,30 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
             for other in list(call.operator.users):  # outputs that nobody uses
                 gm.graph.erase_node(other)
             gm.graph.erase_node(call.operator)
+    # gathers of inputs stand after the last input too, and take them
+    for node in reversed(computed):
+        gm.graph.find_nodes(op="placeholder")[-1].append(node)
     gm.graph.lint()
     gm.recompile()
+
+
+def _sides(gm: GraphModule, grids: set[Grid]) -> dict[Grid, tuple[int | Node, ...]]:
+    """The sides of symbolic grids, computed from the graph's inputs after the last of them."""
+    symbols = symbols_of(gm)
+    made: dict[Side, int | Node] = {}
+    tracer = torch.fx.proxy.GraphAppendingTracer(gm.graph)
+    proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    found: dict[Grid, tuple[int | Node, ...]] = {}
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for grid in filter(is_symbolic, grids):
+        with gm.graph.inserting_before(inputs[-1].next):
+            for side in grid:
+                if isinstance(side, int):
+                    made[side] = side
+                elif side not in made:
+                    made[side] = sympy_interp(PythonReferenceAnalysis, proxies, side).node
+        found[grid] = tuple(made[side] for side in grid)
+    return found
 
 
 def _canonical(graph: Graph, operand: Operand, node: Node, dtype: torch.dtype) -> Node:
@@ -263,7 +325,8 @@ def _exemption(kind: str, tokens: Size, layer: int | None, layers: int, plan: Pl
 
 def _is_short(tokens: Size, plan: Plan) -> bool:
     try:
-        return int(tokens) < plan.min_tokens
+        # a guard that a size may cross, or that it is this one
+        return bool((tokens if plan.symbolic else int(tokens)) < plan.min_tokens)
     except RuntimeError:
         return False  # a length known only at run time
 
@@ -334,7 +397,8 @@ def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | Non
         return pads(call.attn_mask, trusted=plan.trust_masks) or plan.no_padding
     if same(video.tokens, call.query.shape[-2]):
         return "has an attention mask for queries that are a part of its tokens"
-    before, tokens = int(video.before), int(video.tokens)
+    before = int(video.before)
+    tokens = video.tokens if is_symbolic(video.grid) else int(video.tokens)
     return hides(call.attn_mask, before, before + tokens, trusted=plan.trust_masks)
 
 

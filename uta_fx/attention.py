@@ -208,9 +208,11 @@ class SparseSite:
 
     Attributes:
         config: Settings.
-        grid: Frames, height and width of the video tokens; None keeps their order.
+        grid: Frames, height and width of the video tokens; None keeps their order, if a call gives
+            none either.
         scale: Multiplies the logits; None for ``1 / sqrt(D)``.
-        video: The first video token and how many there are, where others lie around them.
+        video: The first video token and how many there are, where others lie around them; None
+            for as many as the grid of a call has.
         alone: Whether the video alone has queries, and the others are keys and values.
         in_order: Whether video tokens come in block order already.
     """
@@ -218,26 +220,43 @@ class SparseSite:
     config: Config
     grid: Grid | None
     scale: float | None
-    video: tuple[int, int] | None = None
+    video: tuple[int, int | None] | None = None
     alone: bool = False
     in_order: bool = False
     __name__ = "sparse_site"  # torch.fx names and prints the target of a node by it
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        grid: Grid | None = None,
     ) -> Tensor:
-        """Attend; shapes and meaning as in ``sparse_attention``.
+        """Attend; shapes and meaning as in ``sparse_attention``. ``grid`` is that of this call.
 
         A mask over video alone, which broadcasts to ``[B, H, L, L]`` and is the same for all
         queries, stands for lengths: the tokens that it shows are the first of a sample, or its
         output is NaN where masks are trusted (``Config.trust_masks``). Rows of the others, the
         padding, are zero, where the model has attention of padding to what is shown.
         """
-        config, grid, scale, video = self.config, self.grid, self.scale, self.video
+        config, scale, video = self.config, self.scale, self.video
+        grid = self.grid if grid is None else grid
+        video = self.known_video if video is None or grid is None else (video[0], math.prod(grid))
         return _attend(
             query, key, value, attn_mask, config, grid, scale, video, self.alone,
             in_order=self.in_order,
         )[0]  # fmt: skip
+
+    @property
+    def known_video(self) -> tuple[int, int] | None:
+        """``video`` where it does not depend on the grid of a call."""
+        if self.video is None:
+            return None
+        start, tokens = self.video
+        assert tokens is not None
+        return start, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +275,8 @@ class ContinuedSite:
         policy = self.site.config.selection_policy()
         assert isinstance(policy, SVG2)
         batch, heads, length, dim = query.shape
-        counts = policy.clusters_of(self.site.video[1] if self.site.video else length)
+        video = self.site.known_video
+        counts = policy.clusters_of(video[1] if video else length)
         return (batch, heads, counts[0], dim), (batch, heads, counts[1], dim)
 
     def __call__(
@@ -276,8 +296,8 @@ class ContinuedSite:
         """
         site, mask = self.site, others[0] if len(others) == 3 else None
         output, centroids = _attend(
-            query, key, value, mask, site.config, site.grid, site.scale, site.video, site.alone,
-            Centroids(*others[-2:]), site.in_order,
+            query, key, value, mask, site.config, site.grid, site.scale, site.known_video,
+            site.alone, Centroids(*others[-2:]), site.in_order,
         )  # fmt: skip
         assert centroids is not None
         return output, *centroids
@@ -288,7 +308,7 @@ class TokenIndex:
     """The index by which a tensor's video tokens are brought into block order, or back.
 
     Attributes:
-        grid: Frames, height and width of the video tokens.
+        grid: Frames, height and width of the video tokens; None where each call gives them.
         order: As in ``Config.reorder``, but neither ``"auto"`` nor ``"none"``.
         block: Tokens in a block.
         dim: Of the tensor, along which tokens lie.
@@ -296,7 +316,7 @@ class TokenIndex:
         back: From block order into the order of the grid.
     """
 
-    grid: Grid
+    grid: Grid | None
     order: str
     block: int
     dim: int
@@ -304,10 +324,12 @@ class TokenIndex:
     back: bool
     __name__ = "token_index"  # torch.fx names and prints the target of a node by it
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """For a tensor: int64, as long as its dimension ``dim``."""
-        index = token_order(self.grid, self.order, self.block, x.device)[int(self.back)]
-        tokens, length = math.prod(self.grid), x.shape[self.dim]
+        grid = self.grid if grid is None else grid
+        assert grid is not None
+        index = token_order(grid, self.order, self.block, x.device)[int(self.back)]
+        tokens, length = math.prod(grid), x.shape[self.dim]
         if statically_known_true(length == tokens):
             return index
         before = torch.arange(self.start, device=x.device)

@@ -24,7 +24,7 @@ from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 from uta_fx.passes.trace_calls import trace_calls
-from uta_fx.policies import SVG2
+from uta_fx.policies import SVG2, LowDelta, TopK
 
 logger = logging.getLogger(__name__)
 
@@ -64,27 +64,37 @@ def uta(
         )
     compile_inner = functools.partial(_compile, inner=config.inner, mode=mode, inductor=inductor)
     share = config.inner == "inductor"
-    blocks = _blocks_around(gm, config)
+    symbolic = not (share and _records_cuda_graphs(mode, inductor))
+    blocks = _blocks_around(gm, config, symbolic)
     if blocks is None:
-        sparsify(gm, example_inputs, config)
+        sparsify(gm, example_inputs, config, symbolic)
         return _compile_sparse(gm, example_inputs, compile_inner, share)
     dense, sparse = copy_graph(gm), copy_graph(gm)
-    sites = sparsify(sparse, example_inputs, dataclasses.replace(config, dense_layers=""))
+    every = dataclasses.replace(config, dense_layers="")
+    sites = sparsify(sparse, example_inputs, every, symbolic)
     run_sparse = _compile_sparse(sparse, example_inputs, compile_inner, share)
     if not any(site.sparse for site in sites):
         return run_sparse
     return blocks.choose(compile_inner(dense, example_inputs), run_sparse)
 
 
-def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:
+def sparsify(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, symbolic: bool = False
+) -> list[Site]:
     """Rewrite the graph in place and say what was done.
+
+    Args:
+        gm: Changed in place.
+        example_inputs: Its inputs.
+        config: Settings.
+        symbolic: As in ``plan_of``.
 
     Raises:
         ValueError: ``strict`` and a video self-attention stays dense, or ``dense_layers`` for a
             graph that does not show its layers.
         RuntimeError: A gradient is asked for.
     """
-    plan = plan_of(config)
+    plan = plan_of(config, symbolic)
     pairs = understand(gm, plan)
     sites = [site for _, site in pairs]
     for site in sites:
@@ -118,16 +128,21 @@ def sparsify(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> 
     return sites
 
 
-def plan_of(config: Config) -> Plan:
-    """What the passes need to know of a configuration."""
+def plan_of(config: Config, symbolic: bool = False) -> Plan:
+    """What the passes need to know of a configuration.
 
-    def index(grid: Grid, place: Place, back: bool) -> TokenIndex:
+    Args:
+        config: Settings.
+        symbolic: Whether a grid may stay symbolic if the configuration lets it.
+    """
+
+    def index(grid: Grid | None, place: Place, back: bool) -> TokenIndex:
         return TokenIndex(grid, config.order, config.block_kv, *place, back)
 
     def replacement(
         grid: Grid | None,
         scale: float | None,
-        video: tuple[int, int] | None,
+        video: tuple[int, int | None] | None,
         alone: bool,
         in_order: bool,
     ) -> SparseSite | ContinuedSite:
@@ -143,6 +158,7 @@ def plan_of(config: Config) -> Plan:
         is_dense_layer=config.is_dense_layer,
         no_padding=_objection_to_padding(config),
         token_index=None if config.order == "none" else index,
+        symbolic=symbolic and _needs_no_numbers(config),
     )
 
 
@@ -169,6 +185,24 @@ def _objection_to_padding(config: Config) -> str | None:
     return objection and f"its attention mask hides padding: {objection}"
 
 
+def _needs_no_numbers(config: Config) -> bool:
+    """Whether all that a site computes is a function of sizes that a graph may have as symbols."""
+    return (
+        config.grid is None
+        and isinstance(config.selection_policy(), (LowDelta, TopK))
+        and config.tail_form().kind in ("none", "block", "first_order", "gaussian")
+        and config.tail_form().slope == "head"
+    )
+
+
+def _records_cuda_graphs(mode: str | None, inductor: Mapping[str, Any] | None) -> bool:
+    """Whether runs are recorded, each size anew: a constant made meanwhile would be of one."""
+    from torch._inductor import config, list_mode_options
+
+    options = {**(list_mode_options(mode) if mode else {}), **(inductor or {})}
+    return bool(options.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def _keeps(config: Config) -> bool:
     policy = config.selection_policy()
     return isinstance(policy, SVG2) and policy.keep
@@ -189,7 +223,7 @@ def note_on_layers(sites: Sequence[Site], config: Config) -> str | None:
     )
 
 
-def _blocks_around(gm: GraphModule, config: Config) -> BlockByBlock | None:
+def _blocks_around(gm: GraphModule, config: Config, symbolic: bool) -> BlockByBlock | None:
     """What knows the layers of a graph that has none to count: those of the model around it.
 
     None where ``dense_layers`` needs no such thing, or nothing shows which block this is.
@@ -201,7 +235,8 @@ def _blocks_around(gm: GraphModule, config: Config) -> BlockByBlock | None:
     found = block_around(list(parameters.values()))
     if found is None:
         return None
-    objection = objection_to_layers([site for _, site in understand(gm, plan_of(config))], config)
+    sites = [site for _, site in understand(gm, plan_of(config, symbolic))]
+    objection = objection_to_layers(sites, config)
     if objection is None:
         return None
     model, _ = found

@@ -47,7 +47,11 @@ def token_order(grid: Grid, order: str, block: int, device: torch.device | str) 
     )
 
 
-@constant("int[] grid, str order, int block, bool back")
+@constant(
+    "SymInt[] grid, str order, int block, bool back",
+    shape=lambda grid, *_: (math.prod(grid),),
+    dtype=torch.int64,
+)
 def token_index(grid: Grid, order: str, block: int, back: bool) -> Tensor:
     """``TokenOrder.order``, or (``back``) its inverse; arguments as of ``token_order``."""
     raster = torch.arange(math.prod(grid))

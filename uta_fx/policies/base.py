@@ -116,9 +116,10 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     rows = {"row": 1, "head": blocks_q, "site": heads * blocks_q}[budget]
     if scores.dtype != torch.bfloat16:
         scores = scores.float()
-    return select_blocks(scores, max(rows, share_of(density, rows * blocks)), rows)
+    return select_blocks(scores, torch.sym_max(rows, share_of(density, rows * blocks)), rows)
 
 
 def share_of(density: float, total: int) -> int:
     """``ceil(density * total)``, at least 1; a product that misses an integer by rounding is it."""
-    return min(total, max(1, math.ceil(density * total * (1 - 1e-12))))
+    kept = math.ceil(density * total * (1 - 1e-12))
+    return torch.sym_min(total, torch.sym_max(1, kept))
