@@ -185,3 +185,15 @@ def test_a_grid_of_the_same_number_of_tokens_is_another():
     for found, grid in ((a, (2, 4, 6)), (b, (2, 6, 4))):
         fixed = uta_fx.attention.TokenIndex(grid, "tile", 16, 1, 0, False)
         assert torch.equal(found, fixed(x))
+
+
+@torch.no_grad()
+def test_sizes_that_dynamo_makes_symbols_are_numbers():
+    """By default: each size has its graph, none shares the second's."""
+    entry = next(entry for entry in MODELS if entry.name == "Wan")
+    options = {**OPTIONS, "density": 0.3, "inner": "eager"}
+    model = entry.build()
+    outputs, graphs = run(model, entry, SIZES, options=options)
+    assert graphs == len(SIZES)
+    (expected,), _ = run(model, entry, SIZES[-1:], dynamic=False, options=options)
+    assert torch.equal(outputs[-1][0], expected[0])

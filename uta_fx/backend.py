@@ -64,7 +64,7 @@ def uta(
         )
     compile_inner = functools.partial(_compile, inner=config.inner, mode=mode, inductor=inductor)
     share = config.inner == "inductor"
-    symbolic = not (share and _records_cuda_graphs(mode, inductor))
+    symbolic = _asked_for_symbols() and not (share and _records_cuda_graphs(mode, inductor))
     blocks = _blocks_around(gm, config, symbolic)
     if blocks is None:
         sparsify(gm, example_inputs, config, symbolic)
@@ -193,6 +193,15 @@ def _needs_no_numbers(config: Config) -> bool:
         and config.tail_form().kind in ("none", "block", "first_order", "gaussian")
         and config.tail_form().slope == "head"
     )
+
+
+def _asked_for_symbols() -> bool:
+    """Whether this is a compilation with ``dynamic=True``.
+
+    Sizes that Dynamo makes symbols of its own accord, when it sees a second one, are read as
+    numbers: that compilation is the quicker one, and as a rule there are few sizes.
+    """
+    return not torch._dynamo.config.assume_static_by_default
 
 
 def _records_cuda_graphs(mode: str | None, inductor: Mapping[str, Any] | None) -> bool:
