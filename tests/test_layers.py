@@ -12,6 +12,8 @@ from test_backend import SMALL, wan, wan_inputs
 from torch._dynamo.utils import counters
 
 from uta_fx.backend import uta
+from uta_fx.layers import blocks_of
+from uta_fx.study.models import MODELS
 
 OPTIONS = SMALL | {"density": 0.3, "grid": (4, 8, 12), "inner": "eager"}
 REFUSED = r"dense_layers='0,-1' needs to know which layer runs: .* uta_fx.enable\(.*blocks=True"
@@ -76,6 +78,25 @@ def test_inductor_compiles_both_variants():
     torch.testing.assert_close(run(model), expected, rtol=1e-3, atol=1e-4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(model)
+
+
+def test_blocks_in_a_dict_of_lists_are_counted():
+    """Flux 3 has its image's and its condition's so: the first of five stays dense."""
+    entry = next(entry for entry in MODELS if entry.name == "Flux 3")
+    options = OPTIONS | {"grid": entry.grid, "min_tokens": 48}
+    outputs = []
+    for dense in (1, 0):
+        model = entry.build()
+        assert len(blocks_of(model)) == 5
+        for block in blocks_of(model)[dense:]:
+            block.compile(backend="uta", fullgraph=True, options=options)
+        outputs.append(model(**entry.arguments(), return_dict=False)[0])
+        torch._dynamo.reset()
+    model = entry.build()
+    options |= {"dense_layers": "0"}
+    model.compile_repeated_blocks(backend="uta", fullgraph=True, options=options)
+    outputs.append(model(**entry.arguments(), return_dict=False)[0])
+    assert torch.equal(outputs[2], outputs[0]) and not torch.equal(outputs[2], outputs[1])
 
 
 def test_blocks_that_are_taken_out_are_not_counted():

@@ -20,9 +20,13 @@ Compiled = Callable[..., Any]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What diffusers names blocks: the modules in the lists that a model itself holds."""
-    lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
-    return [block for part in lists for block in part]
+    """What diffusers names blocks: the modules in the lists of a model, or of a dict of it."""
+    parts = [
+        inner
+        for part in model.children()
+        for inner in (part.values() if isinstance(part, nn.ModuleDict) else (part,))
+    ]
+    return [block for part in parts if isinstance(part, nn.ModuleList) for block in part]
 
 
 def check_layers(model: nn.Module, config: Config) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import uta_fx
 from uta_fx.bench.attention import describe
+from uta_fx.layers import blocks_of
 from uta_fx.study.real_models import DTYPE, RealModel, find_model
 
 # what the names of kernels of dense attention have in them
@@ -103,10 +104,7 @@ def _forwards(
     def forward() -> Tensor:
         return model(**inputs, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    parts = [model]
-    if not whole:
-        lists = [part for part in model.children() if isinstance(part, nn.ModuleList)]
-        parts = [block for part in lists for block in part]
+    parts = [model] if whole else blocks_of(model)
     fullgraph = not (whole and real.by_block)  # such a model breaks its graph itself
     with _nothing_compiled():
         for part in parts:
