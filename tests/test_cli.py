@@ -23,7 +23,7 @@ from uta_fx.bench import model as bench_model
 from uta_fx.bench import tails as bench_tails
 from uta_fx.cli import main
 from uta_fx.commands import app
-from uta_fx.study.real_models import REAL_MODELS, Size
+from uta_fx.study.real_models import REAL_MODELS, Size, find_model
 
 
 def run(*arguments):
@@ -100,6 +100,30 @@ def test_export_refuses_in_one_sentence(tmp_path):
         result = run_here("export", *arguments)
         assert result.returncode == 2
         assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_export_takes_a_released_model(tmp_path):
+    """Its real width, of one layer here, and a short clip; what does not fit is one sentence."""
+    folder, path = tmp_path / "wan", tmp_path / "wan.onnx"
+    find_model("wan-2.1-1.3b").with_random_weights(1, "cpu").save_pretrained(folder)
+    command = ("export", "onnx", str(path), "--model", "wan-2.1-1.3b")
+    for more, message in (
+        ((), "--model needs --pretrained"),
+        (("--pretrained", str(folder), "--height", "481"), "height must be a multiple of 16"),
+        (("--pretrained", str(folder), "--clips", "2"), "--clips and --weights are the shipped"),
+        (("--pretrained", str(tmp_path)), "no file named config.json"),
+    ):
+        result = run_here(*command, *more)
+        assert result.returncode == 2 and message in result.stderr and not path.exists()
+    assert "--size needs --model" in run_here(*command[:3], "--size", "480p").stderr
+    result = run_here(*command, "--pretrained", str(folder), "--frames", "17", "--density", "0.1")
+    assert result.returncode == 0, result.stderr
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    assert [x.op_type for x in model.graph.node].count("SparseAttention") == 1
+    sizes = model.graph.input[0].type.tensor_type
+    assert [x.dim_value for x in sizes.shape.dim] == [1, 16, 5, 60, 104]
+    assert sizes.elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_bench_looks_at_its_output_before_it_times(tmp_path):

@@ -94,6 +94,35 @@ Inputs = Annotated[
         " shipped model, on clips enlarged to the shape."
     ),
 ]
+ClipSize = Annotated[
+    str | None,
+    typer.Option(help="Of the clip of --model: 480p, 720p; the model's own default without."),
+]
+Height = Annotated[int | None, typer.Option(help="Rows of pixels, in place of --size's.")]
+Width = Annotated[int | None, typer.Option(help="Columns of pixels, in place of --size's.")]
+Frames = Annotated[int | None, typer.Option(help="Frames, in place of --size's.")]
+ExportedModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A released model, with --pretrained: wan-2.1-1.3b, wan-2.1-14b, hunyuanvideo,"
+        " hunyuanvideo-1.5, cogvideox-5b, ltx-video or mochi; without it the shipped model."
+    ),
+]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(help="Weights of --model for diffusers: a folder, or a name on the Hub."),
+]
+ExportedDtype = Annotated[
+    str, typer.Option(help="Of --model in the file: float32, float16 or bfloat16.")
+]
+DecideBranches = Annotated[
+    bool,
+    typer.Option(
+        "--decide-branches",
+        help="Write the way that a model takes without an image, where it asks (HunyuanVideo 1.5);"
+        " it is run once.",
+    ),
+]
 JsonFile = Annotated[
     Path | None, typer.Option(help="JSON file to write; its folder is made if it is not there.")
 ]
@@ -191,17 +220,10 @@ def explain(
             " shipped model."
         ),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Of the clip of --model: 480p, 720p; the model's own default without."),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Rows of pixels, in place of --size's.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Columns of pixels, in place of --size's.")
-    ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, in place of --size's.")] = None,
+    size: ClipSize = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     density: Density = DEFAULTS.density,
     min_tokens: Annotated[
         int, typer.Option(help="Sites with fewer tokens stay dense.")
@@ -604,6 +626,14 @@ Clips = Annotated[int, typer.Option(min=1, help="Clips in a batch.")]
 @export_app.command("onnx")
 def export_onnx(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
+    model: ExportedModel = None,
+    pretrained: Pretrained = None,
+    size: ClipSize = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    dtype: ExportedDtype = "float16",
+    decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
     policy: PolicyName = str(DEFAULTS.policy),
@@ -612,15 +642,20 @@ def export_onnx(
     reorder: Reorder = DEFAULTS.reorder,
     clips: Clips = 1,
 ) -> None:
-    """Write the shipped denoiser as an ONNX file with sparse attention inside.
+    """Write the shipped denoiser, or a released one, as an ONNX file with sparse attention inside.
 
     Other models: uta_fx.export_onnx in Python.
     """
     from uta_fx.exporters import export_onnx as write
 
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
-    model, arguments = _shipped_model(weights, clips)
-    print(write(model, (), output, config=config, kwargs=arguments))
+    clip = {"size": size, "height": height, "width": width, "frames": frames}
+    exported, arguments = _exported_model(model, pretrained, clip, dtype, weights, clips)
+    print(
+        write(
+            exported, (), output, config=config, kwargs=arguments, decide_branches=decide_branches
+        )
+    )
     print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
 
 
@@ -636,6 +671,14 @@ def export_tensorrt(
             " torch_tensorrt, on a GPU)."
         ),
     ] = "plugin",
+    model: ExportedModel = None,
+    pretrained: Pretrained = None,
+    size: ClipSize = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    dtype: ExportedDtype = "float16",
+    decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
     policy: PolicyName = str(DEFAULTS.policy),
@@ -644,22 +687,28 @@ def export_tensorrt(
     reorder: Reorder = DEFAULTS.reorder,
     clips: Clips = 1,
 ) -> None:
-    """Write the shipped denoiser for TensorRT, with sparse attention inside.
+    """Write the shipped denoiser, or a released one, for TensorRT, with sparse attention inside.
 
     Other models: uta_fx.export_tensorrt in Python.
     """
     from uta_fx.exporters import export_tensorrt as write
 
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
-    model, arguments = _shipped_model(weights, clips)
+    clip = {"size": size, "height": height, "width": width, "frames": frames}
+    exported, arguments = _exported_model(model, pretrained, clip, dtype, weights, clips)
     if form == "engine":
         device = _device("cuda")
-        model = model.to(device)
+        exported = exported.to(device)
         arguments = {
             name: x.to(device) if isinstance(x, torch.Tensor) else x
             for name, x in arguments.items()
         }
-    print(write(model, (), output, config=config, kwargs=arguments, form=form))
+    print(
+        write(
+            exported, (), output, config=config, kwargs=arguments, form=form,
+            decide_branches=decide_branches,
+        )
+    )  # fmt: skip
     print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
 
 
@@ -711,6 +760,34 @@ def export_plugin(
     except RuntimeError as error:
         raise OSError(str(error)) from error
     print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB, for sm_{architecture}")
+
+
+def _exported_model(
+    name: str | None,
+    pretrained: str | None,
+    clip: dict[str, Any],
+    dtype: str,
+    weights: Path | None,
+    clips: int,
+) -> tuple[Any, dict[str, Any]]:
+    """The model that is asked for, and its arguments for a clip."""
+    if name is None:
+        for option, value in (clip | {"pretrained": pretrained}).items():
+            if value is not None:
+                raise ValueError(f"--{option} needs --model: the shipped model has one size")
+        return _shipped_model(weights, clips)
+    from uta_fx.study.real_models import find_model
+
+    if pretrained is None:
+        raise ValueError(
+            "--model needs --pretrained: a folder of its weights, or a name on the Hub"
+        )
+    if clips != 1 or weights is not None:
+        raise ValueError("--clips and --weights are the shipped model's, --model takes neither")
+    real = find_model(name)
+    size = clip.pop("size")
+    chosen = real.size(size, **clip)
+    return real.pretrained(pretrained, _dtype(dtype, torch.device("cpu")), chosen)
 
 
 def _shipped_model(weights: Path | None, clips: int) -> tuple[Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,6 +156,35 @@ class RealModel:
         torch.manual_seed(seed)
         with torch.device(device):
             return self._model(layers).to(DTYPE)
+
+    def pretrained(
+        self, place: str, dtype: torch.dtype, size: Size
+    ) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """The model with released weights, and arguments of zeros for a clip (masks are ones).
+
+        Args:
+            place: A folder of a pipeline or of the model alone, or a pipeline's name on the Hub.
+            dtype: Of the weights and arguments.
+            size: Of the clip; one sample of a batch.
+
+        Raises:
+            ValueError: The clip cannot be cut into whole tokens.
+            OSError: There is no such model.
+        """
+        latent, grid = self.latent(size), self.grid(size)
+        folder = Path(place)
+        alone = folder.is_dir() and not (folder / "transformer").is_dir()
+        model = self.model_class().from_pretrained(
+            place, subfolder=None if alone else "transformer", torch_dtype=dtype
+        )
+
+        def fill(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return torch.zeros(x.shape, dtype=dtype if x.dtype == DTYPE else x.dtype)
+            return torch.ones(x.shape, dtype=x.dtype)
+
+        arguments = tree_map_only(Tensor, fill, self.inputs(latent, grid))
+        return model.eval(), {**arguments, "return_dict": False}
 
     def _model(self, layers: int | None) -> torch.nn.Module:
         depth = self.depth()
