@@ -64,7 +64,7 @@ def uta(
         )
     compile_inner = functools.partial(_compile, inner=config.inner, mode=mode, inductor=inductor)
     share = config.inner == "inductor"
-    symbolic = _asked_for_symbols() and not (share and _records_cuda_graphs(mode, inductor))
+    symbolic = _asked_for_symbols() and not (share and records_cuda_graphs(mode, inductor))
     blocks = _blocks_around(gm, config, symbolic)
     if blocks is None:
         sparsify(gm, example_inputs, config, symbolic)
@@ -204,8 +204,11 @@ def _asked_for_symbols() -> bool:
     return not torch._dynamo.config.assume_static_by_default
 
 
-def _records_cuda_graphs(mode: str | None, inductor: Mapping[str, Any] | None) -> bool:
-    """Whether runs are recorded, each size anew: a constant made meanwhile would be of one."""
+def records_cuda_graphs(mode: str | None, inductor: Mapping[str, Any] | None = None) -> bool:
+    """Whether Inductor records runs, each size anew.
+
+    A constant made meanwhile would be of one size, and the next run overwrites what a run returns.
+    """
     from torch._inductor import config, list_mode_options
 
     options = {**(list_mode_options(mode) if mode else {}), **(inductor or {})}

@@ -94,6 +94,9 @@ Inputs = Annotated[
         " shipped model, on clips enlarged to the shape."
     ),
 ]
+RELEASED = (
+    "wan-2.1-1.3b, wan-2.1-14b, hunyuanvideo, hunyuanvideo-1.5, cogvideox-5b, ltx-video or mochi"
+)
 ClipSize = Annotated[
     str | None,
     typer.Option(help="Of the clip of --model: 480p, 720p; the model's own default without."),
@@ -104,8 +107,7 @@ Frames = Annotated[int | None, typer.Option(help="Frames, in place of --size's."
 ExportedModel = Annotated[
     str | None,
     typer.Option(
-        help="A released model, with --pretrained: wan-2.1-1.3b, wan-2.1-14b, hunyuanvideo,"
-        " hunyuanvideo-1.5, cogvideox-5b, ltx-video or mochi; without it the shipped model."
+        help=f"A released model, with --pretrained: {RELEASED}; without it the shipped model."
     ),
 ]
 Pretrained = Annotated[
@@ -215,8 +217,7 @@ def explain(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A released model, from its configuration alone: wan-2.1-1.3b, wan-2.1-14b,"
-            " hunyuanvideo, hunyuanvideo-1.5, cogvideox-5b, ltx-video or mochi; without it the"
+            help=f"A released model, from its configuration alone: {RELEASED}; without it the"
             " shipped model."
         ),
     ] = None,
@@ -246,10 +247,7 @@ def explain(
         _check_folder(dump)
     about: dict[str, Any] = {"density": density}
     if model is None:
-        given = {"size": size, "height": height, "width": width, "frames": frames}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"--{name} needs --model: the shipped model has one size")
+        _need_model(size=size, height=height, width=width, frames=frames)
         about["model"], found = "moving-shapes", _explain_shipped(config)
     else:
         from uta_fx.study.real_models import find_model
@@ -772,9 +770,7 @@ def _exported_model(
 ) -> tuple[Any, dict[str, Any]]:
     """The model that is asked for, and its arguments for a clip."""
     if name is None:
-        for option, value in (clip | {"pretrained": pretrained}).items():
-            if value is not None:
-                raise ValueError(f"--{option} needs --model: the shipped model has one size")
+        _need_model(**clip, pretrained=pretrained)
         return _shipped_model(weights, clips)
     from uta_fx.study.real_models import find_model
 
@@ -788,6 +784,13 @@ def _exported_model(
     size = clip.pop("size")
     chosen = real.size(size, **clip)
     return real.pretrained(pretrained, _dtype(dtype, torch.device("cpu")), chosen)
+
+
+def _need_model(**options: Any) -> None:
+    """Raise a ValueError for an option that is given, and means something with --model alone."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} needs --model: the shipped model has one size")
 
 
 def _shipped_model(weights: Path | None, clips: int) -> tuple[Any, dict[str, Any]]:

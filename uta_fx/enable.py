@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from uta_fx.backend import records_cuda_graphs
 from uta_fx.config import Config
 from uta_fx.hooks import hooks_inside, innermost_forward
 from uta_fx.layers import blocks_of, check_layers
 from uta_fx.surroundings import with_surroundings
 
 Forward = Callable[..., Any]
-
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def enable(
@@ -300,7 +299,7 @@ def _keeps_outputs(compiled: Forward, compile_options: dict[str, Any]) -> Forwar
     Those of a CUDA graph do not, and a pipeline that guides in two calls needs both; so does a
     block that follows another of the same code.
     """
-    if compile_options.get("mode") not in CUDA_GRAPH_MODES:
+    if "mode" not in compile_options or not records_cuda_graphs(compile_options["mode"]):
         return compiled
 
     def forward(*args: Any, **kwargs: Any) -> Any:
