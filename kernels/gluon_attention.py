@@ -426,12 +426,15 @@ def _pair_memory(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     desk_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    desk_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    if KEEP:  # nobody waits for it, and what nobody uses would lie where other things do
+        desk_free = desk_full
+    else:
+        desk_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(desk_free, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)  # the copies, and what is beside them
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(desk_full, count=1)
-    mbarrier.init(desk_free, count=2)
     fence_async_shared()  # the copy engine sees them
     return desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free
 
