@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import secrets
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -45,12 +44,15 @@ from uta_fx.export.onnx_functions import (
     select_blocks_function,
     sparse_attention_function,
 )
+from uta_fx.export.replace_file import folder_beside
 from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
 LARGE = 1536 * 1024**2
 """Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
+REPLACED = "replaced"
+"""Beside a file that is written: the names of the weights of the one in whose place it comes."""
 KEPT = ("SparseAttention", "BlockStatistics", "BlockScores", "SelectBlocks", "ListBlocks")
 """Nodes of our domain in a file, beside their functions."""
 
@@ -86,7 +88,8 @@ def write_onnx(
 
     Weights lie in the file up to ``LARGE``, beyond that in a second one beside it. Both are written
     in another folder, checked, and then renamed, the file of weights first: it has a new name each
-    time, so that no file is ever with the weights of another, whenever this may be cut off.
+    time, so that no file is ever with the weights of another, whenever this may be cut off. What a
+    killed process left of that goes with the next call.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.
@@ -101,9 +104,9 @@ def write_onnx(
         ValueError: An operation of the model has no translation, or none in that opset.
     """
     dialect = dialect or Dialect(lower=keep_nodes)
-    program = _without_factors(_without_gaps(program))
     try:
         with _without_their_own_worries():
+            program = _without_factors(_without_gaps(program))
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -144,22 +147,34 @@ def write_onnx(
     weights = [x.const_value for x in model.graph.initializers.values()]
     large = sum(x.nbytes for x in weights if x is not None) > LARGE
     data = f"{path.name}.{secrets.token_hex(4)}.data" if large else None
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-        folder = Path(name)
+    with folder_beside(path, lambda folder: _drop_weights(path, folder)) as folder:
         ir.save(model, folder / path.name, external_data=data)
         try:
             onnx.checker.check_model(folder / path.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ValueError(f"model cannot be written in opset {opset}: {error}") from error
+        (folder / REPLACED).write_text("\n".join(_files_of_weights(path)))
         if data is not None:
             os.replace(folder / data, path.parent / data)
-        replaced = _files_of_weights(path)
         os.replace(folder / path.name, path)
-    for file in replaced:
-        file.unlink(missing_ok=True)
 
 
-def _files_of_weights(path: Path) -> list[Path]:
+def _drop_weights(path: Path, folder: Path) -> None:
+    """Delete the file of weights that is in no use now, wherever a write has ended.
+
+    While its own file is still in the folder, that is the one that it names; afterwards what the
+    file in whose place it came has named.
+    """
+    written, replaced = folder / path.name, folder / REPLACED
+    if written.exists():
+        names = _files_of_weights(written)
+    else:
+        names = replaced.read_text().splitlines() if replaced.exists() else []
+    for name in names:
+        (path.parent / name).unlink(missing_ok=True)
+
+
+def _files_of_weights(path: Path) -> list[str]:
     """The files beside an ONNX file that bear its name and hold its weights; none of no such file.
 
     One under another name may belong to several.
@@ -169,8 +184,7 @@ def _files_of_weights(path: Path) -> list[Path]:
     except (FileNotFoundError, DecodeError):
         return []
     places = {x.value for w in weights for x in w.external_data if x.key == "location"}
-    names = {place for place in places if place.startswith(f"{path.name}.")}
-    return [path.parent / name for name in names if Path(name).name == name]
+    return [x for x in places if x.startswith(f"{path.name}.") and Path(x).name == x]
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
@@ -561,7 +575,10 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
 
 
 def _name_forms_of_weights(model: ir.Model) -> None:
-    """Name the forms of a weight after it: folding leaves ``weight.transposed`` in its place."""
+    """Name the forms of a weight after it: folding leaves ``weight.transposed`` in its place.
+
+    Once: layers that share a weight share its forms.
+    """
     forms = {
         "Cast": "cast",
         "Reshape": "reshaped",
@@ -570,9 +587,14 @@ def _name_forms_of_weights(model: ir.Model) -> None:
     }
     weights = set(model.graph.initializers.values())
     seen: Counter[str] = Counter()
+    made: dict[Any, ir.Value] = {}
     for node in model.graph:
         if node.op_type in forms and node.inputs[0] in weights:
             form = node.outputs[0]
+            how = node.op_type, node.inputs, repr(sorted(node.attributes.items()))
+            if made.setdefault(how, form) is not form and not form.is_graph_output():
+                ir.convenience.replace_all_uses_with(form, made[how])
+                continue
             name = f"{node.inputs[0].name}.{forms[node.op_type]}"
             form.name = f"{name}_{seen[name]}" if seen[name] else name
             seen[name] += 1

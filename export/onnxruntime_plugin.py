@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from uta_fx.export.onnxruntime_selection import (
     selection_variants,
     statistics_variants,
 )
+from uta_fx.export.replace_file import folder_beside
 from uta_fx.kernels import triton_attention
 from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_selection import SIZES
@@ -103,8 +103,7 @@ def link_plugin(
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise RuntimeError("a plugin needs a C compiler: neither cc, gcc nor clang was found")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-        folder = Path(name)
+    with folder_beside(target) as folder:
         _write_variants(folder, compiled, architecture)
         library = folder / target.name
         command = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 import onnx
 
 from uta_fx.export.onnx_functions import DOMAIN, check_version
+from uta_fx.export.replace_file import folder_beside
 from uta_fx.export.tensorrt_ops import PLUGINS
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def build_engine(
 
         register_plugins()
     engine = _build(trt, model, _flags(trt, rtx, needs_plugins), architectures)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        partial = Path(folder) / target.name
+    with folder_beside(target) as folder:
+        partial = folder / target.name
         partial.write_bytes(engine)
         os.replace(partial, target)
 

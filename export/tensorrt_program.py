@@ -5,6 +5,7 @@ Both ways to an engine start here: the one over an ONNX file and the one over ``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,9 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     table.update({operator: _written(function) for operator, function in CONSTANTS.items()})
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps
-    program = program.run_decompositions(table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's deprecations
+        program = program.run_decompositions(table)
     _skip_expansions(program.graph_module)
     return program
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch.export import ExportedProgram
 
 from uta_fx._optional import require
 from uta_fx.export.onnx_functions import DOMAIN
+from uta_fx.export.replace_file import folder_beside
 from uta_fx.export.tensorrt_engine import load_tensorrt
 from uta_fx.export.tensorrt_ops import PLUGINS
 
@@ -50,8 +50,8 @@ def write_engine(program: ExportedProgram, path: Path) -> None:
         truncate_double=True,
         attn_bias_is_causal=False,  # it takes any mask of dense attention for causal otherwise
     )
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        partial = Path(folder) / path.name
+    with folder_beside(path) as folder:
+        partial = folder / path.name
         partial.write_bytes(engine)
         os.replace(partial, path)
 

@@ -23,6 +23,7 @@ from uta_fx.bench import model as bench_model
 from uta_fx.bench import tails as bench_tails
 from uta_fx.cli import main
 from uta_fx.commands import app
+from uta_fx.moving_shapes import load_pipeline
 from uta_fx.study.real_models import REAL_MODELS, Size, find_model
 
 
@@ -124,6 +125,50 @@ def test_export_takes_a_released_model(tmp_path):
     sizes = model.graph.input[0].type.tensor_type
     assert [x.dim_value for x in sizes.shape.dim] == [1, 16, 5, 60, 104]
     assert sizes.elem_type == onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("form", ["plugin", "standard"])
+def test_export_takes_a_released_model_for_tensorrt(tmp_path, form):
+    """Up to where TensorRT is needed, or with TensorRT-RTX to the engine. Narrow, one layer."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    folder, path, engine = tmp_path / "wan", tmp_path / "wan.trt.onnx", tmp_path / "wan.engine"
+    find_model("wan-2.1-1.3b").model_class()(
+        num_attention_heads=2, ffn_dim=64, num_layers=1
+    ).save_pretrained(folder)
+    model = ("--model", "wan-2.1-1.3b", "--pretrained", str(folder), "--frames", "17")
+    result = run_here("export", "tensorrt", str(path), "--form", form, *model)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr and f"wrote {path}, " in result.stdout
+    nodes = [x.op_type for x in onnx.load(path).graph.node if x.domain == "uta"]
+    plugins = ["block_scores", "attend_tail", "attend_listed"]
+    assert nodes == (plugins if form == "plugin" else [])
+    rtx = ("--rtx", "--architecture", "89") if form == "standard" else ()
+    package = "tensorrt_rtx" if rtx else "tensorrt"
+    result = run_here("export", "engine", str(path), str(engine), *rtx)
+    if package in sys.modules or (rtx and "tensorrt_rtx_bindings" in sys.modules):
+        assert result.returncode == 0, result.stderr
+        assert engine.stat().st_size > 1e6
+    else:
+        assert f"uta-fx: {package} could not be imported" in result.stderr
+
+
+def test_export_gives_the_shipped_model_a_dtype(tmp_path):
+    """One block of it, from a folder."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    folder, path = tmp_path / "weights", tmp_path / "model.onnx"
+    pipeline = load_pipeline()
+    blocks = pipeline.transformer.blocks[:1]
+    pipeline.transformer.blocks = blocks
+    pipeline.transformer.register_to_config(num_layers=1)
+    pipeline.save_pretrained(folder)
+    result = run_here("export", "onnx", str(path), "--weights", str(folder), "--dtype", "float16")
+    assert result.returncode == 0, result.stderr
+    inputs = onnx.load(path).graph.input
+    assert {x.type.tensor_type.elem_type for x in inputs} == {onnx.TensorProto.FLOAT16}
+    result = run_here("export", "onnx", str(path), "--dtype", "int8")
+    assert "--dtype must be auto, float32, float16 or bfloat16, got 'int8'" in result.stderr
 
 
 def test_bench_looks_at_its_output_before_it_times(tmp_path):

@@ -1,11 +1,14 @@
 """Models as ONNX files: the functions, the file, and what ONNX Runtime makes of it."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ pytest.importorskip("onnxscript")
 import onnx_nodes  # noqa: E402  # need onnx
 
 from uta_fx.export import onnx_functions, onnx_model  # noqa: E402
+from uta_fx.export.replace_file import LOCK, folder_beside  # noqa: E402
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -660,7 +664,6 @@ def test_forms_of_a_weight_are_named_after_it(tmp_path):
     weights = {w.name for w in onnx.load(path).graph.initializer if w.dims}
     assert weights == {
         "rows.weight.transposed", "rows.bias", "table.unsqueezed", "twice.weight.transposed",
-        "twice.weight.transposed_1",
     }  # fmt: skip
     (output,) = run(path, {"x": x.numpy()})
     np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
@@ -694,24 +697,56 @@ def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
     assert os.listdir(elsewhere) == ["model.onnx"]
 
 
-@pytest.mark.parametrize("renames", [0, 1])
-def test_an_export_that_is_cut_off_leaves_the_file_of_before(tmp_path, monkeypatch, renames):
-    """Before either rename or between the two: the old file stays with its own weights."""
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_export_that_is_cut_off_leaves_one_whole_file(tmp_path, monkeypatch, renames):
+    """Before and between the two renames the old one, then the new one, with its own weights.
+
+    Interrupted, it cleans up; killed, it leaves what the next export of this file removes.
+    """
     monkeypatch.setattr(onnx_model, "LARGE", 0)
-    path, replace, left = tmp_path / "model.onnx", os.replace, [None] * renames
+    path, killed = tmp_path / "model.onnx", tmp_path / "killed"
+    rename, left = os.replace, [None] * renames
 
-    def cut_off(*names):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        replace(*names)
+    def replace(source, place):
+        if Path(place).parent == path.parent:  # onnx renames as well
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+        rename(source, place)
 
-    expected = write_tied(path, 40)
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(onnx_model.os, "replace", cut_off)
-        write_tied(path, 42)
-    (output,) = run(path, {"x": np.ones((2, 3, 16), np.float32)})
-    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    def drop(path, folder):
+        if not killed.exists():
+            shutil.copytree(path.parent, killed)
+        onnx_model_drop(path, folder)
+
+    def check(path, expected):
+        (output,) = run(path, {"x": np.ones((2, 3, 16), np.float32)})
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+    onnx_model_drop, expected = onnx_model._drop_weights, write_tied(path, 40)
+    with monkeypatch.context() as context, contextlib.suppress(KeyboardInterrupt):
+        context.setattr(onnx_model.os, "replace", replace)
+        context.setattr(onnx_model, "_drop_weights", drop)
+        expected = write_tied(path, 42)
+    check(path, expected)
+    assert len(os.listdir(tmp_path)) == 3  # with its weights, and the folder beside it
+    check(killed / path.name, expected)
+    assert len(os.listdir(killed)) == (3 if renames == 0 else 4)
+    (of_others := killed / ".model.onnx.uta_fx.made by hand").mkdir()
+    expected = write_tied(killed / path.name, 20)
+    check(killed / path.name, expected)
+    of_others.rmdir()
+    assert len(os.listdir(killed)) == 2
+
+
+def test_a_folder_that_is_written_to_is_left_alone(tmp_path):
+    """By two at once, of which one ends before the other."""
+    target = tmp_path / "model.onnx"
+    with folder_beside(target) as first:
+        with folder_beside(target) as second:
+            (second / "part").write_text("of a file")
+        assert os.listdir(first) == [LOCK] and os.listdir(tmp_path) == [first.name]
+    assert not os.listdir(tmp_path)
 
 
 def test_a_file_that_is_no_model_is_replaced(tmp_path):

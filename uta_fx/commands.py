@@ -115,7 +115,11 @@ Pretrained = Annotated[
     typer.Option(help="Weights of --model for diffusers: a folder, or a name on the Hub."),
 ]
 ExportedDtype = Annotated[
-    str, typer.Option(help="Of --model in the file: float32, float16 or bfloat16.")
+    str | None,
+    typer.Option(
+        help="Of the file: float32, float16 or bfloat16; without it float16 for --model and float32"
+        " for the shipped model."
+    ),
 ]
 DecideBranches = Annotated[
     bool,
@@ -630,7 +634,7 @@ def export_onnx(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
-    dtype: ExportedDtype = "float16",
+    dtype: ExportedDtype = None,
     decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
@@ -654,7 +658,7 @@ def export_onnx(
             exported, (), output, config=config, kwargs=arguments, decide_branches=decide_branches
         )
     )
-    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+    print(_written(output))
 
 
 @export_app.command("tensorrt")
@@ -675,7 +679,7 @@ def export_tensorrt(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
-    dtype: ExportedDtype = "float16",
+    dtype: ExportedDtype = None,
     decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
@@ -707,7 +711,7 @@ def export_tensorrt(
             decide_branches=decide_branches,
         )
     )  # fmt: skip
-    print(f"wrote {output}, {output.stat().st_size / 1e6:.0f} MB")
+    print(_written(output))
 
 
 @export_app.command("engine")
@@ -764,14 +768,15 @@ def _exported_model(
     name: str | None,
     pretrained: str | None,
     clip: dict[str, Any],
-    dtype: str,
+    dtype: str | None,
     weights: Path | None,
     clips: int,
 ) -> tuple[Any, dict[str, Any]]:
     """The model that is asked for, and its arguments for a clip."""
+    of_file = _dtype(dtype or ("float16" if name else "float32"), torch.device("cpu"))
     if name is None:
         _need_model(**clip, pretrained=pretrained)
-        return _shipped_model(weights, clips)
+        return _shipped_model(weights, clips, of_file)
     from uta_fx.study.real_models import find_model
 
     if pretrained is None:
@@ -783,7 +788,7 @@ def _exported_model(
     real = find_model(name)
     size = clip.pop("size")
     chosen = real.size(size, **clip)
-    return real.pretrained(pretrained, _dtype(dtype, torch.device("cpu")), chosen)
+    return real.pretrained(pretrained, of_file, chosen)
 
 
 def _need_model(**options: Any) -> None:
@@ -793,19 +798,28 @@ def _need_model(**options: Any) -> None:
             raise ValueError(f"--{name} needs --model: the shipped model has one size")
 
 
-def _shipped_model(weights: Path | None, clips: int) -> tuple[Any, dict[str, Any]]:
+def _shipped_model(
+    weights: Path | None, clips: int, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
     """The shipped denoiser, and its arguments for so many clips."""
     from uta_fx.moving_shapes import load_pipeline
     from uta_fx.moving_shapes.pipeline import CLIP_SHAPE, WEIGHTS
 
-    pipeline = load_pipeline(weights=weights or WEIGHTS)
+    pipeline = load_pipeline(dtype=dtype, weights=weights or WEIGHTS)
     words = pipeline.prompt_encoder.config
     return pipeline.transformer, {
-        "hidden_states": torch.zeros(clips, *CLIP_SHAPE),
-        "timestep": torch.zeros(clips),
-        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim),
+        "hidden_states": torch.zeros(clips, *CLIP_SHAPE, dtype=dtype),
+        "timestep": torch.zeros(clips, dtype=dtype),
+        "encoder_hidden_states": torch.zeros(clips, words.length, words.dim, dtype=dtype),
         "return_dict": False,
     }
+
+
+def _written(file: Path) -> str:
+    """How large an ONNX file is, with its weights beside it."""
+    beside = [x for x in file.parent.glob("*.data") if x.name.startswith(f"{file.name}.")]
+    megabytes = sum(x.stat().st_size for x in (file, *beside)) / 1e6
+    return f"wrote {file}, {megabytes:.0f} MB{' with its weights beside it' if beside else ''}"
 
 
 def _device(name: str) -> torch.device:
