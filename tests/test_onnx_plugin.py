@@ -539,12 +539,13 @@ def test_a_model_in_16_bits_errs_as_in_pytorch(tmp_path, dtype, caplog):
     """The shipped model: against float32, the file errs at most twice what the operator does."""
     from uta_fx.moving_shapes import load_pipeline
 
+    pipeline = load_pipeline()
     inputs = {
         "hidden_states": torch.randn(1, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.full((1,), 500.0),
-        "encoder_hidden_states": load_pipeline().prompt_encoder(torch.zeros(1, 24).long()),
+        "encoder_hidden_states": pipeline.prompt_encoder(torch.zeros(1, 24).long()),
     }
-    model = load_pipeline().transformer.cuda()
+    model = pipeline.transformer.cuda()
     config = uta_fx.Config(density=0.3)
     results = []
     for kind in (torch.float32, dtype):

@@ -14,6 +14,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import MagCacheConfig, SeaCacheConfig
+from generation import GRID, generate
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -21,30 +22,11 @@ import uta_fx
 from uta_fx import Config
 from uta_fx.study.pipelines import PIPELINES, tiny_pipeline
 
-GRID = (5, 6, 8)  # of 17 frames of 96 x 128 pixels, but for LTX-Video
 SETTINGS = {"min_tokens": 130, "block_q": 16, "block_kv": 16, "inner": "eager"}
 SPARSE = Config(density=0.3, **SETTINGS)
 HALF = Config(density=0.3, dense_until=0.5, **SETTINGS)
-GUIDANCE = {"hunyuan_video": {"negative_prompt": "", "true_cfg_scale": 2.0}}
 CALLS = {"wan": (2, 1), "hunyuan_video": (2, 1), "cogvideox": (1, 2), "ltx": (1, 2)}
 """Calls of the transformer a step, and their batch: how each pipeline guides."""
-
-
-def generate(pipe, name, prompt="a red fox", steps=4, until=None, height=96):
-    """Latents after each step, of ``steps`` or of the first ``until`` of them."""
-    latents = []
-
-    def keep(pipeline, step, timestep, tensors):
-        latents.append(tensors["latents"].clone())
-        pipeline._interrupt = len(latents) == until
-        return tensors
-
-    pipe(
-        prompt=prompt, height=height, width=128, num_frames=17, num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(0), callback_on_step_end=keep,
-        output_type="latent", **GUIDANCE.get(name, {}),
-    )  # fmt: skip
-    return latents
 
 
 def graphs():

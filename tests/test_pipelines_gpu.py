@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import generation
 import pytest
 import torch
 import triton
@@ -15,7 +16,6 @@ from uta_fx.study.pipelines import tiny_pipeline
 
 pytestmark = pytest.mark.gpu
 
-GRID = (5, 6, 8)  # of 17 frames of 96 x 128 pixels
 SETTINGS = {"density": 0.3, "min_tokens": 130, "block_q": 16, "block_kv": 16, "inner": "eager"}
 SPARSE = Config(**SETTINGS)
 
@@ -26,12 +26,9 @@ def nothing_compiled():
     counters.clear()
 
 
-def generate(pipe, steps=4, height=96):
+def generate(pipe, name="wan", **options):
     """Latents after the last step."""
-    return pipe(
-        prompt="a red fox", height=height, width=128, num_frames=17, num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(0), output_type="latent",
-    ).frames.clone()  # fmt: skip
+    return generation.generate(pipe, name, **options)[-1]
 
 
 def assert_as_near(got, expected, dense):
@@ -47,7 +44,7 @@ def test_group_offload_works_by_blocks(use_stream, before):
     """Weights that a stream of its own brings are there when the compiled block needs them."""
     pipe = tiny_pipeline("wan").to("cuda")
     dense = generate(pipe)
-    config = dataclasses.replace(SPARSE, grid=GRID)
+    config = dataclasses.replace(SPARSE, grid=generation.GRID)
     uta_fx.enable(pipe, config, blocks=True, fullgraph=True)
     expected = generate(pipe)
     uta_fx.disable(pipe)
@@ -74,7 +71,7 @@ def test_cuda_graphs_give_the_same(blocks):
     pipe = tiny_pipeline("wan").to("cuda")
     dense = generate(pipe)
     config = dataclasses.replace(
-        SPARSE, inner="inductor", dense_until=0.5, grid=GRID if blocks else None
+        SPARSE, inner="inductor", dense_until=0.5, grid=generation.GRID if blocks else None
     )
     outputs = []
     for options in ({}, {"mode": "reduce-overhead"}):
@@ -95,11 +92,11 @@ def test_two_resolutions_are_those_of_a_cpu(name):
     for device in ("cpu", "cuda"):
         counters.clear()
         pipe = tiny_pipeline(name).to(device)
-        dense = [generate(pipe, steps=1, height=height) for height in (96, 192)]
+        dense = [generate(pipe, name, steps=1, height=height) for height in (96, 192)]
         uta_fx.enable(pipe, SPARSE, fullgraph=True)
-        sparse = [generate(pipe, steps=1, height=height) for height in (96, 192)]
+        sparse = [generate(pipe, name, steps=1, height=height) for height in (96, 192)]
         graphs = counters["stats"]["unique_graphs"]
-        assert torch.equal(generate(pipe, steps=1), sparse[0])
+        assert torch.equal(generate(pipe, name, steps=1), sparse[0])
         assert counters["stats"]["unique_graphs"] == graphs
         outputs[device] = [x.cpu() for x in sparse], [x.cpu() for x in dense]
     for got, expected, without in zip(outputs["cuda"][0], *outputs["cpu"], strict=True):

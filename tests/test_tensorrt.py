@@ -19,6 +19,7 @@ from test_onnx_plugin import Attention
 
 import uta_fx
 from uta_fx import Config, build_tensorrt_engine, export_tensorrt
+from uta_fx.bench.gate import base2_roundings
 from uta_fx.kernels import ops, reference
 from uta_fx.kernels.constants import CONSTANTS
 
@@ -253,17 +254,15 @@ def launched_by(request):
 def check_steps(args, device="cpu"):
     """The error that eager makes in the same dtype, and what the kernels round beside it.
 
-    The tail's part is rounded between the two steps, and the softmax is base 2: its roundings, in
-    float32, are those that ``test_triton.assert_as_accurate_as_eager`` derives.
+    The tail's part is rounded between the two steps, and the softmax is base 2.
     """
     exact, exact_lse = reference.sparse_attention(*double(args))
     eager, _ = reference.sparse_attention(*args)
     on_device = [x.to(device) if torch.is_tensor(x) else x for x in args]
     output, lse = (x.cpu() for x in tensorrt_ops.attend_in_steps(*on_device))
     empty = exact_lse == -torch.inf
-    base2 = 2**-24 * (2 * exact_lse[~empty].abs().amax().item() + 4)
-    largest = max(x.abs().amax().item() for x in (exact, args[2], args[6]) if x.numel())
-    rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item() + 2 * base2 * largest
+    base2, _ = base2_roundings(args, exact, exact_lse)
+    rounding = torch.finfo(args[0].dtype).eps * exact.abs().amax().item() + base2
     assert (output - exact).abs().amax() <= (eager - exact).abs().amax() + rounding
     assert torch.equal(lse == -torch.inf, empty)
     assert (lse - exact_lse)[~empty].abs().amax() <= 16 * torch.finfo(args[0].dtype).eps

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uta_fx.bench.gate import base2_roundings
 from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -114,11 +115,9 @@ def assert_as_accurate_as_eager(args, result=None, more=(0.0, 0.0)):
 
     Both errors are measured against float64 on the same rounded inputs. On top of what eager errs:
     the output is rounded once, and so is the tail's part between the two kernels (half a unit each,
-    of at most the largest output: together ``eps``). The softmax is base 2: the scale times log2(e)
-    and its product with a logit are rounded in float32, and a GPU's exp2 is right to two units,
-    which changes a weight by ``2^-24 * (2 |logit| + 4)`` of itself and an output by at most twice
-    that share of the largest value; the log-sum-exp by that much and log2's two units. ``more`` is
-    what a kernel's other roundings may add to the error of the output and of the log-sum-exp.
+    of at most the largest output: together ``eps``). The softmax is base 2 (``base2_roundings``).
+    ``more`` is what a kernel's other roundings may add to the error of the output and of the
+    log-sum-exp.
     """
     results = (
         [result]
@@ -141,14 +140,12 @@ def _assert_as_accurate(args, output, lse, exact, exact_lse, eager, eager_lse, m
     assert not output[~seen].any()
     if not seen.any():
         return
-    largest_logit = max(exact_lse[seen].abs().max().item(), 1.0)
-    largest_value = max(x.abs().max().item() for x in (exact, args[2], args[6]) if x.numel())
-    base2 = 2**-24 * (2 * largest_logit + 4)
-    rounding = torch.finfo(output.dtype).eps * exact.abs().max() + 2 * base2 * largest_value
+    base2, base2_lse = base2_roundings(args, exact, exact_lse)
+    rounding = torch.finfo(output.dtype).eps * exact.abs().max() + base2
     error = (output.double() - exact).abs().max()
     assert error <= (eager.double() - exact).abs().max() + rounding + more[0]
     lse_error = (lse.double() - exact_lse)[seen].abs().max()
-    assert lse_error <= (eager_lse.double() - exact_lse)[seen].abs().max() + 2 * base2 + more[1]
+    assert lse_error <= (eager_lse.double() - exact_lse)[seen].abs().max() + base2_lse + more[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,8 +24,7 @@ def check_attention(arguments: Sequence[Any]) -> None:
 
     The kernels may err as much as the reference does in the same dtype, plus one unit in the last
     place of the largest output: half for its rounding, half for that of the tail's part. Their
-    softmax rounds a logit in float32 a few times more: as much of itself of every value. On a GPU
-    the variance of the logits may be rounded too.
+    softmax is base 2, and on a GPU the variance of the logits may be rounded too.
 
     Args:
         arguments: Of ``uta::block_masked_attention``; with lists of the mask,
@@ -56,14 +55,37 @@ def check_attention(arguments: Sequence[Any]) -> None:
         ]
         exact, exact_lse = reference.block_masked_attention(*double)
         eager, eager_lse = reference.block_masked_attention(*part)
-        logit = 2**-22 * exact_lse.abs().max()
         unit = torch.finfo(query.dtype).eps * exact.abs().max()
+        base2, base2_lse = base2_roundings(part, exact, exact_lse)
         more, more_lse = variance_roundings(part) if query.is_cuda else (0.0, 0.0)
-        allowed = unit + logit * arguments[2].abs().max() + more
+        allowed, allowed_lse = unit + base2 + more, base2_lse + more_lse
         for name, result in results.items():
             got, got_lse = (x[:1, head : head + 1, rows.to(query.device)] for x in result)
             _require(f"output of {name}", got, eager, exact, allowed)
-            _require(f"log-sum-exp of {name}", got_lse, eager_lse, exact_lse, logit + more_lse)
+            _require(f"log-sum-exp of {name}", got_lse, eager_lse, exact_lse, allowed_lse)
+
+
+def base2_roundings(
+    arguments: Sequence[Any], exact: Tensor, exact_lse: Tensor
+) -> tuple[float, float]:
+    """What a softmax in base 2 adds to the error of the output and of the log-sum-exp.
+
+    The scale times log2(e) and its product with a logit are rounded in float32, and a GPU's exp2 is
+    right to two units, which changes a weight by ``2^-24 * (2 |logit| + 4)`` of itself and an
+    output by at most twice that share of the largest value; the log-sum-exp by that much and log2's
+    two units.
+
+    Args:
+        arguments: Of ``uta::sparse_attention`` or ``uta::block_masked_attention``.
+        exact: Output in float64.
+        exact_lse: Log-sum-exp in float64; -inf where a row sees nothing.
+    """
+    seen = exact_lse[exact_lse != -torch.inf]
+    largest_logit = max(seen.abs().max().item(), 1.0) if seen.numel() else 1.0
+    values = (exact, arguments[2], arguments[-8])
+    largest_value = max(x.abs().max().item() for x in values if x.numel())
+    share = 2 * 2**-24 * (2 * largest_logit + 4)
+    return share * largest_value, share
 
 
 def variance_roundings(arguments: Sequence[Any]) -> tuple[float, float]:
@@ -140,7 +162,9 @@ def relative_error(
     return error / total
 
 
-def _require(name: str, got: Tensor, eager: Tensor, exact: Tensor, rounding: Tensor) -> None:
+def _require(
+    name: str, got: Tensor, eager: Tensor, exact: Tensor, rounding: Tensor | float
+) -> None:
     error = (got.double() - exact).abs().max()
     allowed = (eager.double() - exact).abs().max() + rounding
     if not error <= allowed:
