@@ -103,6 +103,7 @@ def test_longest_lists_have_their_turn_first(dim, rows):
 
 
 COMPILE = """
+import re
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -129,7 +130,15 @@ kernel = triton.compile(
     options=options,
 )
 assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
-assert kernel.asm["ptx"].count("wgmma.mma_async") >= 24
+ptx = kernel.asm["ptx"]
+assert ptx.count("wgmma.mma_async") >= 24
+# a barrier that nobody waits for would lie where tiles do, or arguments of the groups of warps
+offset = {name: int(x) for name, x in re.findall(r"add.s32\\s+(%r[0-9]+), %r[0-9]+, ([0-9]+);", ptx)}
+barriers = {offset[name] for name in re.findall(r"mbarrier.init\\S* \\[(%r[0-9]+)\\]", ptx)}
+arguments = {int(x) // 8 * 8 for x in re.findall(r"\\[global_smem\\+([0-9]+)\\]", ptx)}
+tiles = g.blocks_of_program(dim) // 2 * (2 * g.STAGES + 2)
+assert min(barriers) >= tiles * g.BLOCK * dim * 2
+assert arguments and not barriers & arguments
 """
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -104,11 +105,13 @@ def test_two_resolutions_are_those_of_a_cpu(name):
 
 
 @pytest.mark.parametrize("backend", ["native", "_native_cudnn", "_native_flash"])
-def test_attention_backends_of_diffusers_are_found(backend):
+def test_attention_backends_of_diffusers_are_found(backend, monkeypatch):
     """Each names a kernel of PyTorch's for all attention, which rounds in its own way.
 
     At density 1 the video's attention becomes ours, and errs as the dense model in 16 bits does.
     """
+    # the last one that was named serves every model of a process
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
     pipe = tiny_pipeline("wan").to("cuda")
     exact = generate(pipe, steps=2)
     pipe.to(torch.float16)

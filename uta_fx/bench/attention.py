@@ -319,7 +319,7 @@ def time_interleaved(
 def _time_gpu(call: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000)  # about 1 ms in which the host gets its launches queued
+    torch.cuda._sleep(8_000_000)  # about 4 ms in which the host gets its launches queued
     start.record()
     call()
     end.record()
