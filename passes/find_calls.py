@@ -43,6 +43,8 @@ class Call:
         is_causal: Likewise.
         scale: Likewise.
         enable_gqa: Likewise.
+        scales: Tensors by which the logits are also scaled, each after ``"mul"`` or ``"div"``; they
+            broadcast to ``[B, H, 1, 1]`` (of queries of three dimensions, to ``[B, 1, 1]``).
     """
 
     node: Node
@@ -57,6 +59,7 @@ class Call:
     is_causal: Any = False
     scale: Any = None
     enable_gqa: Any = False
+    scales: tuple[tuple[str, Node], ...] = ()
 
     @property
     def place(self) -> Node:
@@ -163,6 +166,7 @@ def _described(written: Written) -> Call:
         objection=written.objection,
         attn_mask=written.mask,
         scale=written.scale,
+        scales=written.scales,
     )
 
 

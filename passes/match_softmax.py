@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from uta_fx.passes.site import Operand, recorded, value_of
-from uta_fx.passes.trace_axes import VIEWS, argument, equation_of, name_of
+from uta_fx.passes.trace_axes import VIEWS, argument, equation_of, name_of, same, written_by
 
+_SOFTMAXES = ("softmax", "exp")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous")
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
@@ -30,6 +30,7 @@ class Written:
     value: Operand
     output: tuple[int, ...]
     scale: float
+    scales: tuple[tuple[str, Node], ...]
     mask: Node | None
     objection: str | None
 
@@ -60,35 +61,97 @@ def match_softmax(node: Node) -> Written | None:
     """The attention whose last product is ``node``; None where it is not attention's last.
 
     A product of which one side comes, through casts and the like, out of a softmax over the product
-    of two other tensors. Where anything but casts, one scale, one added mask and dropout that is
-    off lies between, the result carries the objection.
+    of two other tensors. A softmax may be spelled out as exponentials. Where anything but casts,
+    scales, one added mask and dropout that is off lies between, the result carries the objection.
     """
     last = _product(node)
     if last is None or name_of(node) == "baddbmm":
         return None
-    if not _leads_to(last.left, ("softmax",)):
+    if not _leads_to(last.left, _SOFTMAXES):
         last = last.swapped()
-    weights, objections = last.left, list[str]()
-    softmax = _up(weights, ("softmax",), objections, "the weights")
+    objections = list[str]()
+    softmax = _up(last.left, _SOFTMAXES, objections, "the weights")
     if softmax is None:
         return None
-    logits = argument(softmax, 0, "input")
+    logits, dim = _softmax(softmax, objections)
     first_node = _up(logits, _PRODUCTS, [], "")
     first = _product(first_node) if first_node else None
     if first is None:
         return None
-    scale, mask = _read_logits(logits, first, objections)
-    _check_softmax(softmax, objections)
-    _check_weights(weights, softmax, node, objections)
-    if not objections:
-        _check_writes(first, node, objections)
+    scale, scales, mask = _read_logits(logits, first, objections)
+    rank = value_of(softmax).dim()
+    if dim is None or dim % rank != rank - 1:
+        objections.append(f"its softmax is over dimension {dim}, not the last")
+    operands = [first.left, first.right, *(tensor for _, tensor in scales)]
+    _check_uses(first.node, node, operands[2:], objections)
+    _check_writes(first.node, node, operands, objections)
     layout = _layout(first, last)
-    if layout is None or value_of(softmax).dim() != len(first.out_letters):
+    if layout is None or rank != len(first.out_letters):
         objections.append("its products are laid out in a way that is not understood")
         layout = (*_guess(first), _plain(last.right), (0, 1, 2, 3))
     query, key, value, output = layout
     objection = f"looks like attention, but {objections[0]}" if objections else None
-    return Written(node, query, key, value, output, scale, mask, objection)
+    return Written(node, query, key, value, output, scale, tuple(scales), mask, objection)
+
+
+def _softmax(node: Node, objections: list[str]) -> tuple[Node, int | None]:
+    """Of what a node is the softmax, and over which dimension.
+
+    One of ``softmax(x)``, ``exp(log_softmax(x))``, ``exp(x - logsumexp(x))`` and
+    ``exp(x) / exp(x).sum()``; from the last, ``_read_logits`` takes what is subtracted from x.
+    """
+    if name_of(node) == "softmax":
+        return argument(node, 0, "input"), argument(node, 1, "dim")
+    if name_of(node) == "div":
+        exponentials = _uncast(argument(node, 0, "input"))
+        return argument(exponentials, 0, "input"), _is_divided(node)
+    inner = _uncast(argument(node, 0, "input"))
+    if name_of(inner) == "log_softmax":
+        return argument(inner, 0, "input"), argument(inner, 1, "dim")
+    if name_of(inner) == "sub":
+        logits = argument(inner, 0, "input")
+        reduced = _reduced(argument(inner, 1, "other"), "logsumexp")
+        if reduced and _uncast(logits) is reduced[0]:
+            return logits, reduced[1]
+    objections[:] = ["its weights are not exponentials divided by their sum"]
+    return inner, -1
+
+
+def _is_divided(node: Node) -> int | None:
+    """The dimension over which a quotient is one of exponentials and their sum; else None."""
+    exponentials = argument(node, 0, "input")
+    if name_of(node) != "div" or not isinstance(exponentials, Node):
+        return None
+    exponentials = _uncast(exponentials)
+    reduced = _reduced(argument(node, 1, "other"), "sum")
+    if name_of(exponentials) != "exp" or reduced is None or reduced[0] is not exponentials:
+        return None
+    return reduced[1]
+
+
+def _reduced(node: Any, name: str) -> tuple[Node, int] | None:
+    """Of what a node is such a reduction, over one dimension that is kept or put back last."""
+    if not isinstance(node, Node):
+        return None
+    node = _uncast(node)
+    put_back = (name_of(node) == "unsqueeze" and argument(node, 1, "dim") in (-1,)) or (
+        name_of(node) == "getitem" and argument(node, 1, "other") == (Ellipsis, None)
+    )
+    if put_back:
+        node = _uncast(argument(node, 0, "input"))
+    dims = argument(node, 1, "dim")
+    dims = dims if isinstance(dims, (tuple, list)) else [dims]
+    if name_of(node) != name or len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    if put_back == argument(node, 2, "keepdim", False) or (put_back and dims[0] != -1):
+        return None
+    return _uncast(argument(node, 0, "input")), dims[0]
+
+
+def _uncast(node: Node) -> Node:
+    while name_of(node) in _CASTS:
+        node = argument(node, 0, "input")
+    return node
 
 
 def _product(node: Node) -> _Product | None:
@@ -126,7 +189,7 @@ def _up(node: Node, names: tuple[str, ...], objections: list[str], what: str) ->
         if node.op not in ("call_function", "call_method"):
             return None
         name = name_of(node)
-        if name in names:
+        if name in names or ("exp" in names and _is_divided(node) is not None):
             return node
         if name not in _NEAR:
             return None
@@ -152,9 +215,14 @@ def _leads_to(node: Node, names: tuple[str, ...], depth: int = 6) -> bool:
     return any(_leads_to(x, names, depth - 1) for x in inputs)
 
 
-def _read_logits(node: Node, product: _Product, objections: list[str]) -> tuple[float, Node | None]:
-    """The factor between the product and the softmax, and what is added."""
-    scale, mask = 1.0, None
+def _read_logits(
+    node: Node, product: _Product, objections: list[str]
+) -> tuple[float, list[tuple[str, Node]], Node | None]:
+    """The factors between the product and the softmax, numbers and tensors, and what is added.
+
+    What is subtracted and the same for all keys, such as the largest logit, changes no softmax.
+    """
+    scale, scales, mask = 1.0, list[tuple[str, Node]](), None
     while node is not product.node:
         name = name_of(node)
         if name in _CASTS:
@@ -164,37 +232,61 @@ def _read_logits(node: Node, product: _Product, objections: list[str]) -> tuple[
         if name in ("mul", "div", "add") and not _leads_to_node(a, product.node):
             if name == "div":
                 objections.append("its logits are divided into something")
-                return scale, mask
+                break
             a, b = b, a
         if name in ("mul", "div"):
-            if not isinstance(b, (int, float)):
-                objections.append("its scale is computed in the graph")
-                return scale, mask
-            scale = scale * b if name == "mul" else scale / b
-        elif name == "add" and isinstance(b, Node) and mask is None and scale == 1.0:
+            if isinstance(b, (int, float)):
+                scale = scale * b if name == "mul" else scale / b
+            else:
+                objection = _objection_to_scale(b)
+                if objection:
+                    objections.append(objection)
+                    break
+                scales.append((name, b))
+        elif name == "add" and isinstance(b, Node) and mask is None and scale == 1.0 and not scales:
             mask = b
+            if node.kwargs.get("alpha", 1) != 1:
+                objections.append("its mask is scaled")
         elif name == "add" and isinstance(b, Node):
             objections.append("its mask is scaled" if mask is None else "it has two masks")
-            return scale, mask
+            break
         elif name == "masked_fill":
             objections.append("has an attention mask written as masked_fill")
-            return scale, mask
-        else:
+            break
+        elif not (name == "sub" and "rsub" not in str(node.target) and _is_same_for_keys(b)):
             objections.append(f"{name} changes the logits")
-            return scale, mask
+            break
         node = a
-    if name_of(product.node) == "baddbmm":
-        alpha, beta = product.node.kwargs.get("alpha", 1), product.node.kwargs.get("beta", 1)
+    if node is product.node and name_of(node) == "baddbmm":
+        alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
         if not isinstance(alpha, (int, float)):
             objections.append("its scale is computed in the graph")
-            return scale, mask
-        if beta not in (0, 1) or (beta == 1 and (mask is not None or scale != 1.0)):
+            return scale, scales, mask
+        if beta not in (0, 1) or (beta == 1 and (mask is not None or scale != 1.0 or scales)):
             objections.append("its mask is scaled")
-            return scale, mask
+            return scale, scales, mask
         if beta == 1:
-            mask = argument(product.node, 0, "input")
+            mask = argument(node, 0, "input")
         scale = scale * alpha
-    return scale, mask
+    return scale, scales, mask
+
+
+def _objection_to_scale(scale: Any) -> str | None:
+    """Why a factor of the logits cannot be one of the queries, which may be in another order."""
+    value = recorded(scale) if isinstance(scale, Node) else None
+    if not isinstance(value, torch.Tensor):
+        return "its scale is computed in the graph"
+    if not all(same(size, 1) for size in value.shape[-2:]):
+        return "its scale differs from token to token"
+    return None
+
+
+def _is_same_for_keys(shift: Any) -> bool:
+    """Whether what is subtracted from logits is one number for all keys of a query."""
+    if isinstance(shift, Node):
+        value = recorded(shift)
+        return isinstance(value, torch.Tensor) and all(same(size, 1) for size in value.shape[-1:])
+    return isinstance(shift, (int, float))
 
 
 def _leads_to_node(node: Any, target: Node) -> bool:
@@ -212,43 +304,55 @@ def _leads_to_node(node: Any, target: Node) -> bool:
     return False
 
 
-def _check_softmax(softmax: Node, objections: list[str]) -> None:
-    dim, rank = argument(softmax, 1, "dim"), value_of(softmax).dim()
-    if dim is None or dim % rank != rank - 1:
-        objections.append(f"its softmax is over dimension {dim}, not the last")
+def _check_uses(first: Node, last: Node, scales: list[Node], objections: list[str]) -> None:
+    """Logits and weights must go nowhere else, else nothing is saved, and nobody may change them.
 
-
-def _check_weights(weights: Node, softmax: Node, last: Node, objections: list[str]) -> None:
-    """The weights must go nowhere else: else nothing is saved."""
-    node, user = weights, last
-    while True:
-        if any(other is not user and _is_used(other) for other in node.users):
-            objections.append("its weights are used elsewhere too")
+    What is made of the logits on the way to ``last`` may: their largest, their sum.
+    """
+    stretch = _stretch(first, last)
+    inside = {first}
+    for node in stretch:
+        if not inside.isdisjoint(node.all_input_nodes):
+            inside.add(node)
+    needed = {last}
+    for node in reversed(stretch):
+        if not needed.isdisjoint(node.users):
+            needed.add(node)
+    inside &= needed
+    if not inside.isdisjoint(scales):
+        objections.append("its scale is computed from its logits")
+    place = {node: i for i, node in enumerate(stretch)}
+    for node in inside - {last}:
+        if any(user not in inside and _is_used(user) for user in node.users):
+            objections.append("its logits or weights are used elsewhere too, or written to")
             return
-        if node is softmax:
-            return
-        node, user = argument(node, 0, "input"), node
+        for written in written_by(node):
+            later = (user for alias in _aliases(written) for user in alias.users)
+            if any(place.get(user, -1) > place[node] for user in later):
+                objections.append("its logits are written to")
+                return
 
 
 def _is_used(node: Node, depth: int = 8) -> bool:
-    """Whether a node's value reaches the output, as far as one can see."""
-    if node.op == "output" or name_of(node) == "setitem" or not depth:
+    """Whether a node's value reaches the output or is written to, as far as one can see."""
+    if node.op == "output" or written_by(node) or not depth:
         return True
     return any(_is_used(user, depth - 1) for user in node.users)
 
 
-def _check_writes(first: _Product, last: Node, objections: list[str]) -> None:
-    """Queries and keys must still be what they were when the call's place is its end."""
-    order = {node: i for i, node in enumerate(last.graph.nodes)}
-    for operand in (first.left, first.right):
-        for alias in _aliases(operand):
-            for user in alias.users:
-                written = name_of(user) == "setitem" or (
-                    isinstance(user.target, str) and re.fullmatch(r"[a-z]\w*[a-z]_", user.target)
-                )
-                between = order[first.node] < order[user] < order[last]
-                if written and between and argument(user, 0, "input") is alias:
-                    objections.append("its queries or keys are written to before it ends")
+def _check_writes(first: Node, last: Node, operands: list[Node], objections: list[str]) -> None:
+    """Queries, keys and scales must still be what they were when the call's place is its end."""
+    kept = {alias for operand in operands for alias in _aliases(operand)}
+    if any(not kept.isdisjoint(written_by(node)) for node in _stretch(first, last)):
+        objections.append("its queries or keys are written to before it ends")
+
+
+def _stretch(first: Node, last: Node) -> list[Node]:
+    """The nodes from one to another, in the order of the graph."""
+    nodes = [first]
+    while nodes[-1] is not last:
+        nodes.append(nodes[-1].next)
+    return nodes
 
 
 def _aliases(node: Node) -> set[Node]:

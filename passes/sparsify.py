@@ -225,6 +225,7 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
                 _canonical(gm.graph, x, moved.get((call.place, x.node), x.node), call.dtype)
                 for x in (call.query, call.key, call.value)
             ]
+            operands[0] = _scaled(gm.graph, operands[0], call)
             masks = () if call.attn_mask is None else (_mask(gm.graph, call),)
             sparse = gm.graph.call_function(
                 plan.replacement(
@@ -288,8 +289,17 @@ def _emit(graph: Graph, method: str, node: Node, *args: Any) -> Node:
     """A call of a tensor's method, and what tracing would have recorded of it."""
     new = graph.call_method(method, (node, *args))
     name = "val" if "val" in node.meta else "example_value"
-    new.meta = {name: getattr(value_of(node), method)(*args)}
+    new.meta = {name: getattr(value_of(node), method)(*torch.fx.map_arg(args, value_of))}
     return new
+
+
+def _scaled(graph: Graph, query: Node, call: Call) -> Node:
+    """Queries ``[B, H, L, D]`` with the tensors in them by which the call's logits are scaled."""
+    for method, scale in call.scales:
+        if None in call.query.order and value_of(scale).dim() == 3:
+            scale = _emit(graph, "unsqueeze", scale, 1)
+        query = _emit(graph, method, query, scale)
+    return query if value_of(query).dtype == call.dtype else _emit(graph, "to", query, call.dtype)
 
 
 def _mask(graph: Graph, call: Call) -> Node:

@@ -112,11 +112,63 @@ def grouped_and_expanded(q, k, v):
     return (q @ k.mT * 0.25).softmax(-1) @ v
 
 
+def exponentials(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT * 0.25).exp()
+    return weights / weights.sum(-1)[..., None] @ v
+
+
+def exponentials_of_differences(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / 4
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    return (weights / torch.sum(weights, dim=-1, keepdim=True)) @ v
+
+
+def exponentials_in_place(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = (q @ k.mT).float()
+    logits -= logits.max(-1, keepdim=True)[0]
+    weights = logits.mul_(0.25).exp_()
+    weights /= weights.sum(-1, keepdim=True)
+    return weights.to(v.dtype) @ v
+
+
+def exponential_of_log_softmax(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.log_softmax(q @ k.mT * 0.25, dim=-1).exp() @ v
+
+
+def exponential_less_logsumexp(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT * 0.25
+    return torch.exp(logits - torch.logsumexp(logits, -1, keepdim=True)) @ v
+
+
+def scaled_by_tensors(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q * k.new_tensor(0.5) @ k.mT * torch.tensor(0.25)
+    return (logits / torch.tensor([[[1.5]], [[0.75]]])).softmax(-1) @ v
+
+
+def scaled_by_tensors_without_heads(q, k, v):
+    q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
+    scale = torch.linspace(0.2, 0.5, BATCH * HEADS)[:, None, None]
+    return (torch.bmm(q, k.mT) * scale).softmax(-1) @ v
+
+
+def scaled_by_a_mean(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q.mean() * (q @ k.mT)).softmax(-1) @ v
+
+
 FORMS = (
     sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
     matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
-    einsum_with_dots, scaled_in_place,
+    einsum_with_dots, scaled_in_place, exponentials, exponentials_of_differences,
+    exponentials_in_place, exponential_of_log_softmax, exponential_less_logsumexp,
+    scaled_by_tensors, scaled_by_tensors_without_heads, scaled_by_a_mean,
 )  # fmt: skip
 
 
@@ -327,9 +379,77 @@ def mask_scaled(q, k, v):
     return ((q @ k.mT + torch.zeros(LENGTH, LENGTH)) * 0.25).softmax(-1) @ v
 
 
-def scale_computed(q, k, v):
+def scale_of_logits(q, k, v):
     q, k, v = map(heads, (q, k, v))
-    return (q @ k.mT * q.mean()).softmax(-1) @ v
+    logits = q @ k.mT
+    return (logits * logits.mean()).softmax(-1) @ v
+
+
+def scale_of_tokens(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT * q.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+def mask_scaled_by_a_tensor(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return ((q @ k.mT + torch.zeros(LENGTH, LENGTH)) * torch.tensor(0.25)).softmax(-1) @ v
+
+
+def mask_added_twice(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.add(q @ k.mT, torch.zeros(LENGTH, LENGTH), alpha=2).softmax(-1) @ v
+
+
+def not_divided(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).exp() @ v
+
+
+def divided_by_more(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    return weights / (weights.sum(-1, keepdim=True) + 1) @ v
+
+
+def divided_over_queries(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    return weights / weights.sum(-2, keepdim=True) @ v
+
+
+def less_than_each_key(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    return (logits - logits.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def logits_scaled_by_a_statement(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    logits.mul_(0.25)
+    return logits.softmax(-1) @ v
+
+
+def logits_filled_by_a_statement(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    logits.masked_fill_(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+def logits_written_to(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    largest = logits.mul_(2).amax(-1, keepdim=True)
+    return (logits - largest).softmax(-1) @ v
+
+
+def scale_written_to(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    scale = q.mean()
+    logits = q @ k.mT * scale
+    scale.zero_()
+    return logits.softmax(-1) @ v
 
 
 def written_to(q, k, v):
@@ -346,12 +466,23 @@ def written_to(q, k, v):
         (wrong_dimension, "looks like attention, but its softmax is over dimension -2"),
         (transposed, "looks like attention, but its softmax is over dimension -2, not the last"),
         (flattened, "looks like attention, but view_as changes the weights"),
-        (weights_returned, "looks like attention, but its weights are used elsewhere too"),
+        (weights_returned, "looks like attention, but its logits or weights are used elsewhere"),
         (dropped_out, "looks like attention, but it has dropout"),
         (filled, "looks like attention, but has an attention mask written as masked_fill"),
         (biased, "its attention mask differs from query to query"),
         (mask_scaled, "looks like attention, but its mask is scaled"),
-        (scale_computed, "looks like attention, but its scale is computed in the graph"),
+        (scale_of_logits, "looks like attention, but its scale is computed from its logits"),
+        (scale_of_tokens, "looks like attention, but its scale differs from token to token"),
+        (mask_scaled_by_a_tensor, "looks like attention, but its mask is scaled"),
+        (mask_added_twice, "looks like attention, but its mask is scaled"),
+        (not_divided, "looks like attention, but its weights are not exponentials divided by"),
+        (divided_by_more, "looks like attention, but its weights are not exponentials divided by"),
+        (divided_over_queries, "looks like attention, but its softmax is over dimension -2, not"),
+        (less_than_each_key, "looks like attention, but sub changes the logits"),
+        (logits_scaled_by_a_statement, "looks like attention, but its logits or weights are used"),
+        (logits_filled_by_a_statement, "looks like attention, but its logits or weights are used"),
+        (logits_written_to, "looks like attention, but its logits are written to"),
+        (scale_written_to, "looks like attention, but its queries or keys are written to"),
         (written_to, "looks like attention, but its queries or keys are written to"),
     ],
 )
