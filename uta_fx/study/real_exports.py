@@ -37,6 +37,7 @@ from uta_fx.study.real_models import (
 )
 
 SMALL_GRID = (4, 12, 16)  # of the video whose file is run
+LATTE_GRID = (16, 32, 32)  # it has one
 SMALL_SETTINGS: dict[str, Any] = {"density": 0.3, "min_tokens": 512}
 TEXT = 512
 
@@ -46,9 +47,9 @@ Made by `python -m uta_fx.study.real_exports docs/onnx_sizes.md`: released confi
 model classes of diffusers {diffusers}, with one layer of each kind and random weights, exported by
 PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video that the
 model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
-{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens with density 0.3; the
-error of the file's output in ONNX Runtime on the CPU, relative to that of
-`torch.compile(model, backend="uta")`, in norm.
+{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens (Latte:
+{latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
+that of `torch.compile(model, backend="uta")`, in norm.
 
 | model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
@@ -138,12 +139,10 @@ def _easyanimate_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 
 
 def _cosmos_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
-    _, height, width = latent
     return {
         "hidden_states": meta(1, 16, *latent),
         "encoder_hidden_states": meta(1, TEXT, 1024),
         "timestep": meta(1),
-        "padding_mask": meta(1, 1, 8 * height, 8 * width),
         "fps": 30,
     }
 
@@ -321,9 +320,9 @@ OTHERS = (
         inputs=_easyanimate_inputs,
     ),
     RealModel(
-        title="Cosmos 1 7B Text2World",
+        title="Cosmos 1 7B Text2World, no padding mask",  # torchvision would resize it
         class_name="CosmosTransformer3DModel",
-        settings={},
+        settings={"concat_padding_mask": False},
         stacks={"transformer_blocks": "num_layers"},
         compression=(8, 8, 8),
         patch=(1, 2, 2),
@@ -331,11 +330,11 @@ OTHERS = (
         inputs=_cosmos_inputs,
     ),
     RealModel(
-        title="Cosmos Predict 2 2B Video2World",
+        title="Cosmos Predict 2 2B Video2World, no padding mask",
         class_name="CosmosTransformer3DModel",
         settings={
             "in_channels": 17, "num_attention_heads": 16, "rope_scale": (1.0, 3.0, 3.0),
-            "extra_pos_embed_type": None,
+            "extra_pos_embed_type": None, "concat_padding_mask": False,
         },
         stacks={"transformer_blocks": "num_layers"},
         compression=(4, 8, 8),
@@ -398,6 +397,7 @@ def header() -> str:
         torch=torch.__version__.partition("+")[0],
         onnxruntime=onnxruntime.__version__,
         grid=" x ".join(map(str, SMALL_GRID)),
+        latte=" x ".join(map(str, LATTE_GRID)),
     )
 
 
@@ -456,11 +456,11 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
 
 def _run(real: RealModel, folder: Path) -> tuple[str, str]:
     """Of the file in float32 of a small video: its sparse sites and its error."""
-    config = Config(**SMALL_SETTINGS, grid=SMALL_GRID if real.by_block else None)
-    sides = zip(SMALL_GRID, real.patch, strict=True)
-    latent = tuple(side * patch for side, patch in sides)
+    grid = LATTE_GRID if real.title == "Latte" else SMALL_GRID
+    config = Config(**SMALL_SETTINGS, grid=grid if real.by_block else None)
+    latent = tuple(side * patch for side, patch in zip(grid, real.patch, strict=True))
     model, path = _model(real, torch.float32), folder / "small.onnx"
-    given = arguments(real, latent, SMALL_GRID, torch.float32)  # type: ignore[arg-type]
+    given = arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
     expected = compiled_outputs(model, config, given)
     found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
     del model
@@ -475,13 +475,18 @@ def _sparse(found: Explanation) -> str:
 
 
 def _model(real: RealModel, dtype: torch.dtype) -> torch.nn.Module:
-    """One layer of each kind; gates that start at zero would hide the attention."""
-    model = real.with_random_weights(1, "cpu", dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
+    """One layer of each kind; gates that start at zero would hide the attention.
+
+    What ``from_pretrained`` leaves in float32 stays in it.
+    """
+    model: Any = real.with_random_weights(1, "cpu", dtype=dtype)
+    wide = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+        if wide & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model  # type: ignore[no-any-return]
 
 
 def arguments(real: RealModel, latent: Grid, grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
@@ -489,12 +494,12 @@ def arguments(real: RealModel, latent: Grid, grid: Grid, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(0)
 
     def fill(x: Tensor) -> Tensor:
+        of_file = dtype if x.dtype == DTYPE else x.dtype
         if x.device.type != "meta":
-            return x
+            return x.to(of_file)
         if not x.is_floating_point():
             return torch.ones(x.shape, dtype=x.dtype)
-        values = torch.randn(x.shape, generator=generator)
-        return values.to(dtype if x.dtype == DTYPE else x.dtype)
+        return torch.randn(x.shape, generator=generator).to(of_file)
 
     filled: dict[str, Any] = tree_map_only(Tensor, fill, real.inputs(latent, grid))
     return {**filled, "return_dict": False}
