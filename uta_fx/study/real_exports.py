@@ -49,7 +49,9 @@ PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for
 model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
 {onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens (Latte:
 {latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
-that of `torch.compile(model, backend="uta")`, in norm.
+that of `torch.compile(model, backend="uta")`, in norm. Latte's frames of 1,024 tokens are shorter
+than `min_tokens`, Sana-Video's attention over video is linear. Cosmos is without its padding mask,
+which torchvision would resize.
 
 | model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
