@@ -1,12 +1,15 @@
 """The study: many configurations of one traced model, measured against dense."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+pytest.importorskip("onnxscript", reason="needs onnxscript")
 
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
@@ -14,6 +17,7 @@ from uta_fx import Config
 from uta_fx.moving_shapes import held_out_scenes
 from uta_fx.moving_shapes.pipeline import MovingShapesPipeline, PromptEncoder
 from uta_fx.study.quality import configurations, markdown, measure, write_json
+from uta_fx.study.real_exports import OTHERS, page
 from uta_fx.tails import KINDS
 
 
@@ -24,6 +28,24 @@ def test_the_table_holds_every_combination_and_the_baselines():
     assert len({config for _, config in configs}) == len(configs)
     assert ("topk, block, row, tile", Config(policy="topk", tail="block", budget="row",
             reorder="tile", density=0.1, dense_until=0.2)) in configs  # fmt: skip
+
+
+@pytest.mark.parametrize("model", OTHERS, ids=lambda model: model.title)
+def test_a_real_model_has_one_layer_of_each_kind_and_its_arguments(model):
+    """On the meta device: the class takes the settings, and the released size whole tokens."""
+    assert set(model.depth().values()) != {1}
+    built, size = model.build(1), model.size()
+    assert {len(built.get_submodule(stack)) for stack in model.stacks} == {1}
+    given = model.inputs(model.latent(size), model.grid(size))
+    assert given.keys() <= inspect.signature(built.forward).parameters.keys()
+
+
+def test_rows_of_real_models_are_made_by_name():
+    """Others stay as they are, unless other versions made them."""
+    with pytest.raises(ValueError, match="only must name models of the table, got Wan 9"):
+        page(["Wan 9"])
+    with pytest.raises(ValueError, match="only needs a page that these versions made"):
+        page(["Latte"], "# Another page")
 
 
 def test_a_study_measures_and_leaves_the_pipeline_as_it_was(tmp_path):

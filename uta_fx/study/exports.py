@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.utils._pytree import tree_leaves
 
+from uta_fx.config import Config
 from uta_fx.explain import FULL_CAPTURE
 from uta_fx.export.flex_attention import GROUPED, LISTED
 from uta_fx.export.onnx_model import KEPT
@@ -145,20 +146,20 @@ def _cells(entry: Model) -> tuple[str, str]:
         except ValueError as error:
             return "", re.sub(r" object at 0x\w+", "", str(error).partition(". ")[0])
         with opened(model, (), arguments) as given:
-            tensors = _tensors(given.kwargs)
+            tensors = tensors_of(given.kwargs)
         try:
-            outputs, nodes = _run(path, tensors)
+            outputs, nodes = run_file(path, tensors)
         except NoKernel as error:
             reason = str(error).rpartition(" : ")[2]
             return "", f"it is written, and ONNX Runtime cannot run it: {reason}"
     if entry.dense.startswith("FlexAttention"):
         with torch.no_grad(), _honoured_lists():
-            expected = _tensors(model(**arguments))
+            expected = tensors_of(model(**arguments))
     elif entry.dense and any(site.sparse for site in found.sites):  # in one graph, not in several
         program, *_ = sparse_program(model, (), arguments, None, config, decide_branches=True)
-        expected = _tensors(program.module()(**given.kwargs))
+        expected = tensors_of(program.module()(**given.kwargs))
     else:
-        expected = _compiled(model, entry, arguments)
+        expected = compiled_outputs(model, config, arguments)
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
     notes = [note.partition(": ")[2] for note in found.notes if note.startswith("decided")]
     notes = [f"decided: {note}" for note in notes]
@@ -167,16 +168,16 @@ def _cells(entry: Model) -> tuple[str, str]:
     return str(nodes), "; ".join([f"{max(errors).item():.1e}", *notes])
 
 
-def _compiled(model: torch.nn.Module, entry: Model, arguments: dict[str, Any]) -> list[Tensor]:
+def compiled_outputs(
+    model: torch.nn.Module, config: Config, arguments: dict[str, Any]
+) -> list[Tensor]:
     """Outputs of the backend."""
     torch._dynamo.reset()
-    options: dict[str, Any] = {
-        "density": 0.3, "grid": entry.grid, "inner": "eager", "min_tokens": SMALL.min_tokens,
-        "block_q": SMALL.block_q, "block_kv": SMALL.block_kv,
-    }  # fmt: skip
+    options = {x.name: getattr(config, x.name) for x in dataclasses.fields(config)}
+    options["inner"] = "eager"
     with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
         compiled = torch.compile(model, backend="uta", options=options)
-        return _tensors(compiled(**arguments))
+        return tensors_of(compiled(**arguments))
 
 
 @contextlib.contextmanager
@@ -196,7 +197,7 @@ def _honoured_lists() -> Iterator[None]:
         yield
 
 
-def _run(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+def run_file(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """Outputs of a file, and how many sparse nodes it has."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -210,7 +211,8 @@ def _run(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     )
 
 
-def _tensors(structure: Any) -> list[Tensor]:
+def tensors_of(structure: Any) -> list[Tensor]:
+    """The tensors in arguments or outputs, in their order."""
     return [x for x in tree_leaves(structure) if isinstance(x, Tensor)]
 
 

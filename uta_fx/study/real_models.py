@@ -144,18 +144,23 @@ class RealModel:
         return model
 
     def with_random_weights(
-        self, layers: int | None, device: torch.device | str, seed: int = 0
+        self,
+        layers: int | None,
+        device: torch.device | str,
+        seed: int = 0,
+        dtype: torch.dtype = DTYPE,
     ) -> torch.nn.Module:
-        """The model with the random weights of its class, in ``DTYPE`` and evaluation mode.
+        """The model with the random weights of its class, in evaluation mode.
 
         Args:
             layers: At most so many of each stack; None for all.
             device: Where it is made; a moment in float32.
             seed: Of the weights.
+            dtype: Likewise.
         """
         torch.manual_seed(seed)
         with torch.device(device):
-            return self._model(layers).to(DTYPE)
+            return self._model(layers).to(dtype)
 
     def pretrained(
         self, place: str, dtype: torch.dtype, size: Size
@@ -358,7 +363,8 @@ def _rotate_on_cpu(model: Any) -> None:
 WAN_SIZES = {"480p": Size(480, 832, 81), "720p": Size(720, 1280, 81)}
 
 
-def _wan_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+def wan_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Of Wan 2.1, with a text of 512 tokens."""
     return {
         "hidden_states": meta(1, 16, *latent),
         "timestep": meta(1),
@@ -428,7 +434,7 @@ REAL_MODELS = {
         compression=(4, 8, 8),
         patch=(1, 2, 2),
         sizes=WAN_SIZES,
-        inputs=_wan_inputs,
+        inputs=wan_inputs,
     ),
     "wan-2.1-14b": RealModel(
         title="Wan 2.1 14B",
@@ -438,7 +444,7 @@ REAL_MODELS = {
         compression=(4, 8, 8),
         patch=(1, 2, 2),
         sizes=dict(reversed(WAN_SIZES.items())),
-        inputs=_wan_inputs,
+        inputs=wan_inputs,
     ),
     "hunyuanvideo": RealModel(
         title="HunyuanVideo",
