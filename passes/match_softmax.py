@@ -131,10 +131,11 @@ def _is_divided(node: Node) -> int | None:
 
 def _reduced(node: Any, name: str) -> tuple[Node, int] | None:
     """Of what a node is such a reduction, over one dimension that is kept or put back last."""
-    if not isinstance(node, Node):
+    value = recorded(node) if isinstance(node, Node) else None
+    if not isinstance(value, torch.Tensor):
         return None
-    node = _uncast(node)
-    put_back = (name_of(node) == "unsqueeze" and argument(node, 1, "dim") in (-1,)) or (
+    node, last = _uncast(node), value.dim() - 1
+    put_back = (name_of(node) == "unsqueeze" and argument(node, 1, "dim") in (-1, last)) or (
         name_of(node) == "getitem" and argument(node, 1, "other") == (Ellipsis, None)
     )
     if put_back:
@@ -143,7 +144,7 @@ def _reduced(node: Any, name: str) -> tuple[Node, int] | None:
     dims = dims if isinstance(dims, (tuple, list)) else [dims]
     if name_of(node) != name or len(dims) != 1 or not isinstance(dims[0], int):
         return None
-    if put_back == argument(node, 2, "keepdim", False) or (put_back and dims[0] != -1):
+    if put_back == argument(node, 2, "keepdim", False) or (put_back and dims[0] not in (-1, last)):
         return None
     return _uncast(argument(node, 0, "input")), dims[0]
 

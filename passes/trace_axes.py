@@ -279,8 +279,8 @@ NEGATIONS = ("invert", "bitwise_not", "logical_not")
 def written_by(node: Node) -> tuple[Node, ...]:
     """The tensors that an operation writes into."""
     target = node.target
-    if node.op not in ("call_function", "call_method"):
-        return ()
+    if node.op not in ("call_function", "call_method") or name_of(node) == "detach":
+        return ()  # detach_ cuts the gradient
     if isinstance(target, HigherOrderOperator):
         # somebody's Triton kernel: which of its tensors it writes into is in its code alone
         is_kernel = target.name() == "triton_kernel_wrapper_mutation"

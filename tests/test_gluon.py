@@ -133,8 +133,8 @@ assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
 ptx = kernel.asm["ptx"]
 assert ptx.count("wgmma.mma_async") >= 24
 # a barrier that nobody waits for would lie where tiles do, or arguments of the groups of warps
-offset = {name: int(x) for name, x in re.findall(r"add.s32\\s+(%r[0-9]+), %r[0-9]+, ([0-9]+);", ptx)}
-barriers = {offset[name] for name in re.findall(r"mbarrier.init\\S* \\[(%r[0-9]+)\\]", ptx)}
+offset = dict(re.findall(r"add.s32\\s+(%r[0-9]+), %r[0-9]+, ([0-9]+);", ptx))
+barriers = {int(offset[name]) for name in re.findall(r"mbarrier.init\\S* \\[(%r[0-9]+)\\]", ptx)}
 arguments = {int(x) // 8 * 8 for x in re.findall(r"\\[global_smem\\+([0-9]+)\\]", ptx)}
 tiles = g.blocks_of_program(dim) // 2 * (2 * g.STAGES + 2)
 assert min(barriers) >= tiles * g.BLOCK * dim * 2

@@ -51,7 +51,8 @@ model was released for; the file passes the checks of onnx and is loaded by ONNX
 {latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
 that of `torch.compile(model, backend="uta")`, in norm. Latte's frames of 1,024 tokens are shorter
 than `min_tokens`, Sana-Video's attention over video is linear. Cosmos is without its padding mask,
-which torchvision would resize.
+which torchvision would resize. The settings of EasyAnimate, Kandinsky 5 Lite, Latte, ConsisID and
+Allegro have not been compared with released files.
 
 | model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
