@@ -88,6 +88,7 @@ def export_onnx(
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
     from uta_fx.export.onnx_model import write_onnx
+    from uta_fx.export.token_orders import spell_out_orders
 
     config, target = Config.of(config), Path(path)
     if target.suffix != ".onnx":
@@ -104,7 +105,7 @@ def export_onnx(
     program, explanation, found = sparse_program(
         model, args, kwargs, dynamic_shapes, config, decide_branches
     )
-    program = spell_out_clusters(program)
+    program = spell_out_clusters(spell_out_orders(program))
     write_onnx(
         program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
         left=found.left,
@@ -426,7 +427,7 @@ def sparse_program(
         except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
-            plan = plan_of(config)
+            plan = plan_of(config, symbolic=True)
             plan = dataclasses.replace(plan, no_padding=plan.no_padding or no_padding)
             program, sites = sparsify_program(program, plan, dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host
