@@ -629,7 +629,7 @@ def _description(site: Site) -> dict[str, Any]:
         "name": site.name,
         "kind": site.kind,
         "shape": site.shape,
-        "grid": site.grid,
+        "grid": site.grid and [side if isinstance(side, int) else str(side) for side in site.grid],
         "text": site.text,
         "sparse": site.sparse,
         "reason": site.reason,

@@ -131,11 +131,12 @@ def _tiles_along(length: Any, side: Any) -> Any:
 def _computed_tile_shape(grid: Grid, block: int, device: torch.device) -> list[Tensor]:
     """``tile_shape`` as tensors without dimensions."""
     count = block.bit_length()
-    sides = 2 ** torch.arange(count, device=device)
-    frames, height = sides.repeat_interleave(count), sides.repeat(count)
-    width = (block // (frames * height)).clamp(min=1)
+    bits = torch.arange(count, device=device)
+    first, second = bits.repeat_interleave(count), bits.repeat(count)
+    third = count - 1 - first - second
+    frames, height, width = (2**power for power in (first, second, third.clamp(min=0)))
     cost = _tile_cost((frames, height, width), grid).double()  # exact: far below 2**53
-    best = cost.masked_fill(frames * height > block, torch.inf).argmin()  # of equals the first
+    best = cost.masked_fill(third < 0, torch.inf).argmin()  # of equals the first
     return [x.index_select(0, best.view(1))[0] for x in (frames, height, width)]
 
 
