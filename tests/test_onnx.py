@@ -384,8 +384,8 @@ def test_the_size_of_the_video_may_not_where_a_policy_needs_numbers(tmp_path):
     kwargs = {**inputs, "return_dict": False}
     with pytest.raises(ValueError, match="leave dimension 4 of hidden_states fixed"):
         export_onnx(
-            model, (), tmp_path / "model.onnx", config=Config(policy="radial", **SMALL), kwargs=kwargs,
-            dynamic_shapes=shapes,
+            model, (), tmp_path / "model.onnx", config=Config(policy="radial", **SMALL),
+            kwargs=kwargs, dynamic_shapes=shapes,
         )  # fmt: skip
     assert not os.listdir(tmp_path)
 
