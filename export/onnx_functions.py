@@ -415,7 +415,7 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows, score_type>
 
 _SELECT_BLOCKS = """
 <domain: "uta", opset_import: ["" : OPSET]>
-SelectBlocks <kept, rows> (scores) => (exact)
+HEADER => (exact)
 {
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
@@ -423,9 +423,8 @@ SelectBlocks <kept, rows> (scores) => (exact)
     infinity = Constant <value_float = inf> ()
     minus_infinity = Constant <value_float = -inf> ()
     largest = Constant <value_float = 3.4028234663852886e38> ()
-    kept_of_group = Constant <value_int: int = @kept> ()
+NUMBERS
     wanted = Reshape (kept_of_group, one)
-    rows_of_group = Constant <value_int: int = @rows> ()
     group_rows = Reshape (rows_of_group, one)
     score_shape = Shape (scores)
     blocks = Shape <start = 3, end = 4> (scores)
@@ -528,7 +527,21 @@ def block_scores_function(opset: int, variance_power: float | None) -> onnx.Func
 
 def select_blocks_function(opset: int) -> onnx.FunctionProto:
     """What a ``SelectBlocks`` node computes, in standard operations of that opset."""
-    return onnx.parser.parse_function(_SELECT_BLOCKS.replace("OPSET", str(opset)))
+    numbers = (
+        "    kept_of_group = Constant <value_int: int = @kept> ()\n"
+        "    rows_of_group = Constant <value_int: int = @rows> ()"
+    )
+    return _selecting("SelectBlocks <kept, rows> (scores)", numbers, opset)
+
+
+def select_counted_function(opset: int) -> onnx.FunctionProto:
+    """``SelectBlocks`` whose numbers are int64 inputs: what a file computes them from may vary."""
+    return _selecting("SelectCounted (scores, kept_of_group, rows_of_group)", "", opset)
+
+
+def _selecting(header: str, numbers: str, opset: int) -> onnx.FunctionProto:
+    text = _SELECT_BLOCKS.replace("HEADER", header).replace("NUMBERS", numbers)
+    return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
 def list_blocks_function(opset: int) -> onnx.FunctionProto:
@@ -626,6 +639,21 @@ def schemas() -> dict[str, OpSchema]:
     }
 
 
+def select_counted_schema() -> OpSchema:
+    """Of a node that the exporter inlines: it is in no file."""
+    return make_schema(
+        "SelectCounted",
+        "As SelectBlocks.",
+        {
+            "scores": ("S", "[B, H, Nq, Nk]"),
+            "kept_of_group": ("N", "as the attribute kept"),
+            "rows_of_group": ("N", "as the attribute rows"),
+        },
+        {"exact": ("M", "[B, H, Nq, Nk]")},
+        {},
+    )
+
+
 def make_schema(
     name: str,
     doc: str,
@@ -656,6 +684,7 @@ def make_schema(
             ("F", ["tensor(float)"], "of sums"),
             ("I", ["tensor(int32)"], "of lists"),
             ("M", ["tensor(bool)"], "of masks"),
+            ("N", ["tensor(int64)"], "of numbers"),
         ],
         attributes=[
             OpSchema.Attribute(x, types[kind], text, required=True)

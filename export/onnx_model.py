@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import operator
 import os
 import secrets
 import warnings
@@ -42,6 +43,8 @@ from uta_fx.export.onnx_functions import (
     list_blocks_function,
     schemas,
     select_blocks_function,
+    select_counted_function,
+    select_counted_schema,
     sparse_attention_function,
 )
 from uta_fx.export.replace_file import folder_beside
@@ -305,6 +308,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     domain = Opset(DOMAIN, VERSION)
     nodes = {name: Op(domain, name, schema) for name, schema in schemas().items()}
+    counted = Op(domain, "SelectCounted", select_counted_schema())
 
     def sparse_attention(
         query: Any,
@@ -335,7 +339,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return nodes["SparseAttention"](
             query, key, value, block_ids, block_counts, *tail, tail_variance, tail_slope,
             scale=scale, variance_weight=variance_weight, block_q=block_q, block_kv=block_kv,
-            per_block=int(per_block and tail_key.shape[2] > 0),
+            per_block=int(per_block and tail_key.shape[2] != 0),
         )  # fmt: skip
 
     def rectified_attention(
@@ -397,8 +401,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             rows=rows, score_type=ir.DataType.FLOAT if wide else ir.DataType.BFLOAT16,
         )  # fmt: skip
 
-    def select_blocks(scores: Any, kept: int, rows: int) -> Any:
+    def select_blocks(scores: Any, kept: Any, rows: Any) -> Any:
+        if not (isinstance(kept, int) and isinstance(rows, int)):
+            return counted(scores, kept, rows)
         return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
+
+    def floordiv(a: Any, b: Any) -> Any:
+        """Rounded down, also below zero, where the exporter's own rounds to zero."""
+        return opset18.Div(opset18.Sub(a, opset18.Mod(a, b)), b)
 
     def list_blocks(exact: Any) -> Any:
         return nodes["ListBlocks"](exact)
@@ -483,7 +493,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return constant
 
     return {
-        **{operator: written(function) for operator, function in CONSTANTS.items()},
+        **{overload: written(function) for overload, function in CONSTANTS.items()},
+        operator.floordiv: floordiv,
         torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.aten.slice_scatter.default: slice_scatter,
         torch.ops.aten.scatter_add.default: scatter_add,
@@ -534,6 +545,7 @@ def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]
         "BlockStatistics": block_statistics_function(opset),
         "BlockScores": block_scores_function(opset, power),
         "SelectBlocks": select_blocks_function(opset),
+        "SelectCounted": select_counted_function(opset),
         "ListBlocks": list_blocks_function(opset),
     }
     return [function for name, function in functions.items() if nodes_of(model, name)]
@@ -639,7 +651,7 @@ def _description(site: Site) -> dict[str, Any]:
         "name": site.name,
         "kind": site.kind,
         "shape": site.shape,
-        "grid": site.grid,
+        "grid": site.grid and [side if isinstance(side, int) else str(side) for side in site.grid],
         "text": site.text,
         "sparse": site.sparse,
         "reason": site.reason,

@@ -47,8 +47,9 @@ def sparsify_program(
         name, dim = fixed[0]
         raise ValueError(
             f"dynamic_shapes must leave dimension {dim} of {name} fixed: the number of tokens of an"
-            " attention depends on it, and what is sparse is decided for one number. Export one"
-            " file for each size"
+            " attention depends on it, and with this policy, tail and order, or in this graph, they"
+            " must be numbers. Take policy low_delta or topk, tail none, block, first_order or"
+            " gaussian, and no hilbert order, or export one file for each size"
         )
     rewrite(module, pairs, plan)
     flex = spell_out_flex(module)

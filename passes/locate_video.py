@@ -88,14 +88,27 @@ def is_clear(gm: GraphModule, trace: Trace, axis: Axis) -> bool:
     return True
 
 
-def symbols_of(gm: GraphModule) -> dict[sympy.Symbol, Node]:
-    """The sizes that are inputs of a graph."""
-    values = {node: recorded(node) for node in gm.graph.find_nodes(op="placeholder")}
-    return {
-        value.node.expr: node
-        for node, value in values.items()
-        if isinstance(value, torch.SymInt) and value.node.expr.is_symbol
-    }
+def symbols_of(gm: GraphModule) -> dict[sympy.Symbol, tuple[Node, int | None]]:
+    """The sizes that a graph knows from its inputs.
+
+    Returns:
+        By symbol an input that is this size, and None; or one that has it, and the dimension.
+    """
+    found: dict[sympy.Symbol, tuple[Node, int | None]] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = recorded(node)
+        if isinstance(value, torch.SymInt):
+            _note(found, value, (node, None))
+        for dim, size in enumerate(getattr(value, "shape", ())):
+            _note(found, size, (node, dim))
+    return found
+
+
+def _note(
+    found: dict[sympy.Symbol, tuple[Node, int | None]], size: Size, place: tuple[Node, int | None]
+) -> None:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+        found.setdefault(size.node.expr, place)
 
 
 def is_symbolic(grid: Grid) -> bool:

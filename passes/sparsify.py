@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
@@ -32,7 +33,7 @@ from uta_fx.passes.reorder_tokens import (
     find_regions,
     insert_gathers,
 )
-from uta_fx.passes.site import Grid, Operand, Side, Site, value_of
+from uta_fx.passes.site import Grid, Operand, Side, Site, recorded, value_of
 from uta_fx.passes.trace_axes import Size, Trace, equal, length, place_in, plain, same
 
 Replacement = Callable[..., Any]
@@ -255,20 +256,28 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
 
 def _sides(gm: GraphModule, grids: set[Grid]) -> dict[Grid, tuple[int | Node, ...]]:
     """The sides of symbolic grids, computed from the graph's inputs after the last of them."""
-    symbols = symbols_of(gm)
-    made: dict[Side, int | Node] = {}
-    tracer = torch.fx.proxy.GraphAppendingTracer(gm.graph)
-    proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
-    found: dict[Grid, tuple[int | Node, ...]] = {}
     inputs = gm.graph.find_nodes(op="placeholder")
-    for grid in filter(is_symbolic, grids):
-        with gm.graph.inserting_before(inputs[-1].next):
+    tracer = torch.fx.proxy.GraphAppendingTracer(gm.graph)
+    proxies: dict[sympy.Symbol, torch.fx.Proxy] = {}
+    made: dict[Side, int | Node] = {}
+    found: dict[Grid, tuple[int | Node, ...]] = {}
+    with gm.graph.inserting_before(inputs[-1].next if inputs else None):
+        wanted = {x for grid in grids for side in grid for x in sympy.sympify(side).free_symbols}
+        for symbol, (node, dim) in symbols_of(gm).items():
+            if symbol not in wanted:
+                continue
+            if dim is not None:
+                size = recorded(node).shape[dim]
+                node = gm.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                node.meta["val"] = size
+            proxies[symbol] = torch.fx.Proxy(node, tracer)
+        for grid in filter(is_symbolic, grids):
             for side in grid:
                 if isinstance(side, int):
                     made[side] = side
                 elif side not in made:
                     made[side] = sympy_interp(PythonReferenceAnalysis, proxies, side).node
-        found[grid] = tuple(made[side] for side in grid)
+            found[grid] = tuple(made[side] for side in grid)
     return found
 
 

@@ -376,8 +376,8 @@ def test_batch_and_text_may_be_dynamic(tmp_path):
         assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
-def test_the_size_of_the_video_may_not(tmp_path):
-    """What is sparse is decided for one number of tokens; nothing is written."""
+def test_the_size_of_the_video_may_not_where_a_policy_needs_numbers(tmp_path):
+    """Radial selects by frames, which are then numbers; nothing is written."""
     model, inputs = wan()
     shapes = {
         "hidden_states": {4: 2 * torch.export.Dim("half_width", min=2, max=64)},
@@ -388,8 +388,8 @@ def test_the_size_of_the_video_may_not(tmp_path):
     kwargs = {**inputs, "return_dict": False}
     with pytest.raises(ValueError, match="leave dimension 4 of hidden_states fixed"):
         export_onnx(
-            model, (), tmp_path / "model.onnx", config=Config(**SMALL), kwargs=kwargs,
-            dynamic_shapes=shapes,
+            model, (), tmp_path / "model.onnx", config=Config(policy="radial", **SMALL),
+            kwargs=kwargs, dynamic_shapes=shapes,
         )  # fmt: skip
     assert not os.listdir(tmp_path)
 

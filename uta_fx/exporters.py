@@ -20,6 +20,7 @@ from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import opened
+from uta_fx.order import COMPUTED_ORDERS
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,12 @@ def export_onnx(
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
-            (``layer_caches.0.key``) for an object; what decides a sparse site (the number of its
-            video tokens) is fixed in any case, and is refused here by name.
+            (``layer_caches.0.key``) for an object. Frames, height and width of the video may be
+            dynamic (``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails
+            ``none``, ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``;
+            with others, and where the graph does not show how the grid follows from its inputs,
+            they are refused here by name. Which sites are sparse is decided for the sizes of
+            ``args``: a run below ``min_tokens`` is sparse too.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
             are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
             reads from 1.23 on, dense attention is one operation too.
@@ -88,6 +93,7 @@ def export_onnx(
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
     from uta_fx.export.onnx_model import write_onnx
+    from uta_fx.export.token_orders import spell_out_orders
 
     config, target = Config.of(config), Path(path)
     if target.suffix != ".onnx":
@@ -104,7 +110,7 @@ def export_onnx(
     program, explanation, found = sparse_program(
         model, args, kwargs, dynamic_shapes, config, decide_branches
     )
-    program = spell_out_clusters(program)
+    program = spell_out_clusters(spell_out_orders(program))
     write_onnx(
         program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
         left=found.left,
@@ -426,7 +432,7 @@ def sparse_program(
         except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:
-            plan = plan_of(config)
+            plan = plan_of(config, symbolic=config.order in ("none", *COMPUTED_ORDERS))
             plan = dataclasses.replace(plan, no_padding=plan.no_padding or no_padding)
             program, sites = sparsify_program(program, plan, dynamic_shapes)
         except RuntimeError as error:  # torch's, where a policy reads a tensor on the host

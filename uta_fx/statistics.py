@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels import ops
@@ -96,4 +97,10 @@ def block_covariances(
 
 def query_means(query: Tensor, block_q: int) -> Tensor:
     """Mean query of each block: ``[B, H, L, D] -> float32 [B, H, ceil(L / block_q), D]``."""
+    length = query.shape[2]
+    if not isinstance(length, int):  # whether a block is ragged must not become part of a graph
+        missing = (block_q - length % block_q) % block_q
+        blocks = F.pad(query.float(), (0, 0, 0, missing)).unflatten(2, (-1, block_q))
+        first = torch.arange(0, length, block_q, device=query.device)
+        return blocks.sum(3) / (length - first).clamp(max=block_q)[:, None]
     return torch.cat([block.float().mean(3) for block in split_blocks(query, block_q)], 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -120,6 +120,10 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
 
 
 def share_of(density: float, total: int) -> int:
-    """``ceil(density * total)``, at least 1; a product that misses an integer by rounding is it."""
-    kept = math.ceil(density * total * (1 - 1e-12))
+    """``ceil(density * total)``, at least 1, in whole numbers: ``total`` may be symbolic.
+
+    A density is the fraction next to it of a denominator up to a million.
+    """
+    part, whole = Fraction(density).limit_denominator(10**6).as_integer_ratio()
+    kept = (total * part + whole - 1) // whole
     return torch.sym_min(total, torch.sym_max(1, kept))
