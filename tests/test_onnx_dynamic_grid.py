@@ -35,7 +35,7 @@ def test_a_share_is_rounded_up_in_whole_numbers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"policy": "topk", "tail": "none"}])
+@pytest.mark.parametrize("settings", [{}, {"policy": "topk", "tail": "first_order"}])
 def test_one_file_serves_every_grid(tmp_path, settings):
     """Ragged and whole blocks; the allowance is that of the files of one grid."""
     entry = next(entry for entry in MODELS if entry.name == "Wan")

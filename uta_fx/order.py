@@ -67,13 +67,13 @@ def token_index(grid: Grid, order: str, block: int, back: bool) -> Tensor:
 
 COMPUTED_ORDERS = ("tile", "morton")
 """Orders that ``computed_index`` knows."""
-MORTON_BITS = 12  # of a side in ``computed_index``
+MORTON_BITS = 16  # of a side in ``computed_index``
 
 
 def computed_index(like: Tensor, grid: Grid, order: str, block: int, back: bool) -> Tensor:
     """``token_index`` in operations on tensors, for a grid of which a trace knows symbols alone.
 
-    The same as ``token_index`` for every grid; with ``"morton"`` for sides below 4096 tokens.
+    The same as ``token_index`` for every grid; with ``"morton"`` for sides below 65536 tokens.
 
     Args:
         like: A tensor on the device of the result.
