@@ -277,10 +277,10 @@ NEGATIONS = ("invert", "bitwise_not", "logical_not")
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
-    """The tensors that an operation writes into."""
+    """The tensors that an operation writes into; their values, not what autograd knows of them."""
     target = node.target
     if node.op not in ("call_function", "call_method") or name_of(node) == "detach":
-        return ()  # detach_ cuts the gradient
+        return ()
     if isinstance(target, HigherOrderOperator):
         # somebody's Triton kernel: which of its tensors it writes into is in its code alone
         is_kernel = target.name() == "triton_kernel_wrapper_mutation"
