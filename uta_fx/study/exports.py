@@ -115,19 +115,33 @@ def table(only: Collection[str] = (), before: str = "") -> str:
         torch=torch.__version__.partition("+")[0],
         onnxruntime=onnxruntime.__version__,
     )
-    unknown = set(only) - {model.name for model in MODELS}
-    if unknown:
-        raise ValueError(f"only must name models of the table, got {', '.join(sorted(unknown))}")
-    if only and not before.startswith(header):
-        raise ValueError("only needs a page that these versions made: make all of it")
-    rows = {}
-    for row in before.splitlines():
-        rows[row.strip("| ").partition(" | ")[0]] = row
+    rows = rows_before(header, {model.name for model in MODELS}, only, before)
     lines = [header]
     for model in MODELS:
         kept = rows.get(model.name) if only and model.name not in only else None
         lines.append(kept or f"| {model.name} | {' | '.join(_cells(model))} |")
     return "\n".join(lines)
+
+
+def rows_before(
+    header: str, names: Collection[str], only: Collection[str], before: str
+) -> dict[str, str]:
+    """The rows of a page as it was, by their first cell.
+
+    Args:
+        header: How a page begins that these versions make.
+        names: Models that a page may have.
+        only: Models whose rows are made anew; none for all of them.
+        before: The page.
+
+    Raises:
+        ValueError: A model is not known, or rows are to stay and the page is of other versions.
+    """
+    if unknown := set(only) - set(names):
+        raise ValueError(f"only must name models of the table, got {', '.join(sorted(unknown))}")
+    if only and not before.startswith(header):
+        raise ValueError("only needs a page that these versions made: make all of it")
+    return {row.strip("| ").partition(" | ")[0]: row for row in before.splitlines()}
 
 
 def _cells(entry: Model) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.exporters import export_onnx
 from uta_fx.order import Grid
-from uta_fx.study.exports import compiled_outputs, run_file, tensors_of
+from uta_fx.study.exports import compiled_outputs, rows_before, run_file, tensors_of
 from uta_fx.study.real_models import (
     DTYPE,
     REAL_MODELS,
@@ -414,12 +414,9 @@ def page(only: Collection[str] = (), before: str = "") -> str:
     Raises:
         ValueError: A model is not known, or the page is of other versions.
     """
-    if unknown := set(only) - ALL.keys():
-        raise ValueError(f"only must name models of the table, got {', '.join(sorted(unknown))}")
-    if only and before and not before.startswith(header()):
-        raise ValueError("only needs a page that these versions made: make all of it")
-    rows = {line.strip("| ").partition(" | ")[0]: line for line in before.splitlines()}
-    lines = [header()]
+    start = header()
+    rows = rows_before(start, ALL, only, before or start)
+    lines = [start]
     for title, model in ALL.items():
         if not only or title in only:
             rows[title] = f"| {title} | {' | '.join(_cells(model))} |"
