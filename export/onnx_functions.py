@@ -693,12 +693,15 @@ def make_schema(
     )
 
 
-def check_version(path: Path, name: str) -> None:
-    """Raise ``ValueError`` where a file is none, or from another version of our operators.
+def check_version(path: Path, name: str) -> onnx.ModelProto:
+    """Read a file without the weights beside it.
 
     Args:
         path: The file.
         name: Of the argument that gave it.
+
+    Raises:
+        ValueError: It is none, or from another version of our operators.
     """
     problem = f"{name} must be an ONNX file, got {path}"
     if not path.is_file():
@@ -716,6 +719,7 @@ def check_version(path: Path, name: str) -> None:
             f" {DOMAIN!r}, and uta-fx {__version__} has version {VERSION}: export the model again"
             " with this release, or install that one"
         )
+    return model
 
 
 ELEMENT_TYPES = {

@@ -13,7 +13,7 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 from torch import Tensor
 
-from uta_fx.export.onnx_functions import ELEMENT_TYPES, check_version
+from uta_fx.export.onnx_functions import DOMAIN, ELEMENT_TYPES, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,18 @@ def open_session(
     options: onnxruntime.SessionOptions | None,
 ) -> onnxruntime.InferenceSession:
     """See ``uta_fx.onnxruntime_session``."""
-    check_version(path, "path")
+    model = check_version(path, "path")
+    spelled_out = {x.name for x in model.functions if x.domain == DOMAIN}
+    if bare := {x.op_type for x in model.graph.node if x.domain == DOMAIN} - spelled_out:
+        raise ValueError(
+            f"path must be a file of export_onnx, got one for plugins of TensorRT, with nodes"
+            f" {min(bare)}: {path}"
+        )
     available = onnxruntime.get_available_providers()
     if providers is None:
         providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]
+    if isinstance(providers, str):
+        raise ValueError(f"providers must be a list of names, got {providers!r}")
     names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
     unknown = [name for name in names if name not in available]
     if unknown:

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from uta_fx.export.onnx_functions import DOMAIN, check_version
 from uta_fx.export.replace_file import folder_beside
 from uta_fx.export.tensorrt_ops import PLUGINS
@@ -26,9 +24,9 @@ def build_engine(
     model: Path, target: Path, *, rtx: bool, architectures: Sequence[int] | None
 ) -> None:
     """See ``uta_fx.build_tensorrt_engine``."""
-    check_version(model, "model")
-    graph = onnx.load(model, load_external_data=False).graph
-    ours = {node.op_type for node in graph.node if node.domain == DOMAIN}
+    ours = {
+        node.op_type for node in check_version(model, "model").graph.node if node.domain == DOMAIN
+    }
     needs_plugins = bool(ours & PLUGINS.keys())
     if ours - PLUGINS.keys():
         raise ValueError(

@@ -395,6 +395,9 @@ def test_the_size_of_the_video_may_not_where_a_policy_needs_numbers(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
 class Fixed(nn.Module):
     """Of two samples, and of two inputs of one length."""
 
@@ -407,11 +410,16 @@ class Fixed(nn.Module):
     [
         (({0: "n"}, None), r"as the model needs them: n = 4\. A dimension that is a number"),
         (({1: "n"}, {0: "m"}), r"as the model needs them: m = n\. "),
+        (({1: DYNAMIC}, None), r"needs them: You marked L\['x'\].* to be a constant \(6\)\. A dim"),
+        (({0: "n"},), r"must fit the arguments: "),
     ],
 )
 def test_a_dimension_that_the_model_decides_is_named(tmp_path, shapes, message):
     """In the words of ``dynamic_shapes``; nothing is written."""
-    dims = [x and {dim: torch.export.Dim(name) for dim, name in x.items()} for x in shapes]
+    dims = [
+        x and {dim: y if y is DYNAMIC else torch.export.Dim(y) for dim, y in x.items()}
+        for x in shapes
+    ]
     inputs = (torch.ones(4, 6), torch.ones(6))
     with pytest.raises(ValueError, match=message):
         export_onnx(Fixed().eval(), inputs, tmp_path / "m.onnx", dynamic_shapes=tuple(dims))
@@ -468,7 +476,10 @@ BRANCH = Branching.forward.__code__.co_firstlineno + 1  # its line
     [
         (nn.Linear(4, 4).eval(), {}, "model.txt", "path must end in .onnx"),
         (nn.Linear(4, 4).eval(), {}, "no/model.onnx", "path must lie in a folder that exists"),
-        (nn.Linear(4, 4).eval(), {"opset": 17}, "model.onnx", "opset must be at least 18, got 17"),
+        (nn.Linear(4, 4).eval(), {"opset": 17}, "model.onnx", "opset must be at least 18 and at"),
+        (nn.Linear(4, 4).eval(), {"opset": 99}, "model.onnx", "at most .*, got 99"),
+        (nn.Linear(4, 4, device="meta").eval(), {}, "model.onnx", "model must have weights"),
+        (nn.Linear(3, 4).eval(), {}, "model.onnx", "See whether it runs with these arguments"),
         (nn.Linear(4, 4).train(), {}, "model.onnx", "model must be in eval mode"),
         (
             nn.Linear(4, 4).eval(),
@@ -514,6 +525,18 @@ def test_a_package_that_a_model_misses_is_named(tmp_path, model, decide):
     with pytest.raises(ImportError, match=r"package_of_nobody, .* pip install package_of_nobody"):
         export_onnx(model.eval(), (torch.ones(4),), tmp_path / "model.onnx", decide_branches=decide)
     assert not os.listdir(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_seen_before_the_work(tmp_path, monkeypatch):
+    """A folder of the file's name, and one that is not ours."""
+    folder, model = tmp_path / "folder.onnx", nn.Linear(4, 4).eval()
+    folder.mkdir()
+    monkeypatch.setattr(torch.export, "export", None)
+    with pytest.raises(ValueError, match=r"path must be a file, got the folder .*folder\.onnx"):
+        export_onnx(model, (torch.ones(4),), folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for others than root
+    with pytest.raises(ValueError, match="path must lie in a folder that can be written to, got"):
+        export_onnx(model, (torch.ones(4),), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("sign", [1, -1])

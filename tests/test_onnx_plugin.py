@@ -265,10 +265,17 @@ def test_bad_input_to_a_session(tmp_path):
     write_node(path, Case())
     with pytest.raises(ValueError, match=r"providers must be among .*, got NoSuchProvider"):
         uta_fx.onnxruntime_session(path, ["NoSuchProvider"])
+    with pytest.raises(ValueError, match="providers must be a list of names, got 'CPUExec"):
+        uta_fx.onnxruntime_session(path, "CPUExecutionProvider")
     with pytest.raises(ValueError, match="plugin must be a file, True or False"):
         uta_fx.onnxruntime_session(path, plugin=tmp_path / "no.so")
     with pytest.raises(ValueError, match="plugin needs CUDAExecutionProvider"):
         uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"], plugin=path)
+    bare = onnx.load(path)
+    del bare.functions[:]
+    onnx.save(bare, path)
+    with pytest.raises(ValueError, match="one for plugins of TensorRT, with nodes SparseAttention"):
+        uta_fx.onnxruntime_session(path)
     write_node(path, Case(), version=2)
     with pytest.raises(ValueError, match=r"written by uta-fx 9\.9 for version 2 of .* or install"):
         uta_fx.onnxruntime_session(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_one_row_of_the_page_of_files_is_made_anew(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             exports.page(only, given)
+
+
+def test_the_page_of_files_is_what_this_version_writes():
+    """All but the errors: its remarks, its nodes, and a row for every model."""
+    from uta_fx.study import exports
+
+    text = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
+    assert text.endswith(f"{exports.REMARKS}\n\n{exports.nodes()}\n")
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if " | " in line]
+    names = [model.name for model in exports.MODELS]
+    assert rows[: len(names) + 1] == ["model", *names]

@@ -98,8 +98,7 @@ def export_onnx(
     config, target = Config.of(config), Path(path)
     if target.suffix != ".onnx":
         raise ValueError(f"path must end in .onnx, got {path}")
-    if not target.parent.is_dir():
-        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    _check_place(target)
     policy = config.selection_policy()
     if isinstance(policy, SVG2) and policy.keep:
         raise ValueError(
@@ -167,8 +166,7 @@ def export_tensorrt(
     suffix = ".engine" if form == "engine" else ".onnx"
     if target.suffix != suffix:
         raise ValueError(f"path must end in {suffix} for form={form!r}, got {path}")
-    if not target.parent.is_dir():
-        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    _check_place(target)
     if isinstance(config.selection_policy(), SVG2):
         raise ValueError(
             "policy svg2 cannot be exported to TensorRT: it has no operation that adds up the"
@@ -234,8 +232,7 @@ def build_tensorrt_engine(
     from uta_fx.export.tensorrt_engine import build_engine
 
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    _check_place(target)
     build_engine(Path(model), target, rtx=rtx, architectures=architectures)
 
 
@@ -329,8 +326,7 @@ def build_onnxruntime_plugin(
 
     target = Path(path)
     check_version(Path(model), "model")
-    if not target.parent.is_dir():
-        raise ValueError(f"path must lie in a folder that exists, got {path}")
+    _check_place(target)
     build_plugin(Path(model), architecture, target)
 
 
@@ -358,11 +354,22 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
     return published_schema(name)
 
 
+def _check_place(target: Path) -> None:
+    """Raise ``ValueError``, before the work, where a file cannot be written."""
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {target}")
+    if target.is_dir():
+        raise ValueError(f"path must be a file, got the folder {target}")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"path must lie in a folder that can be written to, got {target}")
+
+
 def _opset(model: Any, opset: int | None) -> int:
     if opset is None:
         return 22 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
-    if opset < 18:
-        raise ValueError(f"opset must be at least 18, got {opset}")
+    latest = require("onnx.defs", extra="onnx").onnx_opset_version()
+    if not 18 <= opset <= latest:
+        raise ValueError(f"opset must be at least 18 and at most {latest}, got {opset}")
     return opset
 
 
@@ -412,6 +419,8 @@ def sparse_program(
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
+    if any(x.is_meta for x in model.parameters()):
+        raise ValueError("model must have weights, got one on the meta device")
     with torch.no_grad(), opened(model, args, kwargs or {}) as given:
         with naming_missing_packages():
             asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
@@ -434,7 +443,7 @@ def sparse_program(
         except ImportError:
             raise
         except Exception as error:  # of many kinds: data that decides, objects, shapes
-            raise ValueError(_why_not_traced(str(error).strip())) from error
+            raise ValueError(_why_not_traced(str(error).strip(), dynamic_shapes)) from error
         try:
             plan = plan_of(config, symbolic=config.order in ("none", *COMPUTED_ORDERS))
             plan = dataclasses.replace(plan, no_padding=plan.no_padding or no_padding)
@@ -462,17 +471,25 @@ def sparse_program(
     return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), found
 
 
-def _why_not_traced(said: str) -> str:
+def _why_not_traced(said: str, dynamic_shapes: Any) -> str:
     """What torch.export said, with what a user can do."""
-    reason, _, fixes = said.partition("\n")[0], *said.partition("Suggested fixes:\n")[1:]
-    if fixes:  # one a line, up to an empty line: of dimensions that the model relates or fixes
-        needs = ", ".join(line.strip() for line in fixes.partition("\n\n")[0].splitlines())
+    reason = said.partition("\n")[0].rstrip(".")
+    if reason.startswith(("Constraints violated", "Found the following conflicts")):
+        fixes = said.partition("Suggested fixes:\n")[2]  # one a line, up to an empty line
+        lines = [x.strip(" -") for x in fixes.partition("\n\n")[0].splitlines()]
+        conflicts = (x for x in said.splitlines() if x.lstrip().startswith("- "))
+        needs = ", ".join(lines) or next(conflicts, reason).strip(" -").partition(". ")[0]
         return (
-            f"dynamic_shapes must be as the model needs them: {needs}. A dimension that is a number"
-            " there cannot be dynamic: leave it out, and export one file for each size"
+            f"dynamic_shapes must be as the model needs them: {needs.rstrip('.')}. A dimension that"
+            " is a number there cannot be dynamic: leave it out, and export one file for each size;"
+            " one of size 1 in the example inputs always is a number: give it size 2"
         )
+    if "`dynamic_shapes`" in reason:
+        return f"dynamic_shapes must fit the arguments: {reason}"
+    alone = " and no dynamic_shapes" if dynamic_shapes is not None else ""
     return (
-        f"model cannot be traced by torch.export: {reason}. Export a module that is one graph: no"
-        " branch on the values of tensors, and no size read from one, unless decide_branches=True"
-        " takes the way and the numbers of these inputs"
+        f"model cannot be traced by torch.export: {reason}. See whether it runs with these"
+        f" arguments{alone}; if so, export a module that is one graph: no branch on the values of"
+        " tensors, and no size read from one, unless decide_branches=True takes the way and the"
+        " numbers of these inputs"
     )
