@@ -34,6 +34,11 @@ def open_session(
             f"path must be a file of export_onnx, got one for plugins of TensorRT, with nodes"
             f" {min(bare)}: {path}"
         )
+    places = {
+        y.value for x in model.graph.initializer for y in x.external_data if y.key == "location"
+    }
+    if lost := [place for place in places if not (path.parent / place).is_file()]:
+        raise ValueError(f"path must have its weights beside it, {lost[0]} is not there: {path}")
     available = onnxruntime.get_available_providers()
     if providers is None:
         providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]

@@ -744,6 +744,10 @@ def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
         (tmp_path / name).rename(elsewhere / name)
     (output,) = run(elsewhere / "model.onnx", {"x": np.ones((2, 3, 16), np.float32)})
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    (elsewhere / data).rename(tmp_path / data)
+    with pytest.raises(ValueError, match=rf"its weights beside it, {data} is not there"):
+        onnxruntime_session(elsewhere / "model.onnx")
+    (tmp_path / data).rename(elsewhere / data)
     monkeypatch.undo()
     write_tied(elsewhere / "model.onnx", 30)
     assert os.listdir(elsewhere) == ["model.onnx"]

@@ -1,4 +1,4 @@
-"""Optional dependencies: loaded when used, and missed in one sentence that names the extra."""
+"""Optional dependencies, ours and those of models: missed in one sentence with the remedy."""
 
 from __future__ import annotations
 

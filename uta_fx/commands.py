@@ -658,8 +658,10 @@ def export_onnx(
 
     Other models: uta_fx.export_onnx in Python.
     """
+    from uta_fx.exporters import check_place
     from uta_fx.exporters import export_onnx as write
 
+    check_place(output, ".onnx")  # before weights are loaded
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
     clip = {"size": size, "height": height, "width": width, "frames": frames}
     shapes = _dynamic_grid(model, clip) if dynamic_grid else None
@@ -705,8 +707,10 @@ def export_tensorrt(
 
     Other models: uta_fx.export_tensorrt in Python.
     """
+    from uta_fx.exporters import check_place
     from uta_fx.exporters import export_tensorrt as write
 
+    check_place(output)  # before weights are loaded
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
     clip = {"size": size, "height": height, "width": width, "frames": frames}
     exported, arguments = _exported_model(model, pretrained, clip, dtype, weights, clips)

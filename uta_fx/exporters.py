@@ -86,9 +86,10 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or a package that the model needs is missing.
         TypeError: ``model`` is not a module.
-        ValueError: An argument is out of range or cannot be copied, ``dense_until`` is set,
-            ``strict`` and a site stays dense, a dimension cannot be dynamic, the model is not one
-            graph, or an operation has no translation.
+        ValueError: ``path`` cannot be written, ``model`` has no weights, an argument is out of
+            range or cannot be copied, ``dense_until`` is set, ``strict`` and a site stays dense, a
+            dimension cannot be dynamic, the model is not one graph, or an operation has no
+            translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -96,9 +97,7 @@ def export_onnx(
     from uta_fx.export.token_orders import spell_out_orders
 
     config, target = Config.of(config), Path(path)
-    if target.suffix != ".onnx":
-        raise ValueError(f"path must end in .onnx, got {path}")
-    _check_place(target)
+    check_place(target, ".onnx")
     policy = config.selection_policy()
     if isinstance(policy, SVG2) and policy.keep:
         raise ValueError(
@@ -163,10 +162,7 @@ def export_tensorrt(
     config, target = Config.of(config), Path(path)
     if form not in TENSORRT_FORMS:
         raise ValueError(f"form must be one of {', '.join(TENSORRT_FORMS)}, got {form!r}")
-    suffix = ".engine" if form == "engine" else ".onnx"
-    if target.suffix != suffix:
-        raise ValueError(f"path must end in {suffix} for form={form!r}, got {path}")
-    _check_place(target)
+    check_place(target, ".engine" if form == "engine" else ".onnx", f" for form={form!r}")
     if isinstance(config.selection_policy(), SVG2):
         raise ValueError(
             "policy svg2 cannot be exported to TensorRT: it has no operation that adds up the"
@@ -232,7 +228,7 @@ def build_tensorrt_engine(
     from uta_fx.export.tensorrt_engine import build_engine
 
     target = Path(path)
-    _check_place(target)
+    check_place(target)
     build_engine(Path(model), target, rtx=rtx, architectures=architectures)
 
 
@@ -264,7 +260,8 @@ def onnxruntime_session(
         ImportError: onnx or onnxruntime is missing.
         RuntimeError: No provider has an operation of the file for its dtype, as the CPU's for
             bfloat16.
-        ValueError: There is no such file, provider or library, or the file is from another version.
+        ValueError: There is no such file, provider or library, or the file is from another version,
+            for TensorRT's plugins, or without its weights.
     """
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
@@ -326,7 +323,7 @@ def build_onnxruntime_plugin(
 
     target = Path(path)
     check_version(Path(model), "model")
-    _check_place(target)
+    check_place(target)
     build_plugin(Path(model), architecture, target)
 
 
@@ -354,8 +351,16 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
     return published_schema(name)
 
 
-def _check_place(target: Path) -> None:
-    """Raise ``ValueError``, before the work, where a file cannot be written."""
+def check_place(target: Path, suffix: str | None = None, why: str = "") -> None:
+    """Raise ``ValueError``, before the work, where a file cannot be written.
+
+    Args:
+        target: The file.
+        suffix: What its name must end in; None for anything.
+        why: Words for the message.
+    """
+    if suffix is not None and target.suffix != suffix:
+        raise ValueError(f"path must end in {suffix}{why}, got {target}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {target}")
     if target.is_dir():
