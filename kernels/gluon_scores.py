@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from uta_fx.kernels.gluon_attention import HEAD_DIMS, is_addressable, on_hopper, tensor_map
-from uta_fx.kernels.gluon_tail import LOG2_E, exp2
+from uta_fx.kernels.gluon_softmax import LOG2_E, exp2
 from uta_fx.kernels.launches import launcher
 
 TILE = 64  # key blocks of a step
@@ -148,7 +148,8 @@ def _add_up(
         size = column_ring.index(slot).load(gl.SliceLayout(1, LAYOUT))  # [TILE]
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(empty.index(slot))
-        weights = exp2(logits * scale_log2 + (size[:, None] - norm[None, :]))  # [TILE, GROUPS]
+        # over the blocks' sizes
+        weights = exp2(logits * scale_log2 - norm[None, :])  # [TILE, GROUPS]
         sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
         mbarrier.arrive(empty.index(other))
         scores = weights * sigma2
@@ -159,7 +160,10 @@ def _add_up(
         block = first_block + gl.arange(0, MANY, gl.SliceLayout(0, OUT))
         ptrs = scores_base + block.to(gl.int64)[None, :] * blocks + column[:, None]
         mask = (block < blocks_q)[None, :] & (column < blocks)[:, None]
-        gl.store(ptrs, gl.sqrt(by_block).to(scores_base.dtype.element_ty), mask=mask)
+        size = gl.convert_layout(size, gl.SliceLayout(1, OUT))[:, None]
+        # a block without keys may have any weight so far
+        scores = gl.where(size > -float("inf"), gl.sqrt(by_block) * exp2(size), 0.0)
+        gl.store(ptrs, scores.to(scores_base.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
