@@ -43,8 +43,9 @@ ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel 
 TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
 # of each of 384 threads: two groups that multiply and one that copies. At head dim 64 they are half
-# of what a multiprocessor has.
+# of what a multiprocessor has. Then those of a thread of the second group, which the first exceeds.
 MAX_REGISTERS = {128: 168, 64: 80}
+GROUP_REGISTERS = {128: 240, 64: 104}
 STAGES = 5  # of the ring: pairs of a key and a value block
 MAX_BLOCKS = 1 << 16  # of keys: their order is kept in 16 bits
 MIN_SCALE = 1e-30  # biases of representatives are divided by the scale, unless that is 0
@@ -434,12 +435,12 @@ def _paired_kernel(
     EVEN: gl.constexpr,  # the last key block is whole
     TAIL: gl.constexpr,  # attend to the representatives too
     RESUME: gl.constexpr,  # o and lse hold attention over a tail, to go on from
+    REGISTERS: gl.constexpr,  # as in GROUP_REGISTERS
 ):  # fmt: skip
     """Store attention of a pair of query blocks over listed blocks and the tail."""
     # two programs on a multiprocessor: there are registers for little else than the products
     TIGHT: gl.constexpr = D == 64
     KEEP: gl.constexpr = TIGHT  # the queries in shared memory
-    REGISTERS: gl.constexpr = 104 if TIGHT else 240
     batch_head = gl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
     given = (
@@ -541,7 +542,7 @@ def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) ->
     """
     return {
         "D": dim, "BLOCK": BLOCK, "PLAN": PLAN, "STAGES": STAGES, "SIGN": sign, "EVEN": even,
-        "TAIL": tail, "RESUME": resume,
+        "TAIL": tail, "RESUME": resume, "REGISTERS": GROUP_REGISTERS[dim],
         "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
     }  # fmt: skip
 
