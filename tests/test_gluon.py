@@ -125,6 +125,8 @@ assert kernel.metadata.shared <= (228 // programs - 1) * 1024, kernel.metadata.s
 assert 65536 // (384 * options["maxnreg"]) == programs
 ptx = kernel.asm["ptx"]
 assert ptx.count("wgmma.mma_async") >= 16
+# for want of registers the assembler would let each product wait for the one before
+assert kernel.asm["sass"].count("WARPGROUP.ARRIVE") <= ptx.count("wgmma.commit_group")
 # a barrier that nobody waits for would lie where tiles do, or arguments of the groups of warps
 offset = dict(re.findall(r"add.s32\\s+(%r[0-9]+), %r[0-9]+, ([0-9]+);", ptx))
 barriers = {int(offset[name]) for name in re.findall(r"mbarrier.init\\S* \\[(%r[0-9]+)\\]", ptx)}
