@@ -68,15 +68,17 @@ def hides(
 
 
 def shows_all(mask: Node, *, inverted: bool = False) -> bool:
-    """Whether a mask provably hides nothing.
+    """Whether a mask provably hides nothing; of one of known length alone.
 
     Args:
         mask: As in ``hides``.
         inverted: Likewise.
     """
     want = recorded(mask).dtype == torch.bool and not inverted
-    sizes = _sizes(mask)
-    return bool(sizes) and _always(mask, -1, 0, sizes[-1], want) and not _is_written(mask)
+    keys = _sizes(mask)[-1:]
+    if not (keys and isinstance(keys[0], int)):
+        return False
+    return _always(mask, -1, 0, keys[0], want) and not _is_written(mask)
 
 
 def pads(mask: Node, *, trusted: bool = False, inverted: bool = False) -> str | None:
