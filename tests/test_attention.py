@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import poisoned
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import operator_arguments, pool_blocks
@@ -471,7 +474,7 @@ def test_heads_may_share_keys(tail, text):
 
 
 def test_bad_inputs_are_named():
-    """Shapes, grids, dtypes and gradients."""
+    """Shapes, grids and gradients."""
     q, k, v = fields()
     with pytest.raises(ValueError, match=r"grid must have .* 512, got 8 x 8 x 9 = 576"):
         sparse_attention(q, k, v, grid=(8, 8, 9))
@@ -487,10 +490,63 @@ def test_bad_inputs_are_named():
         sparse_attention(q, k, v, attn_mask=torch.ones(512, dtype=torch.bool))
     with pytest.raises(ValueError, match="value must be"):
         sparse_attention(q, k, v[0])
-    with pytest.raises(TypeError, match="key must be float32, float16 or bfloat16"):
-        sparse_attention(q.double(), k.double(), v.double())
     with pytest.raises(RuntimeError, match="forward-only"):
         sparse_attention(q.requires_grad_(), k, v, grid=GRID).sum().backward()
+
+
+SEEN = torch.ones(512, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [1.0]}, TypeError, "query must be a tensor, got list"),
+        ({"key": SEEN.to_sparse()}, TypeError, "key must be a dense tensor, .*torch.sparse_coo"),
+        (
+            {"query": torch.ones(1, 2, 512, 32).int()},
+            TypeError,
+            "query must be float32, float16 or",
+        ),
+        ({"key": torch.ones(1, 2, 512, 32).half()}, TypeError, "key must be torch.float32, got"),
+        ({"value": torch.ones(1, 2, 512, 32, device="meta")}, TypeError, "value must be on cpu"),
+        ({"value": torch.ones(1, 2, 512, 8)}, ValueError, "value must have a head dim from 16"),
+        ({"key": torch.ones(1, 2, 512, 64)}, ValueError, "key must have the head dim of query, 32"),
+        ({"query": torch.ones(1, 2, 0, 32)}, ValueError, "query must hold a token of a head, got"),
+        ({"query": torch.ones(0, 2, 512, 32)}, ValueError, r"got shape \(0, 2, 512, 32\)"),
+        ({"scale": "1"}, TypeError, "scale must be a number or None, got '1'"),
+        ({"grid": (8, 64)}, ValueError, r"grid must be three ints .*, got \(8, 64\)"),
+        ({"grid": (8.0, 8, 8)}, ValueError, "grid must be three ints"),
+        ({"grid": (-8, -8, 8)}, ValueError, "grid must hold positive sides"),
+        ({"text": 5}, ValueError, "text must hold two lengths .* 512, got 5"),
+        ({"text": (1, 2, 3)}, ValueError, "text must hold two lengths"),
+        ({"text": (5.0, 0)}, ValueError, r"text must hold two lengths .* got \(5.0, 0\)"),
+        ({"attn_mask": SEEN[:3]}, ValueError, r"attn_mask must broadcast to \(1, 2, 512, 512\)"),
+        ({"attn_mask": SEEN[:1]}, ValueError, "attn_mask must have an entry for each of the 512"),
+        ({"attn_mask": SEEN[None, None, None, None]}, ValueError, "attn_mask must broadcast to"),
+        ({"attn_mask": SEEN.expand(1, 3, 1, 512)}, ValueError, "attn_mask must broadcast to"),
+        ({"attn_mask": SEEN.long()}, TypeError, "attn_mask must be torch.bool, .* got torch.int64"),
+        ({"attn_mask": SEEN.to("meta")}, TypeError, "attn_mask must be on cpu"),
+        ({"lengths": [512]}, TypeError, "lengths must be a tensor, got list"),
+    ],
+)
+def test_a_call_refuses_by_name(change, error, message):
+    """Before anything is computed."""
+    arguments = dict(zip(("query", "key", "value"), fields(), strict=True))
+    arguments |= {"text": (5, 0)} if "attn_mask" in change else {}
+    with pytest.raises(error, match=message):
+        sparse_attention(**arguments | change)
+
+
+def test_a_mask_may_have_few_dimensions():
+    """What broadcasts is taken."""
+    q, k, v = fields()
+    mask = SEEN.clone()
+    mask[2] = False
+    config = Config(density=1.0, reorder="none", **SMALL)
+    dense = F.scaled_dot_product_attention(q, k, v, mask[None])
+    for shape in ((512,), (1, 512), (1, 1, 512)):
+        output = sparse_attention(q, k, v, config=config, text=(5, 0), attn_mask=mask.view(shape))
+        torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
 
 
 LENGTHS = torch.tensor([512, 70, 1, 300])
@@ -499,6 +555,82 @@ LENGTHS = torch.tensor([512, 70, 1, 300])
 def masked(lengths, tokens=512):
     """The mask that the lengths stand for."""
     return (torch.arange(tokens) < lengths[:, None])[:, None, None]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "inside NaN": poisoned,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "one sample for all": lambda x: x[:1].expand(x.shape),
+    "one head for all": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_call_that_can_be_exact_is_dense_attention(data):
+    """Shapes, strides, heads that share keys, dtypes, text, masks, lengths, tails drawn at random.
+
+    Exact is a call at density 1, and one at any density of which all video keys are equal, with a
+    tail that aggregates. In 16 bits a weight, a representative, the output of each of two parts and
+    what they are merged to are rounded, each by half a unit of at most the largest value: two and a
+    half units. Sums in float32 add what the tests above allow.
+    """
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    grid = draw(st.tuples(*[st.integers(1, 6)] * 3))
+    extra = draw(st.sampled_from(["nothing", "text", "masked text", "lengths"]))
+    text = draw(st.tuples(st.integers(0, 9), st.integers(1, 20))) if "text" in extra else (0, 0)
+    equal = draw(st.booleans())
+    config = Config(
+        density=draw(st.sampled_from([0.01, 0.3])) if equal else 1.0,
+        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian"])),
+        policy=draw(st.sampled_from(["low_delta", "topk"])),
+        budget=draw(st.sampled_from(["site", "head", "row"])),
+        reorder=draw(st.sampled_from(["none", "tile", "morton", "hilbert"])),
+        block_q=draw(st.sampled_from([16, 64, 128])),
+        block_kv=draw(st.sampled_from([16, 32, 64])),
+    )
+    batch, shared, times = (draw(st.integers(1, 2)) for _ in range(3))
+    dims = [16, 40, 64, 72, 80, 88, 96, 112, 256]
+    dim, dim_v = draw(st.sampled_from(dims)), draw(st.sampled_from(dims))
+    tokens, (before, after) = math.prod(grid), text
+    length = tokens + before + after
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def randn(heads, channels):
+        return torch.randn(batch, heads, length, channels, generator=generator)
+
+    query, key, value = randn(shared * times, dim), randn(shared, dim), randn(shared, dim_v)
+    video = slice(before, before + tokens)
+    if equal:
+        key[:, :, video] = key[:, :, before : before + 1]
+    place = [LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))] for _ in range(3)]
+    query, key, value = (f(x.to(dtype)) for f, x in zip(place, (query, key, value), strict=True))
+    mask = lengths = None
+    there = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+    if extra == "masked text":
+        there[..., :before] = torch.rand(batch, 1, 1, before, generator=generator) < 0.5
+        there[..., before + tokens :] = torch.rand(batch, 1, 1, after, generator=generator) < 0.5
+        mask = there
+    if extra == "lengths":
+        lengths = torch.randint(tokens + 1, (batch,), generator=generator)
+        there = masked(lengths, tokens)
+    exact = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), there, enable_gqa=True
+    )
+    if lengths is not None:
+        exact = exact.where(there.mT, 0.0)
+        query, key, value = (x.where(there.mT, torch.nan) for x in (query, key, value))
+    output = sparse_attention(
+        query, key, value, config=config, grid=grid, text=text, attn_mask=mask, lengths=lengths
+    )
+    assert output.dtype == dtype and output.shape == (*query.shape[:3], dim_v)
+    largest = value.double().nan_to_num().abs().max()
+    allowed = 2.5 * torch.finfo(dtype).eps * largest if dtype != torch.float32 else 0.0
+    error = (output.double() - exact).abs()
+    assert (error <= allowed + 1e-5 + 1e-4 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("reorder", ["none", "tile"])
