@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import operator_arguments, pool_blocks
+from uta_fx.fitting import LIMIT, RIDGE, fit_tail
 from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
-from uta_fx.statistics import block_statistics
+from uta_fx.statistics import BlockStatistics, block_statistics
 from uta_fx.tails import KINDS, Tail
 
 GRID = (8, 8, 8)
@@ -44,8 +45,11 @@ def error(output, reference):
     return ((output - reference).square().mean() / reference.square().mean()).item()
 
 
+FITTED = Tail(kind="gaussian", fit=8)
+
+
 @pytest.mark.parametrize("reorder", ["none", "tile", "morton", "hilbert"])
-@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("tail", [*KINDS, FITTED], ids=str)
 def test_density_one_is_dense_attention(reorder, tail):
     """Whatever the order and the tail; the bound is a few float32 roundings of the sums."""
     q, k, v = fields()
@@ -56,7 +60,9 @@ def test_density_one_is_dense_attention(reorder, tail):
 
 
 @pytest.mark.parametrize(
-    "tail", [kind for kind in KINDS if kind not in ("none", "normalizer", "rectified")]
+    "tail",
+    [*(kind for kind in KINDS if kind not in ("none", "normalizer", "rectified")), FITTED],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", ["site", "row"])
 def test_equal_logits_aggregate_without_error(tail, budget):
@@ -131,14 +137,57 @@ def test_gaussian_tail_is_exact_for_gaussian_blocks():
 
 
 def test_better_tails_err_less():
-    """On smooth fields: dropping > one representative > one a block > Gaussian."""
+    """On smooth fields: dropping > one representative > one a block > Gaussian > fitted."""
     q, k, v = fields()
     dense = F.scaled_dot_product_attention(q, k, v)
-    errors = {}
-    for tail in ("none", "single", "block", "gaussian"):
+    tails = ("none", "single", "block", "gaussian", FITTED)
+    errors = []
+    for tail in tails:
         config = Config(density=0.2, tail=tail, **SMALL)
-        errors[tail] = error(sparse_attention(q, k, v, config=config, grid=GRID), dense)
-    assert errors["none"] > errors["single"] > errors["block"] > errors["gaussian"]
+        errors.append(error(sparse_attention(q, k, v, config=config, grid=GRID), dense))
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(tails)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4])
+def test_a_fitted_tail_is_a_regression_on_sampled_rows(density):
+    """Restated row by row in float64; the ridge is two equations more."""
+    q, k, v = fields((1, 10, 7), dim=16)
+    config = Config(density=density, reorder="none", block_q=16, block_kv=32)
+    selection = pool_blocks(q, k, v, config, None)
+    exact = LowDelta().select(selection)
+    statistics, scale = selection.statistics, selection.scale
+    found = fit_tail(selection, exact, k, v, statistics.covariance, 0.5, 5)
+    q, k, v = (x.double() for x in (q, k, v))
+    statistics = BlockStatistics(**{name: x.double() for name, x in vars(statistics).items()})
+    for head in range(2):
+        rows = [], [], []  # u, x, y
+        for i in (7, 21, 35, 49, 63):
+            query, block = scale * q[0, head, i], i // 16
+            p = (k[0, head] @ query).softmax(0)
+            left = ~exact[0, head, block]
+            o, total = p @ v[0, head], (k[0, head] @ query).exp().sum()
+            square = (scale * q[0, head, 16 * block : 16 * block + 16]).square().mean(0)
+            u = x = y = 0.0
+            for b in left.nonzero()[:, 0].tolist():
+                keys = slice(32 * b, min(32 * b + 32, 70))
+                y = y + p[keys] @ (v[0, head, keys] - o)
+                sigma2 = square @ statistics.key_variance[0, head, b]
+                mass = (query @ statistics.key_mean[0, head, b] + sigma2 / 4).exp()
+                mass = mass * (keys.stop - keys.start) / total
+                u = u + mass * (statistics.value_mean[0, head, b] - o)
+                x = x + mass / (1 + sigma2) * (query @ statistics.covariance[0, head])
+            for list_, of_row in zip(rows, (u, x, y), strict=True):
+                list_.append(of_row if torch.is_tensor(of_row) else torch.zeros_like(o))
+        u, x, y = (torch.cat(list_) for list_ in rows)
+        ridge = torch.stack([u.norm(), x.norm()]) * RIDGE**0.5
+        equations = torch.cat([torch.stack([u, x], 1), ridge.diag()])
+        wanted = torch.linalg.lstsq(equations, torch.cat([y, ridge])[:, None]).solution[:, 0]
+        mass = wanted[0].clamp(1 / LIMIT, LIMIT)
+        gain = (wanted[1] / mass).clamp(0, LIMIT)
+        torch.testing.assert_close(
+            torch.stack([found[0][0, head], found[1][0, head]]).double(),
+            torch.stack([mass, gain]), rtol=1e-3, atol=1e-3,
+        )  # fmt: skip
 
 
 def test_tile_order_errs_less_than_raster_order():
@@ -453,7 +502,7 @@ def test_a_users_own_code_may_be_compiled_around_it():
     torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
 
 
-@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("tail", [*KINDS, FITTED], ids=str)
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
 def test_heads_may_share_keys(tail, text):
     """Four heads of queries on two of keys: what each head has of its own when they are repeated.
@@ -634,7 +683,7 @@ def test_any_call_that_can_be_exact_is_dense_attention(data):
 
 
 @pytest.mark.parametrize("reorder", ["none", "tile"])
-@pytest.mark.parametrize("tail", [kind for kind in KINDS if kind != "rectified"])
+@pytest.mark.parametrize("tail", [*(x for x in KINDS if x != "rectified"), FITTED], ids=str)
 def test_density_one_is_dense_attention_of_the_tokens_that_exist(reorder, tail):
     """As with all tokens; heads share keys, and padding of NaN is seen by nobody."""
     q, k, v = fields(batch=4)
@@ -648,7 +697,9 @@ def test_density_one_is_dense_attention_of_the_tokens_that_exist(reorder, tail):
 
 
 @pytest.mark.parametrize("policy", ["low_delta", "topk", "topp", "threshold"])
-@pytest.mark.parametrize("tail", ["single", "bins", "block", "first_order", "gaussian"])
+@pytest.mark.parametrize(
+    "tail", ["single", "bins", "block", "first_order", "gaussian", FITTED], ids=str
+)
 def test_equal_logits_aggregate_without_error_what_exists(tail, policy):
     """The theorem of the paper, sample by sample, with lengths in the middle of blocks."""
     q, _, v = fields(batch=4)
@@ -701,7 +752,7 @@ def repeated_fields(dim, batch=2):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"tail": tail} for tail in KINDS),
+        *({"tail": tail} for tail in (*KINDS, FITTED)),
         {"tail": Tail(slope="query_block")},
         {"budget": "row"},
         {"policy": "topk", "budget": "head"},
@@ -722,9 +773,10 @@ def test_the_same_inputs_give_the_same_bits_twice(change, dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize("text", [(0, 0), (70, 9)])
-def test_the_whole_operation_replays_in_a_cuda_graph(text, dim):
+@pytest.mark.parametrize("tail", ["gaussian", FITTED], ids=str)
+def test_the_whole_operation_replays_in_a_cuda_graph(tail, text, dim):
     """Nothing waits for the host; other inputs give other lists in the replay."""
-    config = Config(density=0.3, block_q=64, block_kv=64)
+    config = Config(density=0.3, block_q=64, block_kv=64, tail=tail)
 
     def inputs(seed):
         tokens = fields((1, 1, 640 + sum(text)), dim=dim, seed=seed)
