@@ -78,9 +78,10 @@ def fit_tail(
 def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Factors ``[B, H]`` from rows ``[B, H, R, Dv]``; rows that are not finite do not count."""
     y = y - u - x  # what is left with both at 1
-    products = [(a * b).sum(-1) for a, b in ((u, u), (u, x), (x, x), (u, y), (x, y))]
-    finite = sum(products).isfinite()  # rows of padding may hold anything
-    uu, ux, xx, uy, xy = (p.where(finite, 0.0).sum(-1) for p in products)
+    pairs = ((u, u), (u, x), (x, x), (u, y), (x, y))
+    products = torch.stack([(a * b).sum(-1) for a, b in pairs])  # [5, B, H, R]
+    finite = products.isfinite().all(0)  # rows of padding may hold anything
+    uu, ux, xx, uy, xy = products.where(finite, 0.0).sum(-1).unbind()
     tiny = torch.finfo(torch.float32).tiny ** 0.5
     size_u, size_x = uu.sqrt().clamp(min=tiny), xx.sqrt().clamp(min=tiny)
     along_u, along_x = uy / size_u, xy / size_x
