@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex, objection_to_lengths
+from uta_fx.arguments import objection_to_lengths
+from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
 from uta_fx.compile_kernels import kernels_compiled_beside
 from uta_fx.config import Config
 from uta_fx.dump import readable
