@@ -11,6 +11,8 @@ from collections import Counter
 import diffusers
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
@@ -110,6 +112,28 @@ def test_every_attention_of_a_model_is_found_and_rewritten_without_harm(entry):
         if site.kind != "cross" and not short:
             assert site.sparse != bool(entry.dense), site.reason
             assert site.sparse or site.reason.startswith(entry.dense), site.reason
+
+
+def test_no_gather_is_left_between_the_layers_that_a_compiler_sees():
+    """Of the operators that Wan is traced into: three gathers before its attention, one behind."""
+    entry, graphs = next(entry for entry in MODELS if entry.name == "Wan"), []
+
+    def compile_inner(gm, inputs):
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    torch._dynamo.register_backend(aot_autograd(fw_compiler=compile_inner), name="look")
+    options = {"min_tokens": 48, "block_q": 16, "block_kv": 16, "inner": "look"}
+    with torch.no_grad():
+        compiled = torch.compile(entry.build(), backend="uta", fullgraph=True, options=options)
+        compiled(**entry.arguments())
+    (graph,) = graphs
+    names = [str(node.target) for node in graph.graph.nodes]
+    ours = [i for i, name in enumerate(names) if name.startswith("uta.block")]
+    gathers = [i for i, name in enumerate(names) if re.search(r"\.(index|gather|take)", name)]
+    assert len(ours) == 2 * 3
+    assert [sum(i < ours[0] for i in gathers), sum(i > ours[-1] for i in gathers)] == [3, 1]
+    assert len(gathers) == 4
 
 
 def wider(arguments):
