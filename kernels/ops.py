@@ -201,6 +201,8 @@ def check_block_masked_attention(
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     blocks = _check_attention(query, key, value, *rest)
+    if not key.shape[2]:
+        raise ValueError("key must hold at least one token, got 0")
     _check_shape("exact", exact, (*query.shape[:2], *blocks))
     check_dtype("exact", exact, torch.bool)
     check_device("exact", exact, query)
@@ -342,6 +344,8 @@ def check_block_scores(
     _check_blocked("query", query, "block_q", block_q)
     batch, heads, _, dim = query.shape
     blocks = key_mean.shape[-2]
+    if not blocks:
+        raise ValueError("key_mean must hold at least one block, got 0")
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("log_size", log_size, (batch, heads, blocks))
@@ -405,6 +409,8 @@ def check_heads(name: str, tensor: Tensor) -> None:
     """Raise where a tensor is no ``[B, H, L, D]`` that the operators take."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    if 0 in tensor.shape[:3]:
+        raise ValueError(f"{name} must hold a token of a head, got shape {tuple(tensor.shape)}")
     if tensor.is_cuda and tensor.shape[0] * tensor.shape[1] > MAX_HEADS:
         raise ValueError(
             f"{name} must have at most {MAX_HEADS} heads in all samples on a GPU,"

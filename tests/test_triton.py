@@ -174,13 +174,19 @@ def test_attention_is_as_accurate_as_eager(case, dtype):
         seed=st.integers(0, 1000),
     ),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    inside_nan=st.booleans(),
+    layout=st.sampled_from(["contiguous", "inside NaN", "tokens before heads", "channels first"]),
 )
-def test_attention_of_any_shape_is_as_accurate_as_eager(case, dtype, inside_nan):
+def test_attention_of_any_shape_is_as_accurate_as_eager(case, dtype, layout):
+    place = {
+        "contiguous": lambda x: x,
+        "inside NaN": poisoned,
+        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "channels first": lambda x: x.mT.contiguous().mT,
+    }[layout]
     args = case.inputs(dtype)
-    if inside_nan:
-        args = [poisoned(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    assert_as_accurate_as_eager(args)
+    assert_as_accurate_as_eager(
+        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    )
 
 
 @pytest.mark.parametrize("listed", [0.0, 0.5])

@@ -49,8 +49,6 @@ def check_call(
         check_dtype(name, tensor, query.dtype)
         check_device(name, tensor, query)
     batch, heads, length, dim = query.shape
-    if not (batch and heads and length):
-        raise ValueError(f"query must hold a token of a head, got shape {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
         shared = key.shape[1] and heads % key.shape[1] == 0
         if not shared or tensor.shape[:3] != (batch, key.shape[1], length):

@@ -58,7 +58,8 @@ def fit_tail(
     in_tail = ~exact.index_select(2, place // block_q)  # [B, H, R, Nk]
     of_keys = in_tail[..., None].expand(*in_tail.shape, block_kv).flatten(3)[..., : key.shape[2]]
     of_tail = weights * of_keys
-    output, numerator = ((x.to(value.dtype) @ value).float() for x in (weights, of_tail))
+    both = torch.cat([weights, of_tail], 2).to(value.dtype)  # one product reads the values once
+    output, numerator = (both @ value).float().chunk(2, 2)
     y = numerator - output * of_tail.sum(-1, keepdim=True)
 
     # variance of the logits, of the query block of each row as in the operator
