@@ -129,6 +129,35 @@ def test_export_takes_a_released_model(tmp_path):
     assert sizes.elem_type == onnx.TensorProto.FLOAT16
 
 
+def test_export_writes_one_file_for_every_grid(tmp_path):
+    """Frames, rows and columns alone are open; a model that takes its grid as numbers is named."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    folder, path = tmp_path / "wan", tmp_path / "wan.onnx"
+    narrow = {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 1}
+    find_model("wan-2.1-1.3b").model_class()(**narrow).save_pretrained(folder)
+    command = ("export", "onnx", str(path), "--pretrained", str(folder), "--dynamic-grid")
+    result = run_here(*command, "--model", "ltx-video")
+    assert "LTX-Video takes num_frames, height, width as numbers" in result.stderr
+    result = run_here(*command, "--model", "wan-2.1-1.3b", "--frames", "17")
+    assert result.returncode == 0, result.stderr
+    graph = onnx.load(path).graph
+    assert [x.op_type for x in graph.node].count("SparseAttention") == 1
+    sizes = [[x.dim_value for x in y.type.tensor_type.shape.dim] for y in graph.input]
+    assert sizes == [[1, 16, 0, 0, 0], [1], [1, 512, 4096]]
+
+
+def test_what_depends_on_the_grid_is_open():
+    """Rotary tables have a row for each token."""
+    real, dynamic = find_model("cogvideox-5b"), torch.export.Dim.DYNAMIC
+    shapes = real.dynamic_grid(real.size())
+    tables = {0: dynamic}
+    assert {name: x for name, x in shapes.items() if x is not None} == {
+        "hidden_states": {1: dynamic, 3: dynamic, 4: dynamic},
+        "image_rotary_emb": (tables, tables),
+    }
+
+
 @pytest.mark.parametrize("form", ["plugin", "standard"])
 def test_export_takes_a_released_model_for_tensorrt(tmp_path, form):
     """Up to where TensorRT is needed, or with TensorRT-RTX to the engine. Narrow, one layer."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -484,6 +485,34 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
     """One sentence, and nothing half written."""
     with pytest.raises(ValueError, match=message):
         export_onnx(model, (torch.ones(4, 4),), tmp_path / path, **options)
+    assert not os.listdir(tmp_path)
+
+
+if importlib.util.find_spec("package_of_nobody"):  # as libraries do
+    from package_of_nobody import transforms
+
+
+class Importing(nn.Module):
+    """It imports what is not installed."""
+
+    def forward(self, x):
+        import package_of_nobody.transforms
+
+        return package_of_nobody.transforms(x)
+
+
+class Naming(nn.Module):
+    """It names what was not imported, because it is not installed."""
+
+    def forward(self, x):
+        return transforms(x)
+
+
+@pytest.mark.parametrize("model", [Importing(), Naming()], ids=["import", "name"])
+@pytest.mark.parametrize("decide", [False, True])
+def test_a_package_that_a_model_misses_is_named(tmp_path, model, decide):
+    with pytest.raises(ImportError, match=r"package_of_nobody, .* pip install package_of_nobody"):
+        export_onnx(model.eval(), (torch.ones(4),), tmp_path / "model.onnx", decide_branches=decide)
     assert not os.listdir(tmp_path)
 
 

@@ -7,7 +7,9 @@ from cases import Case, double, poisoned, with_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uta_fx.export import tensorrt_ops  # noqa: F401  # defines operators
 from uta_fx.kernels import cpu, ops, reference
+from uta_fx.kernels.constants import CONSTANTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -253,6 +255,24 @@ def test_registration(tail, dim_v):
     scores = (args[0], args[0][:, :, :4], args[0][:, :, :4].square(), torch.zeros(2, 3, 4))
     torch.library.opcheck(torch.ops.uta.block_scores.default, (*scores, 0.2, 1.0, 1.0, 32, 2))
     torch.library.opcheck(torch.ops.uta.block_statistics.default, (args[1], args[2], 64))
+
+
+def test_schemas_are_what_plugins_of_tensorrt_take():
+    """Tensors first, then float, int, bool, str; constants are in no file."""
+    kinds = ["Tensor", "float", "int", "bool", "str"]
+    constant = {operator._schema.name for operator in CONSTANTS}
+    schemas = [x for x in torch._C._jit_get_all_schemas() if x.name.startswith("uta::")]
+    found = set()
+    for schema in schemas:
+        if schema.name in constant:
+            continue
+        places = [
+            kinds.index({"SymInt": "int"}.get(str(x.type), str(x.type))) for x in schema.arguments
+        ]
+        assert places == sorted(places) and places[0] == 0, schema
+        assert all(str(x.type) == "Tensor" for x in schema.returns), schema
+        found.add(schema.name)
+    assert {"uta::sparse_attention", "uta::select_blocks", "uta::attend_listed"} <= found
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from uta_fx.config import Config
 
 if TYPE_CHECKING:
     from uta_fx.explain import Explanation
+    from uta_fx.study.real_models import RealModel, Size
 
 typer = require("typer", extra="demo")
 rich_console = require("rich.console", extra="demo")
@@ -115,9 +116,9 @@ Pretrained = Annotated[
     typer.Option(help="Weights of --model for diffusers: a folder, or a name on the Hub."),
 ]
 ExportedDtype = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Of the file: float32, float16 or bfloat16; without it float16 for --model and float32"
+        help="Of the file: float32, float16 or bfloat16; auto takes float16 for --model and float32"
         " for the shipped model."
     ),
 ]
@@ -127,6 +128,14 @@ DecideBranches = Annotated[
         "--decide-branches",
         help="Write the way that a model takes without an image, where it asks (HunyuanVideo 1.5);"
         " it is run once.",
+    ),
+]
+DynamicGrid = Annotated[
+    bool,
+    typer.Option(
+        "--dynamic-grid",
+        help="One file for every number of frames, rows and columns; the policies low_delta and"
+        " topk, and the tails none, block, first_order and gaussian.",
     ),
 ]
 JsonFile = Annotated[
@@ -639,7 +648,8 @@ def export_onnx(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
-    dtype: ExportedDtype = None,
+    dtype: ExportedDtype = "auto",
+    dynamic_grid: DynamicGrid = False,
     decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
@@ -657,12 +667,14 @@ def export_onnx(
 
     config = Config(density=density, policy=policy, tail=tail, budget=budget, reorder=reorder)
     clip = {"size": size, "height": height, "width": width, "frames": frames}
+    shapes = _dynamic_grid(model, clip) if dynamic_grid else None
     exported, arguments = _exported_model(model, pretrained, clip, dtype, weights, clips)
     print(
         write(
-            exported, (), output, config=config, kwargs=arguments, decide_branches=decide_branches
+            exported, (), output, config=config, kwargs=arguments, dynamic_shapes=shapes,
+            decide_branches=decide_branches,
         )
-    )
+    )  # fmt: skip
     print(_written(output))
 
 
@@ -684,7 +696,7 @@ def export_tensorrt(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
-    dtype: ExportedDtype = None,
+    dtype: ExportedDtype = "auto",
     decide_branches: DecideBranches = False,
     weights: Weights = None,
     density: Density = DEFAULTS.density,
@@ -772,13 +784,13 @@ def export_plugin(
 def _exported_model(
     name: str | None,
     pretrained: str | None,
-    clip: dict[str, Any],
-    dtype: str | None,
+    clip: Mapping[str, Any],
+    dtype: str,
     weights: Path | None,
     clips: int,
 ) -> tuple[Any, dict[str, Any]]:
     """The model that is asked for, and its arguments for a clip."""
-    of_file = _dtype(dtype or ("float16" if name else "float32"), torch.device("cpu"))
+    of_file = _dtype("float16" if name and dtype == "auto" else dtype, torch.device("cpu"))
     if name is None:
         _need_model(**clip, pretrained=pretrained)
         return _shipped_model(weights, clips, of_file)
@@ -791,9 +803,22 @@ def _exported_model(
     if clips != 1 or weights is not None:
         raise ValueError("--clips and --weights are the shipped model's, --model takes neither")
     real = find_model(name)
-    size = clip.pop("size")
-    chosen = real.size(size, **clip)
-    return real.pretrained(pretrained, of_file, chosen)
+    return real.pretrained(pretrained, of_file, _size(real, clip))
+
+
+def _size(real: RealModel, clip: Mapping[str, Any]) -> Size:
+    return real.size(clip["size"], **{side: x for side, x in clip.items() if side != "size"})
+
+
+def _dynamic_grid(name: str | None, clip: Mapping[str, Any]) -> dict[str, Any]:
+    """``dynamic_shapes`` for the arguments of ``_exported_model``."""
+    from uta_fx.study.real_models import find_model
+
+    if name is not None:
+        real = find_model(name)
+        return real.dynamic_grid(_size(real, clip))
+    fixed = dict.fromkeys(("timestep", "encoder_hidden_states", "return_dict"))
+    return {"hidden_states": dict.fromkeys((2, 3, 4), torch.export.Dim.DYNAMIC), **fixed}
 
 
 def _need_model(**options: Any) -> None:

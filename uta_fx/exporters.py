@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.export import ExportedProgram
 
-from uta_fx._optional import require
+from uta_fx._optional import naming_missing_packages, require
 from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
@@ -84,7 +84,7 @@ def export_onnx(
         What was decided about every attention call, and why.
 
     Raises:
-        ImportError: onnx or onnxscript is missing.
+        ImportError: onnx, onnxscript or a package that the model needs is missing.
         TypeError: ``model`` is not a module.
         ValueError: An argument is out of range or cannot be copied, ``dense_until`` is set,
             ``strict`` and a site stays dense, a dimension cannot be dynamic, the model is not one
@@ -156,7 +156,8 @@ def export_tensorrt(
         What was decided about every attention call, and why.
 
     Raises:
-        ImportError: onnxscript, or for ``"engine"`` TensorRT, torch_tensorrt or Triton, is missing.
+        ImportError: onnxscript, a package that the model needs, or for ``"engine"`` TensorRT,
+            torch_tensorrt or Triton, is missing.
         TypeError: ``model`` is not a module.
         ValueError: As for ``export_onnx``, or ``form`` is another.
     """
@@ -412,11 +413,12 @@ def sparse_program(
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
     with torch.no_grad(), opened(model, args, kwargs or {}) as given:
-        asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
+        with naming_missing_packages():
+            asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
         branches = tuple(branch for branch in asked if not branch.is_number)
 
         def trace() -> ExportedProgram:
-            with decided(model, branches):
+            with decided(model, branches), naming_missing_packages():
                 return torch.export.export(
                     model, given.args, given.kwargs, dynamic_shapes=dynamic_shapes
                 )
@@ -429,6 +431,8 @@ def sparse_program(
                     raise
                 branches = asked  # the numbers too, which a graph knows better as symbols
                 program = trace()
+        except ImportError:
+            raise
         except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip())) from error
         try:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.export import Dim
+from torch.utils._pytree import tree_map, tree_map_only
 
 from uta_fx._optional import require
 from uta_fx.config import Config
@@ -190,6 +191,37 @@ class RealModel:
 
         arguments = tree_map_only(Tensor, fill, self.inputs(latent, grid))
         return model.eval(), {**arguments, "return_dict": False}
+
+    def dynamic_grid(self, size: Size) -> dict[str, Any]:
+        """``dynamic_shapes`` of ``export_onnx``: what follows from frames, height and width.
+
+        Args:
+            size: Of the clip that ``pretrained`` makes arguments for.
+
+        Raises:
+            ValueError: The model takes its grid as numbers.
+        """
+        frames, height, width = self.compression
+        larger = Size(
+            size.height + height * self.patch[1],
+            size.width + width * self.patch[2],
+            size.frames + frames * self.patch[0],
+        )
+        here, there = (self.inputs(self.latent(x), self.grid(x)) for x in (size, larger))
+        numbers = [name for name, x in here.items() if isinstance(x, int) and x != there[name]]
+        if numbers:
+            raise ValueError(
+                f"--dynamic-grid cannot be: {self.title} takes {', '.join(numbers)} as numbers,"
+                " which are constants of a file. Export one file for each size"
+            )
+
+        def differing(x: Any, y: Any) -> dict[int, Any] | None:
+            if not isinstance(x, Tensor):
+                return None
+            pairs = enumerate(zip(x.shape, y.shape, strict=True))
+            return {dim: Dim.DYNAMIC for dim, (a, b) in pairs if a != b} or None
+
+        return {**tree_map(differing, here, there), "return_dict": None}
 
     def _model(self, layers: int | None) -> torch.nn.Module:
         depth = self.depth()
