@@ -468,6 +468,12 @@ def product_divided_over_queries(q, k, v):
     return weights @ v / weights.sum(-2, keepdim=True).mT
 
 
+def with_a_sink(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.cat([q @ k.mT, q.new_zeros(BATCH, HEADS, LENGTH, 1)], -1)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
 def values_written_to(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q @ k.mT).exp()
@@ -601,6 +607,7 @@ def written_to(q, k, v):
         (times_the_inverse_of_the_sum, "looks like attention, but its weights are not exponential"),
         (product_divided_by_another_sum, "looks like attention, but its weights are not exponent"),
         (product_divided_over_queries, "looks like attention, but its weights are not exponentia"),
+        (with_a_sink, "looks like attention, but getitem changes the weights"),
         (values_written_to, "looks like attention, but its queries, keys or values are"),
         (powers_of_two_under_a_bias, "looks like attention, but its mask is scaled"),
         (biased, "its attention mask differs from query to query"),
