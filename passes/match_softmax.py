@@ -21,7 +21,8 @@ _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_co
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 _NEAR = (*_CASTS, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp", "tanh",
          "view", "view_as", "reshape", "transpose", "permute", "unflatten", "flatten", "expand",
-         "nan_to_num", "neg", "softcap", "sigmoid", "unsqueeze", "squeeze")  # fmt: skip
+         "nan_to_num", "neg", "softcap", "sigmoid", "unsqueeze", "squeeze", "cat", "getitem",
+         "slice", "narrow")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,10 @@ def pads(mask: Node, *, trusted: bool = False, inverted: bool = False) -> str | 
 
 
 def _is_written(mask: Node) -> bool:
-    """Whether an operation may write into a tensor that a mask is made of."""
+    """Whether an operation may write into a tensor that a mask is made of.
+
+    One that takes a new tensor, and alone takes it, is what it would be out of place.
+    """
     made_of: set[Node] = set()
     stack = [mask]
     while stack:
@@ -120,12 +123,19 @@ def _is_written(mask: Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if node in written_by(user):
+            alone = name_of(node) in _NEW and len(node.users) == 1 and user in made_of
+            if node in written_by(user) and not alone:
                 return True
             if user not in made_of and name_of(user) in (*VIEWS, *_ALIKE):
                 made_of.add(user)
                 stack.append(user)
     return False
+
+
+_NEW = (
+    "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+    "full_like",
+)  # fmt: skip
 
 
 def _operands(node: Node, want: bool) -> list[tuple[Node, bool]]:

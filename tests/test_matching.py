@@ -319,6 +319,27 @@ def test_the_multi_head_attention_of_torch_is_found(need_weights):
     torch.testing.assert_close(output, First()(x).detach(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_the_padding_of_a_multi_head_attention_is_read_as_lengths(added):
+    """A boolean key_padding_mask, or one that is added; density 1 is torch's own."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([LENGTH, 70])
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
+
+        def forward(self, x):
+            hidden = torch.arange(LENGTH) >= lengths[:, None]
+            mask = torch.where(hidden, -torch.inf, 0.0) if added else hidden
+            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    module, x = Padded(), tokens()
+    output, _ = rewritten(module, x, 1.0)
+    torch.testing.assert_close(output[:, :70], module(x).detach()[:, :70], rtol=0, atol=2e-6)
+
+
 def test_a_multi_head_attention_with_more_than_attention_stays_dense():
     """Its weights are asked for, or it has a mask: one site, with the reason."""
 
@@ -328,11 +349,11 @@ def test_a_multi_head_attention_with_more_than_attention_stays_dense():
             self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
 
         def forward(self, x, mask=None):
-            output, weights = self.attention(x, x, x, key_padding_mask=mask)
+            output, weights = self.attention(x, x, x, attn_mask=mask)
             return (output, weights) if mask is None else output
 
-    mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    for arguments, reason in (((), "returns its weights"), ((mask,), "has a key_padding_mask")):
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    for arguments, reason in (((), "returns its weights"), ((mask,), "has attn_mask")):
         found = uta_fx.explain(Weights(), tokens(), *arguments, config=Config(**SMALL)).sites
         assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
 
@@ -445,6 +466,12 @@ def product_divided_over_queries(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q @ k.mT).exp()
     return weights @ v / weights.sum(-2, keepdim=True).mT
+
+
+def with_a_sink(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.cat([q @ k.mT, q.new_zeros(BATCH, HEADS, LENGTH, 1)], -1)
+    return logits.softmax(-1)[..., :-1] @ v
 
 
 def values_written_to(q, k, v):
@@ -580,6 +607,7 @@ def written_to(q, k, v):
         (times_the_inverse_of_the_sum, "looks like attention, but its weights are not exponential"),
         (product_divided_by_another_sum, "looks like attention, but its weights are not exponent"),
         (product_divided_over_queries, "looks like attention, but its weights are not exponentia"),
+        (with_a_sink, "looks like attention, but getitem changes the weights"),
         (values_written_to, "looks like attention, but its queries, keys or values are"),
         (powers_of_two_under_a_bias, "looks like attention, but its mask is scaled"),
         (biased, "its attention mask differs from query to query"),
