@@ -634,7 +634,7 @@ def test_any_call_that_can_be_exact_is_dense_attention(data):
     equal = draw(st.booleans())
     config = Config(
         density=draw(st.sampled_from([0.01, 0.3])) if equal else 1.0,
-        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian"])),
+        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian", FITTED])),
         policy=draw(st.sampled_from(["low_delta", "topk"])),
         budget=draw(st.sampled_from(["site", "head", "row"])),
         reorder=draw(st.sampled_from(["none", "tile", "morton", "hilbert"])),
