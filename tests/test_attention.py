@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import operator_arguments, pool_blocks
-from uta_fx.fitting import LIMIT, RIDGE, fit_tail
+from uta_fx.fitting import LIMIT, RIDGE, STEPS, fit_tail
 from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
 from uta_fx.policies import LowDelta, TopK, spend_budget
-from uta_fx.statistics import BlockStatistics, block_statistics
+from uta_fx.statistics import block_statistics
 from uta_fx.tails import KINDS, Tail
 
 GRID = (8, 8, 8)
@@ -155,38 +155,50 @@ def test_a_fitted_tail_is_a_regression_on_sampled_rows(density):
     config = Config(density=density, reorder="none", block_q=16, block_kv=32)
     selection = pool_blocks(q, k, v, config, None)
     exact = LowDelta().select(selection)
-    statistics, scale = selection.statistics, selection.scale
-    found = fit_tail(selection, exact, k, v, statistics.covariance, 0.5, 5)
+    found = fit_tail(selection, exact, k, v, selection.statistics.covariance, 0.5, 5)
     q, k, v = (x.double() for x in (q, k, v))
-    statistics = BlockStatistics(**{name: x.double() for name, x in vars(statistics).items()})
+    means = {name: x.double() for name, x in vars(selection.statistics).items()}
     for head in range(2):
-        rows = [], [], []  # u, x, y
+        rows = []  # exact output; exact part, tail's means and slope, each with its mass
         for i in (7, 21, 35, 49, 63):
-            query, block = scale * q[0, head, i], i // 16
+            query, block = selection.scale * q[0, head, i], i // 16
             p = (k[0, head] @ query).softmax(0)
-            left = ~exact[0, head, block]
-            o, total = p @ v[0, head], (k[0, head] @ query).exp().sum()
-            square = (scale * q[0, head, 16 * block : 16 * block + 16]).square().mean(0)
-            u = x = y = 0.0
-            for b in left.nonzero()[:, 0].tolist():
+            square = (selection.scale * q[0, head, 16 * block : 16 * block + 16]).square().mean(0)
+            parts = torch.zeros(3, 17, dtype=torch.float64)
+            with_mass = torch.cat([v[0, head], torch.ones(70, 1).double()], 1)
+            for b in range(3):
                 keys = slice(32 * b, min(32 * b + 32, 70))
-                y = y + p[keys] @ (v[0, head, keys] - o)
-                sigma2 = square @ statistics.key_variance[0, head, b]
-                mass = (query @ statistics.key_mean[0, head, b] + sigma2 / 4).exp()
-                mass = mass * (keys.stop - keys.start) / total
-                u = u + mass * (statistics.value_mean[0, head, b] - o)
-                x = x + mass / (1 + sigma2) * (query @ statistics.covariance[0, head])
-            for list_, of_row in zip(rows, (u, x, y), strict=True):
-                list_.append(of_row if torch.is_tensor(of_row) else torch.zeros_like(o))
-        u, x, y = (torch.cat(list_) for list_ in rows)
-        ridge = torch.stack([u.norm(), x.norm()]) * RIDGE**0.5
-        equations = torch.cat([torch.stack([u, x], 1), ridge.diag()])
-        wanted = torch.linalg.lstsq(equations, torch.cat([y, ridge])[:, None]).solution[:, 0]
-        mass = wanted[0].clamp(1 / LIMIT, LIMIT)
-        gain = (wanted[1] / mass).clamp(0, LIMIT)
+                if exact[0, head, block, b]:
+                    parts[0] += p[keys] @ with_mass[keys]
+                    continue
+                sigma2 = square @ means["key_variance"][0, head, b]
+                mass = (query @ means["key_mean"][0, head, b] + sigma2 / 4).exp()
+                mass = mass * (keys.stop - keys.start) / (k[0, head] @ query).exp().sum()
+                parts[1, :16] += mass * means["value_mean"][0, head, b]
+                parts[1, 16] += mass
+                parts[2, :16] += mass / (1 + sigma2) * (query @ means["covariance"][0, head])
+            rows.append((p @ v[0, head], parts))
+        mass = slope = 1.0
+        for _ in range(STEPS):
+            lines = [], [], []
+            for output, (listed, of_means, of_slope) in rows:
+                total = listed + mass * of_means + slope * of_slope
+                given, total = total[:16] / total[16], total[16]
+                u, x = (of_means[:16] - given * of_means[16]) / total, of_slope[:16] / total
+                for line, of_row in zip(
+                    lines, (u, x, output - given + (mass - 1) * u + (slope - 1) * x), strict=True
+                ):
+                    line.append(of_row)
+            u, x, rest = (torch.cat(line) for line in lines)
+            ridge = (torch.stack([u.norm(), x.norm()]) * RIDGE**0.5).diag()
+            equations = torch.cat([torch.stack([u, x], 1), ridge])
+            rest = torch.cat([rest, torch.zeros(2).double()])[:, None]
+            of_u, of_x = (1 + torch.linalg.lstsq(equations, rest).solution[:, 0]).tolist()
+            mass = min(max(of_u, 1 / LIMIT), LIMIT)
+            slope = mass * min(max(of_x / mass, 0.0), LIMIT)
         torch.testing.assert_close(
             torch.stack([found[0][0, head], found[1][0, head]]).double(),
-            torch.stack([mass, gain]), rtol=1e-3, atol=1e-3,
+            torch.tensor([mass, slope / mass]).double(), rtol=1e-3, atol=1e-3,
         )  # fmt: skip
 
 
@@ -634,7 +646,7 @@ def test_any_call_that_can_be_exact_is_dense_attention(data):
     equal = draw(st.booleans())
     config = Config(
         density=draw(st.sampled_from([0.01, 0.3])) if equal else 1.0,
-        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian"])),
+        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian", FITTED])),
         policy=draw(st.sampled_from(["low_delta", "topk"])),
         budget=draw(st.sampled_from(["site", "head", "row"])),
         reorder=draw(st.sampled_from(["none", "tile", "morton", "hilbert"])),

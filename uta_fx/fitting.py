@@ -8,6 +8,7 @@ from torch import Tensor
 from uta_fx.policies.base import Selection
 
 RIDGE = 0.3  # how strongly both are held to 1, relative to what the sample says (docs/measured.md)
+STEPS = 2  # of Gauss and Newton, since mass is in the denominator too
 LIMIT = 4.0  # mass lies between one part in so many and so many times, the slope below
 
 
@@ -22,15 +23,17 @@ def fit_tail(
 ) -> tuple[Tensor, Tensor]:
     """By how much the mass of the representatives and the slope of the tail should be larger.
 
-    For a row i of the sample, with its exact weights p over all keys and its exact output o, and
-    sums over the blocks b that it does not attend to exactly:
+    For a row i of the sample, with its output o_i over all keys exactly, what lists and tail give
+    it with both factors, and sums over the blocks b that it does not attend to exactly:
 
-        y_i = sum_b sum of p_ij (v_j - o_i) over the keys j of b
-        u_i = sum_b m_ib (value_mean_b - o_i)             m_ib: mass of the representative, as p_ij
-        x_i = sum_b m_ib / (1 + sigma2_ib) (s q_i @ slope)
+        total_i = sum of the row's exact weights + mass sum_b m_ib     m_ib: of a representative
+        given_i = output from these, with the slope
+        u_i = sum_b m_ib (value_mean_b - given_i) / total_i
+        x_i = sum_b m_ib / (1 + sigma2_ib) (s q_i @ slope) / total_i
 
-    To first order ``y - mass u - mass gain x`` is the error of the output. Both factors are those
-    of its least squares over the rows, with a ridge that holds them to 1.
+    Where ``mass`` grows by d and ``mass gain`` by e, the output moves by ``d u + e x`` to first
+    order. Each step takes the d and e that bring it closest to o over the rows, with a ridge that
+    holds both factors to 1.
 
     Args:
         selection: What the policy saw.
@@ -60,7 +63,6 @@ def fit_tail(
     of_tail = weights * of_keys
     both = torch.cat([weights, of_tail], 2).to(value.dtype)  # one product reads the values once
     output, numerator = (both @ value).float().chunk(2, 2)
-    y = numerator - output * of_tail.sum(-1, keepdim=True)
 
     # variance of the logits, of the query block of each row as in the operator
     first = place // block_q * block_q
@@ -71,14 +73,25 @@ def fit_tail(
     scaled = sample.float() * scale
     mass = scaled @ statistics.key_mean.float().mT + statistics.log_size[:, :, None] - lse
     mass = (mass + variance_weight / 2 * sigma2).exp() * in_tail
-    u = mass @ statistics.value_mean.float() - output * mass.sum(-1, keepdim=True)
     x = (mass / (1 + sigma2)).sum(-1, keepdim=True) * (scaled @ slope.float())
-    return _least_squares(u, x, y)
+    values, mass = mass @ statistics.value_mean.float(), mass.sum(-1, keepdim=True)
+    exact_values, exact_mass = output - numerator, 1 - of_tail.sum(-1, keepdim=True)
+    of_mass = of_slope = mass.new_ones((*mass.shape[:2], 1, 1))
+    for _ in range(STEPS):
+        total = exact_mass + of_mass * mass
+        given = (exact_values + of_mass * values + of_slope * x) / total
+        u, along = (values - given * mass) / total, x / total
+        rest = output - given + (of_mass - 1) * u + (of_slope - 1) * along
+        of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, rest))
+    of_mass, of_slope = of_mass[..., 0, 0], of_slope[..., 0, 0]
+    return of_mass, of_slope / of_mass
 
 
 def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``[B, H]`` from rows ``[B, H, R, Dv]``; rows that are not finite do not count."""
-    y = y - u - x  # what is left with both at 1
+    """Both factors of ``y + u + x = f u + g x``, ``[B, H]``, from rows ``[B, H, R, Dv]``.
+
+    Rows that are not finite do not count.
+    """
     pairs = ((u, u), (u, x), (x, x), (u, y), (x, y))
     products = torch.stack([(a * b).sum(-1) for a, b in pairs])  # [5, B, H, R]
     finite = products.isfinite().all(0)  # rows of padding may hold anything
@@ -91,4 +104,4 @@ def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     of_u = 1 + ((1 + RIDGE) * along_u - both * along_x) / (determinant * size_u)
     of_x = 1 + ((1 + RIDGE) * along_x - both * along_u) / (determinant * size_x)
     mass = of_u.clamp(1 / LIMIT, LIMIT)
-    return mass, (of_x / mass).clamp(0.0, LIMIT)
+    return mass, mass * (of_x / mass).clamp(0.0, LIMIT)

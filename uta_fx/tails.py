@@ -54,7 +54,7 @@ class Tail:
             each head, evenly spaced, are attended to exactly, and the mass of the tail and its
             slope are multiplied by what fits these best (``uta_fx.fitting``); 0 for neither. 16 are
             enough (``docs/measured.md``); they take ``rows / L`` of dense attention's operations
-            and, while it is fitted, memory for two numbers of a row and key.
+            and meanwhile memory for three numbers for each pair of such a row and a key.
         keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
             share goes to the exact keys, as in the published code; False leaves it out, as the
             paper writes.
