@@ -31,9 +31,6 @@ from uta_fx.kernels.triton_attention import (
     gluon_tail,
 )
 
-MANY = 1024
-"""Representatives, where their number is not known: more than the largest tile of the tail."""
-
 _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
     "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
@@ -77,15 +74,17 @@ class AttentionVariant(NamedTuple):
 def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVariant]:
     """One, or two where the length of the keys is not known: ragged or not.
 
-    A tail has representatives even where their number is not known: one without has none in any
-    file.
-
     Raises:
-        ValueError: A size that a kernel needs is not known.
+        ValueError: A size that a kernel needs is not known, or the scale is too small for one.
     """
     attributes = node.attributes
-    representatives, slopes, length = node.size(5, 3), node.size(9, 2), node.size(1, 2)
-    has_tail = representatives != 0
+    representatives = node.known(5, 3)
+    has_tail = representatives > 0
+    scale = attributes["scale"]
+    least = 0 if gluon_attention is None or not has_tail else gluon_attention.MIN_SCALE
+    if 0 < abs(scale) < least:
+        raise ValueError(f"scale must be 0 or at least {least} in magnitude, got {scale}")
+    length = node.size(1, 2)
     lengths = [False, True] if length is None else [length % attributes["block_kv"] == 0]
     return [
         AttentionVariant(
@@ -94,13 +93,13 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
             dim_v=node.known(2, 3),
             block_q=attributes["block_q"],
             block_kv=attributes["block_kv"],
-            sign=(attributes["scale"] > 0) - (attributes["scale"] < 0),
+            sign=(scale > 0) - (scale < 0),
             has_tail=has_tail,
             per_block=has_tail and bool(attributes["per_block"]),
-            has_variance=has_tail and node.size(8, 2) != 0,
-            slopes=min(2 if slopes is None else slopes, 2) if has_tail else 0,
+            has_variance=has_tail and node.known(8, 2) > 0,
+            slopes=min(node.known(9, 2), 2) if has_tail else 0,
             even=even,
-            representatives=MANY if representatives is None else representatives,
+            representatives=representatives,
         )
         for even in lengths
     ]
@@ -136,9 +135,8 @@ def compile_attention(variant: AttentionVariant, architecture: int) -> dict[str,
         blocks=2, unaligned=unaligned,
     )  # fmt: skip
     kernels["TURNS"] = _compile(
-        gluon_attention._longest_first_kernel, variant, architecture,
-        gluon_attention.turn_options(variant.dim),
-        blocks=gluon_attention.blocks_of_program(variant.dim) * gluon_attention.RANKED,
+        gluon_attention._longest_first_kernel, variant, architecture, gluon_attention.TURN_OPTIONS,
+        blocks=2 * gluon_attention.RANKED,
     )  # fmt: skip
     if paired_tail:
         kernels["VARIANCE"] = _compile(
@@ -150,7 +148,7 @@ def compile_attention(variant: AttentionVariant, architecture: int) -> dict[str,
     )
     kernels["PAIRED"] = _compile(
         gluon_attention._paired_kernel, variant, architecture, options,
-        blocks=gluon_attention.blocks_of_program(variant.dim), unaligned=unaligned,
+        blocks=2, unaligned=unaligned,
     )  # fmt: skip
     return kernels
 

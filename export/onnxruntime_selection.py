@@ -143,7 +143,7 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
     ):
         function = gluon_scores._scores_kernel
         options = gluon_scores.score_options(variant.dim, power, variant.block_q, variant.rows)
-        rows = gluon_scores.rows_of_program(variant.rows)
+        rows = gluon_scores.rows_of_program(variant.dim, variant.rows)
     else:
         function, limit = triton_scores._scores_kernel, SHARED_KB[architecture] * 1024
         tile = triton_scores.score_tile(dtype, variant.dim, variant.blocks, limit)

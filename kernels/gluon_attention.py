@@ -2,9 +2,8 @@
 
 A program takes a pair of neighbouring query blocks. One warp copies the representatives of the tail
 and then the key and value blocks of both lists into a ring of shared memory, a block that both list
-once; two groups of four warps multiply, one for each query block. Softmax is base 2 inside, and the
-products of one step overlap with the softmax of the next, as FlashAttention-3 does
-(https://arxiv.org/abs/2407.08608). ``gluon_tail`` has the tail's part.
+once; two groups of four warps multiply, one for each query block. At head dim 64 a multiprocessor
+has two programs. ``gluon_softmax`` has the steps of a group, ``gluon_tail`` the tail's part.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -24,20 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from uta_fx.kernels.gluon_tail import (
-    LOG2_E,
-    Tail,
-    add_slope,
-    attend_tail,
-    copy_tail,
-    exp2,
-    variances,
-)
+from uta_fx.kernels.gluon_softmax import LOG2_E, attend_steps
+from uta_fx.kernels.gluon_tail import Tail, add_slope, copy_tail, variances
 from uta_fx.kernels.launches import launcher
 
 LN_2 = tl.constexpr(math.log(2.0))
@@ -49,11 +39,16 @@ RANKED, COMPARED = 64, 256  # what a program ranks, and with how many others at 
 # lists; then which pair of the head has its turn here
 PLAN = 8
 ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
+# and of the one that gives pairs their turns
+TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
-# of each of 384 threads: two groups that multiply and one that copies; of 640: four and one
-MAX_REGISTERS = {128: 168, 64: 96}
+# of each of 384 threads: two groups that multiply and one that copies. At head dim 64 they are half
+# of what a multiprocessor has. Then those of a thread of the second group, which the first exceeds.
+MAX_REGISTERS = {128: 168, 64: 80}
+GROUP_REGISTERS = {128: 240, 64: 104}
 STAGES = 5  # of the ring: pairs of a key and a value block
 MAX_BLOCKS = 1 << 16  # of keys: their order is kept in 16 bits
+MIN_SCALE = 1e-30  # biases of representatives are divided by the scale, unless that is 0
 # what is made for pairs of blocks takes one part in SHARE of query, key and value: it is made for
 # some of the heads at a time, but not for so few that a launch has less than FILL programs
 SHARE = 25
@@ -157,39 +152,26 @@ def _pair_lists_kernel(
 
 
 @triton.jit
-def _lengths(plans, program, pairs, PLAN: tl.constexpr, PAIRS: tl.constexpr):
-    """How many blocks the lists of a program's pairs hold; -1 where a pair is missing."""
-    length = tl.zeros(program.shape, tl.int32)
-    for i in tl.static_range(PAIRS):
-        pair = program * PAIRS + i
-        length += tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)
-    return tl.where((program + 1) * PAIRS <= pairs, length, -1)
-
-
-@triton.jit
 def _longest_first_kernel(
     plan_ptr,  # int32 [B, H, pairs, PLAN]
     blocks_q,
     PLAN: tl.constexpr,
-    PAIRS: tl.constexpr,  # neighbours that share a program
     RANKED: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     """Give the pairs of a head their turns, longest lists first: no long one comes at the end."""
     pairs = tl.cdiv(blocks_q, 2)
     plans = plan_ptr + tl.program_id(1).to(tl.int64) * pairs * PLAN
-    program = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
-    length = _lengths(plans, program, pairs, PLAN, PAIRS)  # [RANKED]
+    pair = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    length = tl.load(plans + pair * PLAN + 5, mask=pair < pairs, other=0)  # [RANKED]
     rank = tl.zeros([RANKED], tl.int32)
-    for start in range(0, tl.cdiv(pairs, PAIRS), COMPARED):
+    for start in range(0, pairs, COMPARED):
         other = start + tl.arange(0, COMPARED)
-        of_other = _lengths(plans, other, pairs, PLAN, PAIRS)  # [COMPARED]
+        of_other = tl.load(plans + other * PLAN + 5, mask=other < pairs, other=-1)  # [COMPARED]
         earlier = of_other[None, :] > length[:, None]
         tied = of_other[None, :] == length[:, None]
-        earlier = earlier | (tied & (other[None, :] < program[:, None]))
+        earlier = earlier | (tied & (other[None, :] < pair[:, None]))
         rank += tl.sum(earlier.to(tl.int32), 1)
-    for i in tl.static_range(PAIRS):
-        pair = program * PAIRS + i
-        tl.store(plans + (rank * PAIRS + i) * PLAN + 6, pair, mask=pair < pairs)
+    tl.store(plans + rank * PLAN + 6, pair, mask=pair < pairs)
 
 
 @gluon.jit
@@ -246,7 +228,7 @@ def _copy(
     (
         q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
         size_base, sigma2_a, sigma2_b, listed_a, listed_b, ids_row, plan,
-        batch, head, pair, representatives, half_weight_log2,
+        batch, head, pair, representatives, scale_log2, half_weight_log2,
     ) = given  # fmt: skip
     mbarrier.expect(desk_full, 2 * q_desc.block_type.nbytes)
     for i in gl.static_range(2):
@@ -258,7 +240,7 @@ def _copy(
         copy_tail(
             tail_k_desc, tail_v_desc, k_ring, v_ring, column_ring, full, empty,
             size_base, sigma2_a, sigma2_b, listed_a, listed_b,
-            batch, head, base, representatives, half_weight_log2, BLOCK, STAGES,
+            batch, head, base, representatives, scale_log2, half_weight_log2, BLOCK, STAGES,
         )  # fmt: skip
         if not KEEP:
             mbarrier.wait(desk_free, 0)  # the queries are in registers by now
@@ -272,22 +254,13 @@ def _copy(
 
 
 @gluon.jit
-def _softmax_step(s, row_max, row_sum, scale_log2):
-    """Weights of one tile of logits and the running softmax after it."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
-    p = exp2(s * scale_log2 - new_max[:, None])
-    shrink = exp2(row_max - new_max)
-    return p, shrink, new_max, row_sum * shrink + gl.sum(p, 1)
-
-
-@gluon.jit
 def _attend(
     memory,  # of _pair_memory
     given,  # of _paired_kernel
     WHICH: gl.constexpr,  # of the pair
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     SIGN: gl.constexpr, EVEN: gl.constexpr, TAIL: gl.constexpr, RESUME: gl.constexpr,
-    KEEP: gl.constexpr,
+    KEEP: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Store attention of one query block; ``rows``: how many of the pair's rows there are."""
     desk, slope_desk, k_ring, v_ring, column_ring, full, empty, desk_full, desk_free = memory
@@ -321,7 +294,6 @@ def _attend(
             q = (q * SIGN).to(dtype)
     s_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, S_LAYOUT))
     lse_ptrs = lse_base + s_rows
-    base = 0
     if RESUME:
         o_rows = WHICH * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, O_LAYOUT))
         o_dims = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
@@ -333,11 +305,14 @@ def _attend(
         row_max = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         row_sum = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([BLOCK, D], gl.float32, O_LAYOUT)
+    gain = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    rings = k_ring, v_ring, column_ring, full, empty
+    base = 0
     if TAIL:
         base = gl.cdiv(representatives, BLOCK)
-        acc, row_max, row_sum, gain = attend_tail(
-            q, acc, row_max, row_sum, k_ring, v_ring, column_ring, full, empty, base, scale_log2,
-            WHICH, D, BLOCK, STAGES,
+        acc, row_max, row_sum, gain = attend_steps(
+            q, (acc, row_max, row_sum, gain), rings, (0, 0, 0, 0), base, 0, scale_log2,
+            WHICH, STAGES, True, True, OVERLAP,
         )  # fmt: skip
         mbarrier.wait(desk_full, 1)
         if KEEP:
@@ -349,41 +324,10 @@ def _attend(
         )
         if not KEEP:
             mbarrier.arrive(desk_free)
-
-    no_logits = gl.zeros([BLOCK, BLOCK], gl.float32, S_LAYOUT)
-    if count > 0:
-        at = base + gl.where(own != 0, 0, first + gl.where(alternating > 0, WHICH, 0))
-        stage = at % STAGES
-        mbarrier.wait(full.index(stage), at // STAGES & 1)
-        k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
-        s = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        if not EVEN:
-            inside = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT)) < last_keys
-            s = gl.where(inside[None, :] | (own == 0), s, -float("inf"))
-        p, shrink, row_max, row_sum = _softmax_step(s, row_max, row_sum, scale_log2)
-        p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        for j in range(1, count):
-            before = stage
-            i = j - own
-            at = base + first + gl.where(i < alternating, 2 * i + WHICH, i + alternating)
-            stage = at % STAGES
-            mbarrier.wait(full.index(stage), at // STAGES & 1)
-            k = k_ring.index(stage).reshape([BLOCK, D]).permute((1, 0))
-            s = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
-            v = v_ring.index(before).reshape([BLOCK, D])
-            acc = warpgroup_mma(p16, v, acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            p, shrink, row_max, row_sum = _softmax_step(s, row_max, row_sum, scale_log2)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(before))
-            p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        v = v_ring.index(stage).reshape([BLOCK, D])
-        acc = warpgroup_mma(p16, v, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage))
+    acc, row_max, row_sum, gain = attend_steps(
+        q, (acc, row_max, row_sum, gain), rings, (base, first, own, alternating), count, last_keys,
+        scale_log2, WHICH, STAGES, EVEN, False, OVERLAP,
+    )  # fmt: skip
 
     inverse = 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
     acc *= gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -443,7 +387,7 @@ def _pair_memory(
 def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
     """What the groups and the copying warp are given of the pair whose turn it is.
 
-    A pair, or a block of one, beyond the last reads the last one's lists and stores nothing.
+    A query block beyond the last reads the last one's lists and stores nothing.
     """
     (
         q_desc, k_desc, v_desc, o_desc, tail_k_desc, tail_v_desc, slope_desc,
@@ -454,12 +398,12 @@ def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
     wide = batch_head.to(gl.int64)
     pairs = gl.cdiv(blocks_q, 2)
     plans = plan_ptr + wide * pairs * PLAN
-    pair = gl.load(plans + turn * PLAN + 6, mask=turn < pairs, other=pairs)
-    pair_at = wide * pairs + gl.minimum(pair, pairs - 1)
+    pair = gl.load(plans + turn * PLAN + 6)
+    pair_at = wide * pairs + pair
     plan = plan_ptr + pair_at * PLAN
     first_row = pair.to(gl.int64) * (2 * BLOCK)
     rows = length_q - pair * (2 * BLOCK)
-    map_a = (wide * blocks_q + gl.minimum(2 * pair, blocks_q - 1)) * representatives
+    map_a = (wide * blocks_q + 2 * pair) * representatives
     map_b = (wide * blocks_q + gl.minimum(2 * pair + 1, blocks_q - 1)) * representatives
     attend = (
         o_desc, o_head + first_row * o_sm, lse_ptr + wide * length_q + first_row, plan,
@@ -469,7 +413,7 @@ def _pair_arguments(given, turn, BLOCK: gl.constexpr, PLAN: gl.constexpr):
         q_desc, k_desc, v_desc, tail_k_desc, tail_v_desc, slope_desc,
         size_head, sigma2_ptr + map_a, sigma2_ptr + map_b, listed_ptr + map_a, listed_ptr + map_b,
         ids_ptr + pair_at * blocks_kv, plan,
-        batch, head, pair, representatives, half_weight_log2,
+        batch, head, pair, representatives, scale_log2, half_weight_log2,
     )  # fmt: skip
     return attend, copy
 
@@ -491,10 +435,12 @@ def _paired_kernel(
     EVEN: gl.constexpr,  # the last key block is whole
     TAIL: gl.constexpr,  # attend to the representatives too
     RESUME: gl.constexpr,  # o and lse hold attention over a tail, to go on from
-    TWO: gl.constexpr,  # two pairs, each with memory and a copying warp of its own
+    REGISTERS: gl.constexpr,  # as in GROUP_REGISTERS
 ):  # fmt: skip
-    """Store attention of a pair of query blocks, or two, over listed blocks and the tail."""
-    KEEP: gl.constexpr = TWO  # the queries in shared memory: there are registers for little else
+    """Store attention of a pair of query blocks over listed blocks and the tail."""
+    # two programs on a multiprocessor: there are registers for little else than the products
+    TIGHT: gl.constexpr = D == 64
+    KEEP: gl.constexpr = TIGHT  # the queries in shared memory
     batch_head = gl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
     given = (
@@ -505,47 +451,21 @@ def _paired_kernel(
         sigma2_ptr, listed_ptr, o_sm, batch_head, batch, head, length_q, blocks_q, blocks_kv,
         last_keys, representatives, scale, scale_log2, half_weight_log2,
     )  # fmt: skip
-    if not TWO:
-        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
-        attend, copy = _pair_arguments(given, gl.program_id(0), BLOCK, PLAN)
-        gl.warp_specialize(
-            [
-                (_attend, (
-                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_attend, (
-                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
-        attend, copy = _pair_arguments(given, 2 * gl.program_id(0), BLOCK, PLAN)
-        memory_c = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
-        attend_c, copy_c = _pair_arguments(given, 2 * gl.program_id(0) + 1, BLOCK, PLAN)
-        gl.warp_specialize(
-            [
-                (_attend, (
-                    memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_attend, (
-                    memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_attend, (
-                    memory_c, attend_c, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_attend, (
-                    memory_c, attend_c, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP,
-                )),
-                (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
-                (_copy, (memory_c, copy_c, BLOCK, STAGES, TAIL, KEEP)),
-            ],
-            [4, 4, 4, 1, 1],
-            [112, 112, 112, 24, 24],
-        )  # fmt: skip
+    memory = _pair_memory(q_desc, k_desc, v_desc, slope_desc, BLOCK, STAGES, KEEP)
+    attend, copy = _pair_arguments(given, gl.program_id(0), BLOCK, PLAN)
+    gl.warp_specialize(
+        [
+            (_attend, (
+                memory, attend, 0, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP, not TIGHT,
+            )),
+            (_attend, (
+                memory, attend, 1, D, BLOCK, STAGES, SIGN, EVEN, TAIL, RESUME, KEEP, not TIGHT,
+            )),
+            (_copy, (memory, copy, BLOCK, STAGES, TAIL, KEEP)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
 
 
 def takes(
@@ -592,31 +512,22 @@ def tensor_map(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [1, 1, rows, x.shape[-1]], MAP_LAYOUT)
 
 
-def takes_tail(tail: Tail) -> bool:
+def takes_tail(tail: Tail, scale: float) -> bool:
     """Whether ``attend`` serves this tail, all of whose last dimensions are contiguous.
 
     It wants one representative a key block, with its variance, and one slope a head, all where the
-    copy engine can address them.
+    copy engine can address them, and a scale of 0 or at least ``MIN_SCALE``.
     """
-    return takes_tail_sizes(
-        tail.key.dim() == 4, tail.variance.shape[2], tail.slope.shape[2]
-    ) and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
+    return (
+        (scale == 0 or abs(scale) >= MIN_SCALE)
+        and takes_tail_sizes(tail.key.dim() == 4, tail.variance.shape[2], tail.slope.shape[2])
+        and all(is_addressable(x) for x in (tail.key, tail.value, tail.slope))
+    )
 
 
 def takes_tail_sizes(per_block: bool, variances: int, slopes: int) -> bool:
     """What ``takes_tail`` wants: of representatives, and how many variances and slopes a head."""
     return per_block and variances > 0 and slopes == 1
-
-
-def blocks_of_program(dim: int) -> int:
-    """How many query blocks one program of the paired kernel takes."""
-    return 4 if dim == 64 else 2
-
-
-def turn_options(dim: int) -> dict[str, int]:
-    """Constants of the kernel that gives pairs their turns, for D."""
-    pairs = blocks_of_program(dim) // 2
-    return {"PLAN": PLAN, "PAIRS": pairs, "RANKED": RANKED, "COMPARED": COMPARED}
 
 
 def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) -> dict[str, Any]:
@@ -631,7 +542,7 @@ def paired_options(dim: int, sign: int, even: bool, tail: bool, resume: bool) ->
     """
     return {
         "D": dim, "BLOCK": BLOCK, "PLAN": PLAN, "STAGES": STAGES, "SIGN": sign, "EVEN": even,
-        "TAIL": tail, "RESUME": resume, "TWO": blocks_of_program(dim) == 4,
+        "TAIL": tail, "RESUME": resume, "REGISTERS": GROUP_REGISTERS[dim],
         "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
     }  # fmt: skip
 
@@ -650,7 +561,7 @@ def heads_at_a_time(batch_heads: int, blocks_q: int, blocks_kv: int, dim: int, t
     if tail:
         made += 2 * blocks_q * blocks_kv
     given = 2 * (blocks_q + 2 * blocks_kv) * BLOCK * dim
-    programs = triton.cdiv(blocks_q, blocks_of_program(dim)) * batch_heads
+    programs = triton.cdiv(blocks_q, 2) * batch_heads
     parts = max(1, min(triton.cdiv(SHARE * made, given), programs // FILL))
     return triton.cdiv(batch_heads, parts)
 
@@ -731,10 +642,9 @@ def _attend_part(
         heads, blocks_q, blocks_kv, length_kv // BLOCK, max_blocks,
         **ORDER_OPTIONS,
     )  # fmt: skip
-    launcher(
-        _longest_first_kernel,
-        (triton.cdiv(blocks_q, blocks_of_program(dim) * RANKED), batch * heads),
-    )(plan, blocks_q, **turn_options(dim))
+    launcher(_longest_first_kernel, (triton.cdiv(pairs, RANKED), batch * heads))(
+        plan, blocks_q, **TURN_OPTIONS
+    )
     q_map, k_map, v_map, o_map = (tensor_map(x, BLOCK) for x in (query, key, value, output))
     if tail is None:  # what is not read
         tail_maps = (k_map, v_map, k_map)
@@ -746,7 +656,7 @@ def _attend_part(
         )  # fmt: skip
         log_size, sigma2 = tail.log_size, variances(query, tail.variance, scale, BLOCK)
     sign = (scale > 0) - (scale < 0)
-    launcher(_paired_kernel, (triton.cdiv(blocks_q, blocks_of_program(dim)), batch * heads))(
+    launcher(_paired_kernel, (pairs, batch * heads))(
         q_map, k_map, v_map, o_map, *tail_maps,
         output, lse, ids, plan, log_size, sigma2, listed,
         *output.stride()[:3], *log_size.stride()[:2],

@@ -22,15 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from uta_fx.kernels.gluon_attention import HEAD_DIMS, is_addressable, on_hopper, tensor_map
-from uta_fx.kernels.gluon_tail import LOG2_E, exp2
+from uta_fx.kernels.gluon_attention import (
+    GROUP_REGISTERS,
+    HEAD_DIMS,
+    MAX_REGISTERS,
+    is_addressable,
+    on_hopper,
+    tensor_map,
+)
+from uta_fx.kernels.gluon_softmax import LOG2_E, exp2
 from uta_fx.kernels.launches import launcher
 
 TILE = 64  # key blocks of a step
-GROUPS = 128  # of query rows, that four warps score
+GROUPS = {128: 128, 64: 64}  # of query rows, that four warps score, by head dim
 POWERS = (0.5, 1.0)  # of the variance, that the kernel serves
 SLOTS = 3  # of the ring: tiles of means or variances
-MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that multiply and one that copies
 
 
 @gluon.jit
@@ -148,7 +154,8 @@ def _add_up(
         size = column_ring.index(slot).load(gl.SliceLayout(1, LAYOUT))  # [TILE]
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(empty.index(slot))
-        weights = exp2(logits * scale_log2 + (size[:, None] - norm[None, :]))  # [TILE, GROUPS]
+        # over the blocks' sizes
+        weights = exp2(logits * scale_log2 - norm[None, :])  # [TILE, GROUPS]
         sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
         mbarrier.arrive(empty.index(other))
         scores = weights * sigma2
@@ -159,7 +166,10 @@ def _add_up(
         block = first_block + gl.arange(0, MANY, gl.SliceLayout(0, OUT))
         ptrs = scores_base + block.to(gl.int64)[None, :] * blocks + column[:, None]
         mask = (block < blocks_q)[None, :] & (column < blocks)[:, None]
-        gl.store(ptrs, gl.sqrt(by_block).to(scores_base.dtype.element_ty), mask=mask)
+        size = gl.convert_layout(size, gl.SliceLayout(1, OUT))[:, None]
+        # a block without keys may have any weight so far
+        scores = gl.where(size > -float("inf"), gl.sqrt(by_block) * exp2(size), 0.0)
+        gl.store(ptrs, scores.to(scores_base.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -193,7 +203,7 @@ def _scores_kernel(
     heads, length_q, blocks_q, blocks,
     scale, scale_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr,
-    TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
+    TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Score 2 * GROUPS * ROWS query rows against every key block."""
     batch_head = gl.program_id(1)
@@ -238,7 +248,7 @@ def _scores_kernel(
             )),
         ],
         [4, 1],
-        [240, 24],
+        [REGISTERS, 24],
     )  # fmt: skip
 
 
@@ -279,20 +289,21 @@ def takes_sizes(
         and dim in HEAD_DIMS
         and variance_weight == 0
         and variance_power in POWERS
-        and GROUPS % (block_q // rows) == 0
+        and GROUPS[dim] % (block_q // rows) == 0
     )
 
 
-def rows_of_program(rows: int) -> int:
-    """How many query rows one program scores, in groups of ``rows``."""
-    return 2 * GROUPS * rows
+def rows_of_program(dim: int, rows: int) -> int:
+    """How many query rows one program scores, in groups of ``rows``, at head dim ``dim``."""
+    return 2 * GROUPS[dim] * rows
 
 
 def score_options(dim: int, variance_power: float, block_q: int, rows: int) -> dict[str, int]:
     """Constants and compiler options of the kernel."""
     return {
         "D": dim, "BLOCK_Q": block_q, "ROWS": rows, "HALF": variance_power == 0.5,
-        "TILE": TILE, "GROUPS": GROUPS, "SLOTS": SLOTS, "num_warps": 4, "maxnreg": MAX_REGISTERS,
+        "TILE": TILE, "GROUPS": GROUPS[dim], "SLOTS": SLOTS, "REGISTERS": GROUP_REGISTERS[dim],
+        "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
     }  # fmt: skip
 
 
@@ -314,7 +325,7 @@ def block_scores(
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = triton.cdiv(length_q, block_q), key_mean.shape[-2]
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=torch.bfloat16)
-    launcher(_scores_kernel, (triton.cdiv(length_q, rows_of_program(rows)), batch * heads))(
+    launcher(_scores_kernel, (triton.cdiv(length_q, rows_of_program(dim, rows)), batch * heads))(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
         heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,

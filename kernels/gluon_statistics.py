@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from uta_fx.kernels.gluon_attention import (
     BLOCK,
+    MAX_REGISTERS,
     is_addressable,
     on_hopper,
     takes_sizes,
@@ -31,7 +32,7 @@ from uta_fx.kernels.gluon_attention import (
 from uta_fx.kernels.launches import launcher
 
 STAGES = 4  # of the ring: pairs of a key and a value block
-MAX_REGISTERS = 168  # of each of 384 threads: two groups of warps that pool and one that copies
+VALUE_REGISTERS = {128: 120, 64: 104}  # of a thread that pools values; others pool keys, one copies
 
 
 @gluon.jit
@@ -115,7 +116,7 @@ def _statistics_kernel(
     v_var_ptr,  # float32 [B, H, Nk], contiguous
     cov_ptr,  # float32 [B, H, P, D, D], contiguous: one sum for each program
     heads, length, blocks, blocks_per_program,
-    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Pool ``blocks_per_program`` blocks of one head."""
     part = gl.program_id(0)
@@ -152,7 +153,7 @@ def _statistics_kernel(
             )),
         ],
         [4, 1],
-        [120, 24],
+        [REGISTERS, 24],
     )  # fmt: skip
 
 
@@ -198,5 +199,6 @@ def block_statistics(
 def statistics_options(dim: int) -> dict[str, int]:
     """Constants and compiler options of the kernel, for D."""
     return {
-        "D": dim, "BLOCK": BLOCK, "STAGES": STAGES, "num_warps": 4, "maxnreg": MAX_REGISTERS,
+        "D": dim, "BLOCK": BLOCK, "STAGES": STAGES, "REGISTERS": VALUE_REGISTERS[dim],
+        "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
     }  # fmt: skip

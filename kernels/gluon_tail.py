@@ -1,10 +1,9 @@
-"""The tail's part of ``gluon_attention``: representatives in the same ring and the same softmax."""
+"""The tail's part of ``gluon_attention``: representatives in the ring, and their slope."""
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from uta_fx.kernels.gluon_softmax import LOG2_E
 from uta_fx.kernels.launches import launcher
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 MANY_Q, MANY_KV = 32, 64  # blocks whose variances one program computes at a time
 
 
@@ -72,28 +71,21 @@ def _pooled_variance_kernel(
 
 
 @gluon.jit
-def exp2(x):
-    """2^x in one instruction, results below 2^-126 as zero; ``gl.exp2`` takes four to keep them."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def copy_tail(
     k_desc, v_desc, k_ring, v_ring, column_ring, full, empty,
     size_base, sigma2_a, sigma2_b, listed_a, listed_b,
-    batch, head, steps, representatives, half_weight_log2,
+    batch, head, steps, representatives, scale_log2, half_weight_log2,
     STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the head's representatives, step by step, each into the next stage of the ring.
 
     Beside them go two numbers of each representative for each query block of the pair: the bias of
-    its base-2 logit, -inf where the block is listed or where there is none, and the damping of the
-    slope.
+    its logit, over the scale as products are, -inf where the block is listed or where there is
+    none; and the damping of the slope.
     """
     LINE: gl.constexpr = gl.BlockedLayout([STEP // 32], [32], [1], [0])
     nothing: gl.constexpr = -float("inf")
+    over_scale = 1.0 / scale_log2
     for t in range(steps):
         stage = t % STAGES
         bar = full.index(stage)
@@ -109,84 +101,13 @@ def copy_tail(
         at = t * STEP
         tma.async_copy_global_to_shared(k_desc, [batch, head, at, 0], bar, k_ring.index(stage))
         tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], bar, v_ring.index(stage))
-        bias_a = gl.where(in_a != 0, nothing, size + for_a * half_weight_log2)
-        bias_b = gl.where(in_b != 0, nothing, size + for_b * half_weight_log2)
-        column_ring.index(4 * stage).store(bias_a)
-        column_ring.index(4 * stage + 1).store(bias_b)
+        bias_a = (size + for_a * half_weight_log2) * over_scale
+        bias_b = (size + for_b * half_weight_log2) * over_scale
+        column_ring.index(4 * stage).store(gl.where(in_a != 0, nothing, bias_a))
+        column_ring.index(4 * stage + 1).store(gl.where(in_b != 0, nothing, bias_b))
         column_ring.index(4 * stage + 2).store(1.0 / (1.0 + for_a))
         column_ring.index(4 * stage + 3).store(1.0 / (1.0 + for_b))
         mbarrier.arrive(bar)
-
-
-@gluon.jit
-def _softmax_step(s, column_ring, first, row_max, row_sum, gain, scale_log2, WHICH: gl.constexpr):
-    """Weights of one step and the running softmax and gain after it.
-
-    The step's lines of the column ring start at ``first``. Each is read when it is used: there are
-    no registers to spare.
-    """
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    bias = column_ring.index(first + WHICH).load(COLUMNS)  # [STEP]
-    logits = s * scale_log2 + bias[None, :]
-    new_max = gl.maximum(row_max, gl.max(logits, 1))
-    # nothing seen so far: subtracting 0 instead of -inf leaves the weights zero
-    base = gl.where(new_max == -float("inf"), 0.0, new_max)
-    p = exp2(logits - base[:, None])
-    shrink = exp2(row_max - base)
-    row_sum = row_sum * shrink + gl.sum(p, 1)
-    damping = column_ring.index(first + 2 + WHICH).load(COLUMNS)  # [STEP]
-    gain = gain * shrink + gl.sum(p * damping[None, :], 1)
-    return p, shrink, new_max, row_sum, gain
-
-
-@gluon.jit
-def attend_tail(
-    q, acc, row_max, row_sum, k_ring, v_ring, column_ring, full, empty, steps, scale_log2,
-    WHICH: gl.constexpr,  # of the pair
-    D: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Take the representatives of what a query block does not list into its softmax.
-
-    Returns:
-        The accumulator, the running maximum and sum, and the gain: the weights' damped sum.
-    """
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    dtype: gl.constexpr = k_ring.dtype
-    none = gl.zeros([STEP, STEP], gl.float32, S_LAYOUT)
-    gain = gl.zeros([STEP], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-
-    mbarrier.wait(full.index(0), 0)
-    k = k_ring.index(0).reshape([STEP, D]).permute((1, 0))
-    s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    p, shrink, row_max, row_sum, gain = _softmax_step(
-        s, column_ring, 0, row_max, row_sum, gain, scale_log2, WHICH
-    )
-    p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-    stage = 0
-    for t in range(1, steps):
-        before = stage
-        stage = t % STAGES
-        mbarrier.wait(full.index(stage), t // STAGES & 1)
-        k = k_ring.index(stage).reshape([STEP, D]).permute((1, 0))
-        s = warpgroup_mma(q, k, none, use_acc=False, is_async=True)
-        v = v_ring.index(before).reshape([STEP, D])
-        acc = warpgroup_mma(p16, v, acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p, shrink, row_max, row_sum, gain = _softmax_step(
-            s, column_ring, 4 * stage, row_max, row_sum, gain, scale_log2, WHICH
-        )
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before))
-        p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    v = v_ring.index(stage).reshape([STEP, D])
-    acc = warpgroup_mma(p16, v, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(stage))
-    return acc, row_max, row_sum, gain
 
 
 @gluon.jit

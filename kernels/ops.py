@@ -192,8 +192,8 @@ def check_sparse_attention(
     _check_shape("block_ids", block_ids, (*lead, blocks_q, block_ids.shape[-1]))
     _check_shape("block_counts", block_counts, (*lead, blocks_q))
     for name, tensor in (("block_ids", block_ids), ("block_counts", block_counts)):
-        _check_dtype(name, tensor, torch.int32)
-        _check_device(name, tensor, query)
+        check_dtype(name, tensor, torch.int32)
+        check_device(name, tensor, query)
 
 
 def check_block_masked_attention(
@@ -201,9 +201,11 @@ def check_block_masked_attention(
 ) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     blocks = _check_attention(query, key, value, *rest)
+    if not key.shape[2]:
+        raise ValueError("key must hold at least one token, got 0")
     _check_shape("exact", exact, (*query.shape[:2], *blocks))
-    _check_dtype("exact", exact, torch.bool)
-    _check_device("exact", exact, query)
+    check_dtype("exact", exact, torch.bool)
+    check_device("exact", exact, query)
 
 
 def _check_attention(
@@ -261,10 +263,10 @@ def _check_attention(
         "tail_slope": tail_slope,
     }
     for name, tensor in like_query.items():
-        _check_dtype(name, tensor, query.dtype)
-        _check_device(name, tensor, query)
-    _check_dtype("tail_log_size", tail_log_size, torch.float32)
-    _check_device("tail_log_size", tail_log_size, query)
+        check_dtype(name, tensor, query.dtype)
+        check_device(name, tensor, query)
+    check_dtype("tail_log_size", tail_log_size, torch.float32)
+    check_device("tail_log_size", tail_log_size, query)
     return blocks_q, blocks_kv
 
 
@@ -277,21 +279,21 @@ def check_clustered_attention(*args: Any) -> None:
             f"key must have a length that is a multiple of block_kv, {block_kv}, got {key.shape[2]}"
         )
     _check_shape("key_counts", key_counts, (*query.shape[:2], key.shape[2] // block_kv))
-    _check_dtype("key_counts", key_counts, torch.int32)
-    _check_device("key_counts", key_counts, query)
+    check_dtype("key_counts", key_counts, torch.int32)
+    check_device("key_counts", key_counts, query)
 
 
 def check_kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
-    _check_heads("tokens", tokens)
+    check_heads("tokens", tokens)
     batch, heads, _, dim = tokens.shape
     _check_shape("centroids", centroids, (batch, heads, centroids.shape[-2], dim))
     if not centroids.shape[2]:
         raise ValueError("centroids must hold at least 1 a head, got 0")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    _check_dtype("centroids", centroids, torch.float32)
-    _check_device("centroids", centroids, tokens)
+    check_dtype("centroids", centroids, torch.float32)
+    check_device("centroids", centroids, tokens)
 
 
 def check_rectified_attention(
@@ -323,8 +325,8 @@ def check_rectified_attention(
     _check_shape("gain", gain, (*lead, blocks))
     _check_shape("offset", offset, (*lead, blocks, value.shape[-1]))
     for name, tensor in (("gain", gain), ("offset", offset)):
-        _check_dtype(name, tensor, torch.float32)
-        _check_device(name, tensor, query)
+        check_dtype(name, tensor, torch.float32)
+        check_device(name, tensor, query)
 
 
 def check_block_scores(
@@ -342,6 +344,8 @@ def check_block_scores(
     _check_blocked("query", query, "block_q", block_q)
     batch, heads, _, dim = query.shape
     blocks = key_mean.shape[-2]
+    if not blocks:
+        raise ValueError("key_mean must hold at least one block, got 0")
     _check_shape("key_mean", key_mean, (batch, heads, blocks, dim))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("log_size", log_size, (batch, heads, blocks))
@@ -356,8 +360,8 @@ def check_block_scores(
         ("key_variance", key_variance, query.dtype),
         ("log_size", log_size, torch.float32),
     ):
-        _check_dtype(name, tensor, dtype)
-        _check_device(name, tensor, query)
+        check_dtype(name, tensor, dtype)
+        check_device(name, tensor, query)
 
 
 def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
@@ -365,8 +369,8 @@ def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
     _check_blocked("key", key, "block_kv", block_kv)
     _check_shape("value", value, (*key.shape[:3], value.shape[-1]))
     _check_head_dim("value", value)
-    _check_dtype("value", value, key.dtype)
-    _check_device("value", value, key)
+    check_dtype("value", value, key.dtype)
+    check_device("value", value, key)
 
 
 def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
@@ -386,7 +390,7 @@ def check_select_blocks(scores: Tensor, kept: int, rows: int) -> None:
 def check_list_blocks(exact: Tensor) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     _check_pairs("exact", exact)
-    _check_dtype("exact", exact, torch.bool)
+    check_dtype("exact", exact, torch.bool)
 
 
 def _check_pairs(name: str, tensor: Tensor) -> None:
@@ -397,14 +401,16 @@ def _check_pairs(name: str, tensor: Tensor) -> None:
 
 def _check_blocked(name: str, tensor: Tensor, block_name: str, block: int) -> None:
     """A tensor ``[B, H, L, D]`` that is cut into blocks."""
-    _check_heads(name, tensor)
+    check_heads(name, tensor)
     _check_block_size(block_name, block)
 
 
-def _check_heads(name: str, tensor: Tensor) -> None:
-    """A tensor ``[B, H, L, D]``."""
+def check_heads(name: str, tensor: Tensor) -> None:
+    """Raise where a tensor is no ``[B, H, L, D]`` that the operators take."""
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+    if 0 in tensor.shape[:3]:
+        raise ValueError(f"{name} must hold a token of a head, got shape {tuple(tensor.shape)}")
     if tensor.is_cuda and tensor.shape[0] * tensor.shape[1] > MAX_HEADS:
         raise ValueError(
             f"{name} must have at most {MAX_HEADS} heads in all samples on a GPU,"
@@ -433,12 +439,14 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
-def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+def check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    """Raise where a tensor has another dtype."""
     if tensor.dtype != expected:
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
 
 
-def _check_device(name: str, tensor: Tensor, first: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, first: Tensor) -> None:
+    """Raise where a tensor is on another device than the first argument."""
     if tensor.device != first.device:
         raise TypeError(
             f"{name} must be on {first.device} as the first argument is, got {tensor.device}"

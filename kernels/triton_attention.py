@@ -466,7 +466,7 @@ def sparse_attention(
                 tail = gluon_tail.Tail(
                     tail_key, tail_value, tail_log_size, tail_variance, tail_slope
                 )
-                paired_tail = tail if gluon_attention.takes_tail(tail) else None
+                paired_tail = tail if gluon_attention.takes_tail(tail, scale) else None
         if representatives and paired_tail is None:
             most = max(16, triton.next_power_of_2(representatives))
             tail_tile = tail_tile or fit_tile(_TAIL_TILES, *sizes, most, 1, 2, limit)

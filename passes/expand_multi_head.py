@@ -28,10 +28,7 @@ def expand_multi_head(gm: GraphModule) -> None:
 def objection_to_expansion(node: Node) -> str | None:
     """Why an ``nn.MultiheadAttention`` is more than projections around an attention, or None."""
     call = _bind(node)
-    for name in ("key_padding_mask", "attn_mask"):
-        if call[name] is not None:
-            return f"nn.MultiheadAttention has a {name}"
-    for name in ("bias_k", "bias_v", "static_k", "static_v"):
+    for name in ("attn_mask", "bias_k", "bias_v", "static_k", "static_v"):
         if call[name] is not None:
             return f"nn.MultiheadAttention has {name}"
     if call["add_zero_attn"] or call["is_causal"]:
@@ -75,7 +72,12 @@ def _expand(node: Node) -> None:
             x = emit(F.linear, call[name], weight, part(call["in_proj_bias"], i))  # [L, B, E]
             x = emit(torch.unflatten, x, -1, (call["num_heads"], -1))
             heads.append(emit(torch.permute, x, (1, 2, 0, 3)))
-        x = emit(F.scaled_dot_product_attention, *heads)
+        mask = call["key_padding_mask"]  # [B, L]
+        if mask is not None:
+            if mask.meta["example_value"].dtype == torch.bool:  # True: hidden
+                mask = emit(torch.logical_not, mask)
+            mask = emit(torch.unsqueeze, emit(torch.unsqueeze, mask, 1), 1)
+        x = emit(F.scaled_dot_product_attention, *heads, mask)
         x = emit(torch.flatten, emit(torch.permute, x, (2, 0, 1, 3)), 2)
         x = emit(F.linear, x, call["out_proj_weight"], call["out_proj_bias"])
     for user in list(node.users):

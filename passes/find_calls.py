@@ -45,6 +45,8 @@ class Call:
         enable_gqa: Likewise.
         scales: Tensors by which the logits are also scaled, each after ``"mul"`` or ``"div"``; they
             broadcast to ``[B, H, 1, 1]`` (of queries of three dimensions, to ``[B, 1, 1]``).
+        inverted: Whether ``attn_mask``, then boolean, is True where keys are hidden, as in
+            ``masked_fill``, and not where they are seen.
     """
 
     node: Node
@@ -60,6 +62,7 @@ class Call:
     scale: Any = None
     enable_gqa: Any = False
     scales: tuple[tuple[str, Node], ...] = ()
+    inverted: bool = False
 
     @property
     def place(self) -> Node:
@@ -167,6 +170,7 @@ def _described(written: Written) -> Call:
         attn_mask=written.mask,
         scale=written.scale,
         scales=written.scales,
+        inverted=written.inverted,
     )
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.read_mask import HIDING
 from uta_fx.passes.site import Operand, recorded, value_of
 from uta_fx.passes.trace_axes import VIEWS, argument, equation_of, name_of, same, written_by
 
-_SOFTMAXES = ("softmax", "exp")
+_EXPONENTIALS = {"exp": 1.0, "exp2": math.log(2)}
+"""What multiplies logits where their base is e."""
+_SOFTMAXES = ("softmax", *_EXPONENTIALS)
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous")
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 _NEAR = (*_CASTS, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp", "tanh",
          "view", "view_as", "reshape", "transpose", "permute", "unflatten", "flatten", "expand",
-         "nan_to_num", "neg", "softcap", "sigmoid", "unsqueeze", "squeeze")  # fmt: skip
+         "nan_to_num", "neg", "softcap", "sigmoid", "unsqueeze", "squeeze", "cat", "getitem",
+         "slice", "narrow")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Written:
     scale: float
     scales: tuple[tuple[str, Node], ...]
     mask: Node | None
+    inverted: bool
     objection: str | None
 
 
@@ -61,8 +67,9 @@ def match_softmax(node: Node) -> Written | None:
     """The attention whose last product is ``node``; None where it is not attention's last.
 
     A product of which one side comes, through casts and the like, out of a softmax over the product
-    of two other tensors. A softmax may be spelled out as exponentials. Where anything but casts,
-    scales, one added mask and dropout that is off lies between, the result carries the objection.
+    of two other tensors. A softmax may be spelled out as exponentials, and their sum may divide the
+    product instead. Where anything but casts, scales, one mask and dropout that is off lies
+    between, the result carries the objection.
     """
     last = _product(node)
     if last is None or name_of(node) == "baddbmm":
@@ -73,48 +80,69 @@ def match_softmax(node: Node) -> Written | None:
     softmax = _up(last.left, _SOFTMAXES, objections, "the weights")
     if softmax is None:
         return None
-    logits, dim = _softmax(softmax, objections)
+    end, dim = _divided_product(node, softmax) or (node, None)
+    if dim is None:
+        logits, dim, base = _softmax(softmax, objections)
+    else:
+        logits, base = argument(softmax, 0, "input"), _EXPONENTIALS[name_of(softmax)]
     first_node = _up(logits, _PRODUCTS, [], "")
     first = _product(first_node) if first_node else None
     if first is None:
         return None
-    scale, scales, mask = _read_logits(logits, first, objections)
+    scale, scales, mask, inverted = _read_logits(logits, first, base, objections)
     rank = value_of(softmax).dim()
     if dim is None or dim % rank != rank - 1:
         objections.append(f"its softmax is over dimension {dim}, not the last")
-    operands = [first.left, first.right, *(tensor for _, tensor in scales)]
-    _check_uses(first.node, node, operands[2:], objections)
-    _check_writes(first.node, node, operands, objections)
+    factors = [tensor for _, tensor in scales]
+    _check_uses(first.node, end, factors, mask, objections)
+    masks = [] if mask is None else [mask]
+    _check_writes(first.node, end, [first.left, first.right, *factors, *masks], objections)
+    _check_writes(node, end, [last.right], objections)
     layout = _layout(first, last)
-    if layout is None or rank != len(first.out_letters):
+    permuted = layout is not None and list(layout[-1]) != sorted(layout[-1])
+    if layout is None or rank != len(first.out_letters) or (end is not node and permuted):
         objections.append("its products are laid out in a way that is not understood")
         layout = (*_guess(first), _plain(last.right), (0, 1, 2, 3))
     query, key, value, output = layout
     objection = f"looks like attention, but {objections[0]}" if objections else None
-    return Written(node, query, key, value, output, scale, tuple(scales), mask, objection)
+    return Written(end, query, key, value, output, scale, tuple(scales), mask, inverted, objection)
 
 
-def _softmax(node: Node, objections: list[str]) -> tuple[Node, int | None]:
-    """Of what a node is the softmax, and over which dimension.
+def _softmax(node: Node, objections: list[str]) -> tuple[Node, int | None, float]:
+    """Of what a node is the softmax, over which dimension, and what multiplies it in base e.
 
     One of ``softmax(x)``, ``exp(log_softmax(x))``, ``exp(x - logsumexp(x))`` and
     ``exp(x) / exp(x).sum()``; from the last, ``_read_logits`` takes what is subtracted from x.
+    There ``exp2`` may stand for ``exp``.
     """
     if name_of(node) == "softmax":
-        return argument(node, 0, "input"), argument(node, 1, "dim")
+        return argument(node, 0, "input"), argument(node, 1, "dim"), 1.0
     if name_of(node) == "div":
         exponentials = _uncast(argument(node, 0, "input"))
-        return argument(exponentials, 0, "input"), _is_divided(node)
+        base = _EXPONENTIALS[name_of(exponentials)]
+        return argument(exponentials, 0, "input"), _is_divided(node), base
     inner = _uncast(argument(node, 0, "input"))
-    if name_of(inner) == "log_softmax":
-        return argument(inner, 0, "input"), argument(inner, 1, "dim")
-    if name_of(inner) == "sub":
+    if name_of(node) == "exp" and name_of(inner) == "log_softmax":
+        return argument(inner, 0, "input"), argument(inner, 1, "dim"), 1.0
+    if name_of(node) == "exp" and name_of(inner) == "sub":
         logits = argument(inner, 0, "input")
         reduced = _reduced(argument(inner, 1, "other"), "logsumexp")
         if reduced and _uncast(logits) is reduced[0]:
-            return logits, reduced[1]
+            return logits, reduced[1], 1.0
     objections[:] = ["its weights are not exponentials divided by their sum"]
-    return inner, -1
+    return inner, -1, 1.0
+
+
+def _divided_product(product: Node, exponentials: Node) -> tuple[Node, int] | None:
+    """Where a product of exponentials is divided by their sum, and over which dimension that is."""
+    node, name = product, "to"
+    while name in _CASTS and name_of(exponentials) in _EXPONENTIALS:
+        users = [user for user in node.users if _is_used(user)]
+        if len(users) != 1 or argument(users[0], 0, "input") is not node:
+            break
+        node, name = users[0], name_of(users[0])
+    reduced = _reduced(argument(node, 1, "other"), "sum") if name == "div" else None
+    return (node, reduced[1]) if reduced and reduced[0] is exponentials else None
 
 
 def _is_divided(node: Node) -> int | None:
@@ -124,7 +152,7 @@ def _is_divided(node: Node) -> int | None:
         return None
     exponentials = _uncast(exponentials)
     reduced = _reduced(argument(node, 1, "other"), "sum")
-    if name_of(exponentials) != "exp" or reduced is None or reduced[0] is not exponentials:
+    if name_of(exponentials) not in _EXPONENTIALS or not reduced or reduced[0] is not exponentials:
         return None
     return reduced[1]
 
@@ -203,7 +231,7 @@ def _up(node: Node, names: tuple[str, ...], objections: list[str], what: str) ->
         if not tensors:
             return None
         # a mask may come first: mask + logits
-        node = max(tensors[:2], key=lambda x: _leads_to(x, names))
+        node = max(tensors[:3], key=lambda x: _leads_to(x, names))
     return None
 
 
@@ -212,18 +240,28 @@ def _leads_to(node: Node, names: tuple[str, ...], depth: int = 6) -> bool:
         return False
     if name_of(node) in names:
         return True
-    inputs = node.all_input_nodes[:2] if depth and name_of(node) in _NEAR else []
+    inputs = node.all_input_nodes[:3] if depth and name_of(node) in _NEAR else []
     return any(_leads_to(x, names, depth - 1) for x in inputs)
 
 
 def _read_logits(
-    node: Node, product: _Product, objections: list[str]
-) -> tuple[float, list[tuple[str, Node]], Node | None]:
-    """The factors between the product and the softmax, numbers and tensors, and what is added.
+    node: Node, product: _Product, base: float, objections: list[str]
+) -> tuple[float, list[tuple[str, Node]], Node | None, bool]:
+    """What lies between the product and the softmax.
 
     What is subtracted and the same for all keys, such as the largest logit, changes no softmax.
+
+    Args:
+        node: The logits, as the softmax takes them.
+        product: Of queries and keys.
+        base: A factor besides.
+        objections: Gets what is more than this.
+
+    Returns:
+        The factors, numbers (all in one) and tensors; what is added, or where logits are filled;
+        and whether that is True where keys are hidden, not where they are seen.
     """
-    scale, scales, mask = 1.0, list[tuple[str, Node]](), None
+    scale, scales, mask, inverted = 1.0, list[tuple[str, Node]](), None, False
     while node is not product.node:
         name = name_of(node)
         if name in _CASTS:
@@ -244,16 +282,30 @@ def _read_logits(
                     objections.append(objection)
                     break
                 scales.append((name, b))
-        elif name == "add" and isinstance(b, Node) and mask is None and scale == 1.0 and not scales:
+        elif (
+            name == "add"
+            and isinstance(b, Node)
+            and mask is None
+            and scale == base == 1.0
+            and not scales
+        ):
             mask = b
             if node.kwargs.get("alpha", 1) != 1:
                 objections.append("its mask is scaled")
         elif name == "add" and isinstance(b, Node):
             objections.append("its mask is scaled" if mask is None else "it has two masks")
             break
-        elif name == "masked_fill":
-            objections.append("has an attention mask written as masked_fill")
-            break
+        elif name in ("masked_fill", "where"):
+            filled = _filled(node, product.node)
+            if filled is None:
+                objections.append(f"{name} changes the logits")
+                break
+            if mask is not None or scales or scale <= 0:
+                objections.append("its mask is scaled" if mask is None else "it has two masks")
+                break
+            a, mask, value, inverted = filled
+            if not value * scale <= HIDING:
+                objections.append(f"its logits are filled with {value}, which hides no key")
         elif not (name == "sub" and "rsub" not in str(node.target) and _is_same_for_keys(b)):
             objections.append(f"{name} changes the logits")
             break
@@ -262,14 +314,46 @@ def _read_logits(
         alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
         if not isinstance(alpha, (int, float)):
             objections.append("its scale is computed in the graph")
-            return scale, scales, mask
-        if beta not in (0, 1) or (beta == 1 and (mask is not None or scale != 1.0 or scales)):
+            alpha, beta = 1, 0
+        if beta not in (0, 1) or (
+            beta == 1 and (mask is not None or not scale == base == 1.0 or scales)
+        ):
             objections.append("its mask is scaled")
-            return scale, scales, mask
-        if beta == 1:
+        elif beta == 1:
             mask = argument(node, 0, "input")
         scale = scale * alpha
-    return scale, scales, mask
+    return scale * base, scales, mask, inverted
+
+
+def _filled(node: Node, product: Node) -> tuple[Node, Node, float, bool] | None:
+    """Logits, the mask by which they are filled, with what, and whether where it is True."""
+    if name_of(node) == "masked_fill":
+        logits, mask, value = (argument(node, *x) for x in enumerate(("input", "mask", "value")))
+        inverted = True
+    else:
+        mask, logits, value = (
+            argument(node, *x) for x in enumerate(("condition", "input", "other"))
+        )
+        if node.op == "call_method":
+            mask, logits = logits, mask
+        inverted = not _leads_to_node(logits, product)
+        if inverted:
+            logits, value = value, logits
+    number = _number(value)
+    if number is None or not isinstance(mask, Node) or not _leads_to_node(logits, product):
+        return None
+    return (logits, mask, number, inverted) if value_of(mask).dtype == torch.bool else None
+
+
+def _number(value: Any) -> float | None:
+    """A number, also where a tensor is made of it alone."""
+    if isinstance(value, (int, float)):
+        return value
+    place = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "tensor": 0}
+    if not isinstance(value, Node) or name_of(value := _uncast(value)) not in place:
+        return None
+    made_of = argument(value, place[name_of(value)], "fill_value")
+    return made_of if isinstance(made_of, (int, float)) else None
 
 
 def _objection_to_scale(scale: Any) -> str | None:
@@ -301,11 +385,13 @@ def _leads_to_node(node: Any, target: Node) -> bool:
             return True
         if isinstance(current, Node) and current.op != "placeholder":
             if name_of(current) in _NEAR:
-                stack.extend(current.all_input_nodes[:2])
+                stack.extend(current.all_input_nodes[:3])
     return False
 
 
-def _check_uses(first: Node, last: Node, scales: list[Node], objections: list[str]) -> None:
+def _check_uses(
+    first: Node, last: Node, scales: list[Node], mask: Node | None, objections: list[str]
+) -> None:
     """Logits and weights must go nowhere else, else nothing is saved, and nobody may change them.
 
     What is made of the logits on the way to ``last`` may: their largest, their sum.
@@ -322,6 +408,8 @@ def _check_uses(first: Node, last: Node, scales: list[Node], objections: list[st
     inside &= needed
     if not inside.isdisjoint(scales):
         objections.append("its scale is computed from its logits")
+    if mask in inside:
+        objections.append("its mask is computed from its logits")
     place = {node: i for i, node in enumerate(stretch)}
     for node in inside - {last}:
         if any(user not in inside and _is_used(user) for user in node.users):
@@ -345,7 +433,7 @@ def _check_writes(first: Node, last: Node, operands: list[Node], objections: lis
     """Queries, keys and scales must still be what they were when the call's place is its end."""
     kept = {alias for operand in operands for alias in _aliases(operand)}
     if any(not kept.isdisjoint(written_by(node)) for node in _stretch(first, last)):
-        objections.append("its queries or keys are written to before it ends")
+        objections.append("its queries, keys or values are written to before it ends")
 
 
 def _stretch(first: Node, last: Node) -> list[Node]:

@@ -26,7 +26,9 @@ HIDING = -9984.0
 """What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""
 
 
-def hides(mask: Node, start: Size, stop: Size, *, trusted: bool = False) -> str | None:
+def hides(
+    mask: Node, start: Size, stop: Size, *, trusted: bool = False, inverted: bool = False
+) -> str | None:
     """Why a mask may do more than hide keys outside ``[start, stop)`` from everyone, or None.
 
     The queries in ``[start, stop)``, the video, must all see the same keys, among them every key in
@@ -39,38 +41,54 @@ def hides(mask: Node, start: Size, stop: Size, *, trusted: bool = False) -> str 
         stop: One past its last.
         trusted: Prove alone that it is one of keys, or one of keys and one of queries, and not that
             they show the video: a run checks that.
+        inverted: Whether a boolean mask is True where keys are hidden.
     """
     value = recorded(mask)
     if value.dim() < 2:
         return f"its attention mask has {value.dim()} dimensions"
-    seen = value.dtype == torch.bool
+    boolean = value.dtype == torch.bool
     rows = value.shape[-2]
-    parts = [mask]
+    parts = [(mask, boolean and not inverted)]
     if not (isinstance(rows, int) and rows == 1):
         # [.., Lq, Lk] is a mask of keys where it is one of queries and one of keys, and the video's
         # part of the former shows everything
-        parts = _operands(mask) if seen else []
+        parts = _operands(mask, not inverted) if boolean else []
         if not parts:
             return "its attention mask differs from query to query"
-    for part in parts:
+    for part, want in parts:
         keys, queries = _constant(part, -2), len(parts) > 1 and _constant(part, -1)
         if not keys and not queries:
             return "its attention mask differs from query to query"
-        if not trusted and not _always(part, -1 if keys else -2, start, stop, seen):
+        if not trusted and not _always(part, -1 if keys else -2, start, stop, want):
             return "the graph does not show that its attention mask leaves all video tokens seen"
     # a proof sees how tensors are made, and not what is written into them later
-    if not (trusted and parts == [mask] and _is(rows, 1)) and _is_written(mask):
+    if not (trusted and parts[0][0] is mask and _is(rows, 1)) and _is_written(mask):
         return "its attention mask is made of a tensor that is written to"
     return None
 
 
-def pads(mask: Node, *, trusted: bool = False) -> str | None:
+def shows_all(mask: Node, *, inverted: bool = False) -> bool:
+    """Whether a mask provably hides nothing; of one of known length alone.
+
+    Args:
+        mask: As in ``hides``.
+        inverted: Likewise.
+    """
+    want = recorded(mask).dtype == torch.bool and not inverted
+    keys = _sizes(mask)[-1:]
+    if not (keys and isinstance(keys[0], int)):
+        return False
+    return _always(mask, -1, 0, keys[0], want) and not _is_written(mask)
+
+
+def pads(mask: Node, *, trusted: bool = False, inverted: bool = False) -> str | None:
     """Why a mask may do more than hide the last keys of each sample from all queries, or None.
 
     Args:
         mask: As in ``hides``.
         trusted: Prove alone that all queries see the same keys, and not that these come first: a
             run checks that.
+        inverted: As in ``hides``.
     """
     value = recorded(mask)
     if value.dim() < 2:
@@ -78,7 +96,8 @@ def pads(mask: Node, *, trusted: bool = False) -> str | None:
     one_row = _is(value.shape[-2], 1)
     if not _constant(mask, -2):
         return "its attention mask differs from query to query"
-    if not trusted and not (_first(mask, True) if value.dtype == torch.bool else _added(mask)):
+    boolean = value.dtype == torch.bool
+    if not trusted and not (_first(mask, not inverted) if boolean else _added(mask)):
         return (
             "the graph does not show that its attention mask hides the end of each sample's tokens"
             " alone; trust_masks=True takes it to"
@@ -89,7 +108,10 @@ def pads(mask: Node, *, trusted: bool = False) -> str | None:
 
 
 def _is_written(mask: Node) -> bool:
-    """Whether an operation may write into a tensor that a mask is made of."""
+    """Whether an operation may write into a tensor that a mask is made of.
+
+    One that takes a new tensor, and alone takes it, is what it would be out of place.
+    """
     made_of: set[Node] = set()
     stack = [mask]
     while stack:
@@ -101,7 +123,8 @@ def _is_written(mask: Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if node in written_by(user):
+            alone = name_of(node) in _NEW and len(node.users) == 1 and user in made_of
+            if node in written_by(user) and not alone:
                 return True
             if user not in made_of and name_of(user) in (*VIEWS, *_ALIKE):
                 made_of.add(user)
@@ -109,15 +132,34 @@ def _is_written(mask: Node) -> bool:
     return False
 
 
-def _operands(node: Node) -> list[Node]:
-    """The masks that are joined by ``and``."""
+_NEW = (
+    "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+    "full_like",
+)  # fmt: skip
+
+
+def _operands(node: Node, want: bool) -> list[tuple[Node, bool]]:
+    """The masks that must all be so (second: True or False) for a mask to be so."""
     name = name_of(node)
     if name in ("bool", "to", "contiguous"):
-        return _operands(argument(node, 0, "input"))
-    if name in ("and", "logical_and", "bitwise_and"):
+        return _operands(argument(node, 0, "input"), want)
+    if _is_negation(node):
+        return _operands(argument(node, 0, "input"), not want)
+    if name in (_ANDS if want else _ORS):
         arguments: Any = node.args
-        return [part for x in arguments for part in _operands(x)]
-    return [node]
+        return [part for x in arguments for part in _operands(x, want)]
+    return [(node, want)]
+
+
+_ANDS = ("and", "logical_and", "bitwise_and")
+_ORS = ("or", "logical_or", "bitwise_or")
+
+
+def _is_negation(node: Node) -> bool:
+    """Whether a mask is the complement of its argument, or True where that is 0."""
+    if name_of(node) == "eq":
+        return _fits(argument(node, 1, "other"), False)
+    return name_of(node) in NEGATIONS and recorded(argument(node, 0, "input")).dtype == torch.bool
 
 
 def _constant(node: Node, dim: int) -> bool:
@@ -127,7 +169,7 @@ def _constant(node: Node, dim: int) -> bool:
         return True
     if name in ("expand", "repeat"):
         return _constant(argument(node, 0, "input"), dim)
-    if name in ("bool", "to", "contiguous"):
+    if name in ("bool", "to", "contiguous") or _is_negation(node):
         return _constant(argument(node, 0, "input"), dim)
     if name == "transpose":
         return _constant(argument(node, 0, "input"), _transposed(node, dim))
@@ -165,9 +207,11 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
         return _fits(argument(node, 2 if name == "new_full" else 1, "fill_value"), want)
     if name in ("bool", "to", "int", "long", "float", "contiguous", "type_as", "to_copy", "clone"):
         return _always(argument(node, 0, "input"), dim, start, stop, want)
-    if name in ("and", "logical_and", "bitwise_and"):
+    if _is_negation(node):
+        return _always(argument(node, 0, "input"), dim, start, stop, not want)
+    if name in (*_ANDS, *_ORS):
         both = [_always(x, dim, start, stop, want) for x in node.args]
-        return all(both) if want else any(both)
+        return all(both) if want == (name in _ANDS) else any(both)
     if name == "masked_fill":
         x, condition, value = _filled(node)
         kept = _always(x, dim, start, stop, want)
@@ -271,9 +315,8 @@ def _first(node: Any, want: bool) -> bool:
     if not isinstance(node, Node):
         return False
     name = name_of(node)
-    if name in NEGATIONS:
-        source = argument(node, 0, "input")
-        return recorded(source).dtype == torch.bool and _first(source, not want)
+    if _is_negation(node):
+        return _first(argument(node, 0, "input"), not want)
     if name in ("lt", "le", "gt", "ge"):
         index, bound = _both(node)
         below = name in ("lt", "le")

@@ -25,7 +25,7 @@ from uta_fx.passes.locate_video import (
     symbols_of,
     tokens_in,
 )
-from uta_fx.passes.read_mask import hides, pads
+from uta_fx.passes.read_mask import hides, pads, shows_all
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
     Region,
@@ -82,7 +82,7 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     """Describe and decide every attention call of the graph, which goes on to compute the same."""
     expand_multi_head(gm)
     trace = Trace(gm)
-    found = find_calls(gm)
+    found = [_without_idle_mask(call) for call in find_calls(gm)]
     axes = [trace.axis(x.query.node, x.query.token_dim) for x in found]
     if plan.symbolic and all(is_clear(gm, trace, axis) for axis in axes):
         sites = _sites(found, trace, plan)
@@ -103,6 +103,14 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     return [
         (call, dataclasses.replace(site, reordered=reasons.get(call.node))) for call, site in sites
     ]
+
+
+def _without_idle_mask(call: Call) -> Call:
+    """The same call, without a mask that hides nothing."""
+    mask = call.attn_mask
+    if not isinstance(mask, Node) or not shows_all(mask, inverted=call.inverted):
+        return call
+    return dataclasses.replace(call, attn_mask=None)
 
 
 def _sites(found: Sequence[Call], trace: Trace, plan: Plan) -> list[tuple[Call, Site]]:
@@ -190,7 +198,7 @@ def _merit(call: Call, kind: str, text: object) -> str:
     """Why a call becomes sparse."""
     if text is None and call.attn_mask is not None:
         merit = "self-attention over video tokens, of each sample the first that its mask shows"
-        trusted = pads(call.attn_mask) is not None
+        trusted = pads(call.attn_mask, inverted=call.inverted) is not None
         return merit + ("; trusted: NaN where it shows others" if trusted else "")
     if kind == "self":
         return "self-attention over video tokens"
@@ -314,6 +322,8 @@ def _scaled(graph: Graph, query: Node, call: Call) -> Node:
 def _mask(graph: Graph, call: Call) -> Node:
     """The mask for ``[B, H, L, D]``: a call without heads may have one for each sample."""
     mask: Node = call.attn_mask
+    if call.inverted:
+        mask = _emit(graph, "logical_not", mask)
     if None in call.query.order and value_of(mask).dim() == 3:
         return _emit(graph, "unsqueeze", mask, 1)
     return mask
@@ -413,12 +423,15 @@ def _objection_to_mask(call: Call, video: Video | None, plan: Plan) -> str | Non
     if call.attn_mask is None:
         return None
     if video is None or same(video.tokens, call.key.shape[-2]):
-        return pads(call.attn_mask, trusted=plan.trust_masks) or plan.no_padding
+        padding = pads(call.attn_mask, trusted=plan.trust_masks, inverted=call.inverted)
+        return padding or plan.no_padding
     if same(video.tokens, call.query.shape[-2]):
         return "has an attention mask for queries that are a part of its tokens"
     before = int(video.before)
     tokens = video.tokens if is_symbolic(video.grid) else int(video.tokens)
-    return hides(call.attn_mask, before, before + tokens, trusted=plan.trust_masks)
+    return hides(
+        call.attn_mask, before, before + tokens, trusted=plan.trust_masks, inverted=call.inverted
+    )
 
 
 def _plain(size: Size) -> int | str:

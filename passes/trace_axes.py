@@ -150,11 +150,11 @@ class Trace:
     def _find_twin(self, node: Node) -> Node:
         """The first node that computes the same of the same tensors, which may be this one.
 
-        Some models make the rotary table of queries and that of keys apart.
+        Some models make the rotary table of queries and that of keys apart, positions included.
         """
         if (
             node.op not in ("call_function", "call_method")
-            or not node.all_input_nodes
+            or not (node.all_input_nodes or name_of(node) == "arange")
             or written_by(node)
             or is_random(node)
         ):

@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import poisoned
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import operator_arguments, pool_blocks
+from uta_fx.fitting import LIMIT, RIDGE, STEPS, fit_tail
 from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
@@ -41,8 +45,11 @@ def error(output, reference):
     return ((output - reference).square().mean() / reference.square().mean()).item()
 
 
+FITTED = Tail(kind="gaussian", fit=8)
+
+
 @pytest.mark.parametrize("reorder", ["none", "tile", "morton", "hilbert"])
-@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("tail", [*KINDS, FITTED], ids=str)
 def test_density_one_is_dense_attention(reorder, tail):
     """Whatever the order and the tail; the bound is a few float32 roundings of the sums."""
     q, k, v = fields()
@@ -53,7 +60,9 @@ def test_density_one_is_dense_attention(reorder, tail):
 
 
 @pytest.mark.parametrize(
-    "tail", [kind for kind in KINDS if kind not in ("none", "normalizer", "rectified")]
+    "tail",
+    [*(kind for kind in KINDS if kind not in ("none", "normalizer", "rectified")), FITTED],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", ["site", "row"])
 def test_equal_logits_aggregate_without_error(tail, budget):
@@ -128,14 +137,69 @@ def test_gaussian_tail_is_exact_for_gaussian_blocks():
 
 
 def test_better_tails_err_less():
-    """On smooth fields: dropping > one representative > one a block > Gaussian."""
+    """On smooth fields: dropping > one representative > one a block > Gaussian > fitted."""
     q, k, v = fields()
     dense = F.scaled_dot_product_attention(q, k, v)
-    errors = {}
-    for tail in ("none", "single", "block", "gaussian"):
+    tails = ("none", "single", "block", "gaussian", FITTED)
+    errors = []
+    for tail in tails:
         config = Config(density=0.2, tail=tail, **SMALL)
-        errors[tail] = error(sparse_attention(q, k, v, config=config, grid=GRID), dense)
-    assert errors["none"] > errors["single"] > errors["block"] > errors["gaussian"]
+        errors.append(error(sparse_attention(q, k, v, config=config, grid=GRID), dense))
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(tails)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4])
+def test_a_fitted_tail_is_a_regression_on_sampled_rows(density):
+    """Restated row by row in float64; the ridge is two equations more."""
+    q, k, v = fields((1, 10, 7), dim=16)
+    config = Config(density=density, reorder="none", block_q=16, block_kv=32)
+    selection = pool_blocks(q, k, v, config, None)
+    exact = LowDelta().select(selection)
+    found = fit_tail(selection, exact, k, v, selection.statistics.covariance, 0.5, 5)
+    q, k, v = (x.double() for x in (q, k, v))
+    means = {name: x.double() for name, x in vars(selection.statistics).items()}
+    for head in range(2):
+        rows = []  # exact output; exact part, tail's means and slope, each with its mass
+        for i in (7, 21, 35, 49, 63):
+            query, block = selection.scale * q[0, head, i], i // 16
+            p = (k[0, head] @ query).softmax(0)
+            square = (selection.scale * q[0, head, 16 * block : 16 * block + 16]).square().mean(0)
+            parts = torch.zeros(3, 17, dtype=torch.float64)
+            with_mass = torch.cat([v[0, head], torch.ones(70, 1).double()], 1)
+            for b in range(3):
+                keys = slice(32 * b, min(32 * b + 32, 70))
+                if exact[0, head, block, b]:
+                    parts[0] += p[keys] @ with_mass[keys]
+                    continue
+                sigma2 = square @ means["key_variance"][0, head, b]
+                mass = (query @ means["key_mean"][0, head, b] + sigma2 / 4).exp()
+                mass = mass * (keys.stop - keys.start) / (k[0, head] @ query).exp().sum()
+                parts[1, :16] += mass * means["value_mean"][0, head, b]
+                parts[1, 16] += mass
+                parts[2, :16] += mass / (1 + sigma2) * (query @ means["covariance"][0, head])
+            rows.append((p @ v[0, head], parts))
+        mass = slope = 1.0
+        for _ in range(STEPS):
+            lines = [], [], []
+            for output, (listed, of_means, of_slope) in rows:
+                total = listed + mass * of_means + slope * of_slope
+                given, total = total[:16] / total[16], total[16]
+                u, x = (of_means[:16] - given * of_means[16]) / total, of_slope[:16] / total
+                for line, of_row in zip(
+                    lines, (u, x, output - given + (mass - 1) * u + (slope - 1) * x), strict=True
+                ):
+                    line.append(of_row)
+            u, x, rest = (torch.cat(line) for line in lines)
+            ridge = (torch.stack([u.norm(), x.norm()]) * RIDGE**0.5).diag()
+            equations = torch.cat([torch.stack([u, x], 1), ridge])
+            rest = torch.cat([rest, torch.zeros(2).double()])[:, None]
+            of_u, of_x = (1 + torch.linalg.lstsq(equations, rest).solution[:, 0]).tolist()
+            mass = min(max(of_u, 1 / LIMIT), LIMIT)
+            slope = mass * min(max(of_x / mass, 0.0), LIMIT)
+        torch.testing.assert_close(
+            torch.stack([found[0][0, head], found[1][0, head]]).double(),
+            torch.tensor([mass, slope / mass]).double(), rtol=1e-3, atol=1e-3,
+        )  # fmt: skip
 
 
 def test_tile_order_errs_less_than_raster_order():
@@ -450,7 +514,7 @@ def test_a_users_own_code_may_be_compiled_around_it():
     torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
 
 
-@pytest.mark.parametrize("tail", KINDS)
+@pytest.mark.parametrize("tail", [*KINDS, FITTED], ids=str)
 @pytest.mark.parametrize("text", [(0, 0), (3, 5)])
 def test_heads_may_share_keys(tail, text):
     """Four heads of queries on two of keys: what each head has of its own when they are repeated.
@@ -471,7 +535,7 @@ def test_heads_may_share_keys(tail, text):
 
 
 def test_bad_inputs_are_named():
-    """Shapes, grids, dtypes and gradients."""
+    """Shapes, grids and gradients."""
     q, k, v = fields()
     with pytest.raises(ValueError, match=r"grid must have .* 512, got 8 x 8 x 9 = 576"):
         sparse_attention(q, k, v, grid=(8, 8, 9))
@@ -487,10 +551,63 @@ def test_bad_inputs_are_named():
         sparse_attention(q, k, v, attn_mask=torch.ones(512, dtype=torch.bool))
     with pytest.raises(ValueError, match="value must be"):
         sparse_attention(q, k, v[0])
-    with pytest.raises(TypeError, match="key must be float32, float16 or bfloat16"):
-        sparse_attention(q.double(), k.double(), v.double())
     with pytest.raises(RuntimeError, match="forward-only"):
         sparse_attention(q.requires_grad_(), k, v, grid=GRID).sum().backward()
+
+
+SEEN = torch.ones(512, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [1.0]}, TypeError, "query must be a tensor, got list"),
+        ({"key": SEEN.to_sparse()}, TypeError, "key must be a dense tensor, .*torch.sparse_coo"),
+        (
+            {"query": torch.ones(1, 2, 512, 32).int()},
+            TypeError,
+            "query must be float32, float16 or",
+        ),
+        ({"key": torch.ones(1, 2, 512, 32).half()}, TypeError, "key must be torch.float32, got"),
+        ({"value": torch.ones(1, 2, 512, 32, device="meta")}, TypeError, "value must be on cpu"),
+        ({"value": torch.ones(1, 2, 512, 8)}, ValueError, "value must have a head dim from 16"),
+        ({"key": torch.ones(1, 2, 512, 64)}, ValueError, "key must have the head dim of query, 32"),
+        ({"query": torch.ones(1, 2, 0, 32)}, ValueError, "query must hold a token of a head, got"),
+        ({"query": torch.ones(0, 2, 512, 32)}, ValueError, r"got shape \(0, 2, 512, 32\)"),
+        ({"scale": "1"}, TypeError, "scale must be a number or None, got '1'"),
+        ({"grid": (8, 64)}, ValueError, r"grid must be three ints .*, got \(8, 64\)"),
+        ({"grid": (8.0, 8, 8)}, ValueError, "grid must be three ints"),
+        ({"grid": (-8, -8, 8)}, ValueError, "grid must hold positive sides"),
+        ({"text": 5}, ValueError, "text must hold two lengths .* 512, got 5"),
+        ({"text": (1, 2, 3)}, ValueError, "text must hold two lengths"),
+        ({"text": (5.0, 0)}, ValueError, r"text must hold two lengths .* got \(5.0, 0\)"),
+        ({"attn_mask": SEEN[:3]}, ValueError, r"attn_mask must broadcast to \(1, 2, 512, 512\)"),
+        ({"attn_mask": SEEN[:1]}, ValueError, "attn_mask must have an entry for each of the 512"),
+        ({"attn_mask": SEEN[None, None, None, None]}, ValueError, "attn_mask must broadcast to"),
+        ({"attn_mask": SEEN.expand(1, 3, 1, 512)}, ValueError, "attn_mask must broadcast to"),
+        ({"attn_mask": SEEN.long()}, TypeError, "attn_mask must be torch.bool, .* got torch.int64"),
+        ({"attn_mask": SEEN.to("meta")}, TypeError, "attn_mask must be on cpu"),
+        ({"lengths": [512]}, TypeError, "lengths must be a tensor, got list"),
+    ],
+)
+def test_a_call_refuses_by_name(change, error, message):
+    """Before anything is computed."""
+    arguments = dict(zip(("query", "key", "value"), fields(), strict=True))
+    arguments |= {"text": (5, 0)} if "attn_mask" in change else {}
+    with pytest.raises(error, match=message):
+        sparse_attention(**arguments | change)
+
+
+def test_a_mask_may_have_few_dimensions():
+    """What broadcasts is taken."""
+    q, k, v = fields()
+    mask = SEEN.clone()
+    mask[2] = False
+    config = Config(density=1.0, reorder="none", **SMALL)
+    dense = F.scaled_dot_product_attention(q, k, v, mask[None])
+    for shape in ((512,), (1, 512), (1, 1, 512)):
+        output = sparse_attention(q, k, v, config=config, text=(5, 0), attn_mask=mask.view(shape))
+        torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
 
 
 LENGTHS = torch.tensor([512, 70, 1, 300])
@@ -501,8 +618,84 @@ def masked(lengths, tokens=512):
     return (torch.arange(tokens) < lengths[:, None])[:, None, None]
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "inside NaN": poisoned,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "one sample for all": lambda x: x[:1].expand(x.shape),
+    "one head for all": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_call_that_can_be_exact_is_dense_attention(data):
+    """Shapes, strides, heads that share keys, dtypes, text, masks, lengths, tails drawn at random.
+
+    Exact is a call at density 1, and one at any density of which all video keys are equal, with a
+    tail that aggregates. In 16 bits a weight, a representative, the output of each of two parts and
+    what they are merged to are rounded, each by half a unit of at most the largest value: two and a
+    half units. Sums in float32 add what the tests above allow.
+    """
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    grid = draw(st.tuples(*[st.integers(1, 6)] * 3))
+    extra = draw(st.sampled_from(["nothing", "text", "masked text", "lengths"]))
+    text = draw(st.tuples(st.integers(0, 9), st.integers(1, 20))) if "text" in extra else (0, 0)
+    equal = draw(st.booleans())
+    config = Config(
+        density=draw(st.sampled_from([0.01, 0.3])) if equal else 1.0,
+        tail=draw(st.sampled_from(["single", "bins", "block", "first_order", "gaussian", FITTED])),
+        policy=draw(st.sampled_from(["low_delta", "topk"])),
+        budget=draw(st.sampled_from(["site", "head", "row"])),
+        reorder=draw(st.sampled_from(["none", "tile", "morton", "hilbert"])),
+        block_q=draw(st.sampled_from([16, 64, 128])),
+        block_kv=draw(st.sampled_from([16, 32, 64])),
+    )
+    batch, shared, times = (draw(st.integers(1, 2)) for _ in range(3))
+    dims = [16, 40, 64, 72, 80, 88, 96, 112, 256]
+    dim, dim_v = draw(st.sampled_from(dims)), draw(st.sampled_from(dims))
+    tokens, (before, after) = math.prod(grid), text
+    length = tokens + before + after
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def randn(heads, channels):
+        return torch.randn(batch, heads, length, channels, generator=generator)
+
+    query, key, value = randn(shared * times, dim), randn(shared, dim), randn(shared, dim_v)
+    video = slice(before, before + tokens)
+    if equal:
+        key[:, :, video] = key[:, :, before : before + 1]
+    place = [LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))] for _ in range(3)]
+    query, key, value = (f(x.to(dtype)) for f, x in zip(place, (query, key, value), strict=True))
+    mask = lengths = None
+    there = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+    if extra == "masked text":
+        there[..., :before] = torch.rand(batch, 1, 1, before, generator=generator) < 0.5
+        there[..., before + tokens :] = torch.rand(batch, 1, 1, after, generator=generator) < 0.5
+        mask = there
+    if extra == "lengths":
+        lengths = torch.randint(tokens + 1, (batch,), generator=generator)
+        there = masked(lengths, tokens)
+    exact = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), there, enable_gqa=True
+    )
+    if lengths is not None:
+        exact = exact.where(there.mT, 0.0)
+        query, key, value = (x.where(there.mT, torch.nan) for x in (query, key, value))
+    output = sparse_attention(
+        query, key, value, config=config, grid=grid, text=text, attn_mask=mask, lengths=lengths
+    )
+    assert output.dtype == dtype and output.shape == (*query.shape[:3], dim_v)
+    largest = value.double().nan_to_num().abs().max()
+    allowed = 2.5 * torch.finfo(dtype).eps * largest if dtype != torch.float32 else 0.0
+    error = (output.double() - exact).abs()
+    assert (error <= allowed + 1e-5 + 1e-4 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("reorder", ["none", "tile"])
-@pytest.mark.parametrize("tail", [kind for kind in KINDS if kind != "rectified"])
+@pytest.mark.parametrize("tail", [*(x for x in KINDS if x != "rectified"), FITTED], ids=str)
 def test_density_one_is_dense_attention_of_the_tokens_that_exist(reorder, tail):
     """As with all tokens; heads share keys, and padding of NaN is seen by nobody."""
     q, k, v = fields(batch=4)
@@ -516,7 +709,9 @@ def test_density_one_is_dense_attention_of_the_tokens_that_exist(reorder, tail):
 
 
 @pytest.mark.parametrize("policy", ["low_delta", "topk", "topp", "threshold"])
-@pytest.mark.parametrize("tail", ["single", "bins", "block", "first_order", "gaussian"])
+@pytest.mark.parametrize(
+    "tail", ["single", "bins", "block", "first_order", "gaussian", FITTED], ids=str
+)
 def test_equal_logits_aggregate_without_error_what_exists(tail, policy):
     """The theorem of the paper, sample by sample, with lengths in the middle of blocks."""
     q, _, v = fields(batch=4)
@@ -569,7 +764,7 @@ def repeated_fields(dim, batch=2):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"tail": tail} for tail in KINDS),
+        *({"tail": tail} for tail in (*KINDS, FITTED)),
         {"tail": Tail(slope="query_block")},
         {"budget": "row"},
         {"policy": "topk", "budget": "head"},
@@ -590,9 +785,10 @@ def test_the_same_inputs_give_the_same_bits_twice(change, dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize("text", [(0, 0), (70, 9)])
-def test_the_whole_operation_replays_in_a_cuda_graph(text, dim):
+@pytest.mark.parametrize("tail", ["gaussian", FITTED], ids=str)
+def test_the_whole_operation_replays_in_a_cuda_graph(tail, text, dim):
     """Nothing waits for the host; other inputs give other lists in the replay."""
-    config = Config(density=0.3, block_q=64, block_kv=64)
+    config = Config(density=0.3, block_q=64, block_kv=64, tail=tail)
 
     def inputs(seed):
         tokens = fields((1, 1, 640 + sum(text)), dim=dim, seed=seed)

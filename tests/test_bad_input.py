@@ -121,6 +121,37 @@ def test_a_model_in_training_is_refused_or_stays_dense():
         assert not torch.equal(compiled(video), model(video))
 
 
+class Broken(Layer):
+    """Attention sample by sample in a loop that Dynamo breaks in, and so leaves out."""
+
+    def forward(self, video):
+        q, k, v = self.qkv(self.patch(video).flatten(2).transpose(1, 2))[:, None].chunk(3, -1)
+        return torch.cat(list(map(self.attend, q, k, v)))
+
+    def attend(self, *tensors):
+        for x in tensors:
+            torch._dynamo.graph_break("in the middle")
+            x.size()
+        return F.scaled_dot_product_attention(*(x[None] for x in tensors))
+
+
+@torch.no_grad()
+def test_a_model_whose_graph_breaks_is_named_once(caplog):
+    """Not for each part, nor for each call; another model is another."""
+    video = torch.randn(1, 3, 4, 6, 8)
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = Broken().eval()
+        compiled = torch.compile(model, backend="uta", options={**SETTINGS, "inner": "eager"})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="uta_fx"):
+            for _ in range(2):
+                torch.testing.assert_close(compiled(video), model(video))
+        (warning,) = (x.getMessage() for x in caplog.records if x.name.startswith("uta_fx"))
+        assert "the graph of a Broken breaks at test_bad_input" in warning
+        assert "fullgraph=True avoids the break or says why it cannot" in warning
+
+
 @torch.no_grad()
 def test_an_unknown_option_leaves_the_model_alone():
     """The error names it and the likeliest; the model still runs."""

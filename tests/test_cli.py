@@ -21,8 +21,10 @@ from uta_fx import pictures
 from uta_fx.bench import attention as bench
 from uta_fx.bench import model as bench_model
 from uta_fx.bench import tails as bench_tails
+from uta_fx.bench.plot import draw
 from uta_fx.cli import main
 from uta_fx.commands import app
+from uta_fx.kernels import ops
 from uta_fx.moving_shapes import load_pipeline
 from uta_fx.study.real_models import REAL_MODELS, Size, find_model
 
@@ -221,6 +223,27 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert {"scores", "kernels", "operation"} < {row["what"] for row in rows}
     # ceil(0.3 * 2 heads * 8 query blocks * 8 key blocks) are exact
     assert {row["kept"] for row in rows if row["density"]} == {39 / 128}
+    draw(tmp_path / "tiny.png", rows, "title")
+    assert (tmp_path / "tiny.png").stat().st_size > 10000
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys, tmp_path):
+    """A thousandth of the output is enough; there is no row and no file then."""
+    attend = ops.block_masked_attention
+
+    def wrong(*args):
+        output, lse = attend(*args)
+        return output * 1.001, lse
+
+    monkeypatch.setattr(ops, "block_masked_attention", wrong)
+    with pytest.raises(ArithmeticError, match=r"output of block_masked_attention .* nothing is"):
+        bench.run(
+            ["tiny"], [0.3], device="cpu", dtype=torch.float32, rounds=2, compile=False,
+            output=tmp_path / "tiny.json",
+        )  # fmt: skip
+    machine, header = capsys.readouterr().out.splitlines()
+    assert "structured inputs" in machine and header.split()[0] == "shape"
+    assert not list(tmp_path.iterdir())
 
 
 def test_tails_are_timed_on_the_same_lists(tmp_path):

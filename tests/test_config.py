@@ -67,7 +67,16 @@ def test_a_config_is_a_value():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"kind": "x"}, {"slope": "x"}, {"bins": 0}, {"variance_weight": -1.0}]
+    "fields",
+    [
+        {"kind": "x"},
+        {"slope": "x"},
+        {"bins": 0},
+        {"variance_weight": -1.0},
+        {"fit": -1},
+        {"fit": 0.5},
+        {"fit": 8, "slope": "query_block"},
+    ],
 )
 def test_a_bad_tail_cannot_be_built(fields):
     """The same for the tail's own fields."""

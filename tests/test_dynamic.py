@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_masks import Joint
 from test_models import flat
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -83,6 +84,23 @@ def test_a_new_resolution_costs_no_compile(name, inner, density):
     for output, right in zip(outputs, expected, strict=True):
         for a, b in zip(output, right, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(b.abs().max()))
+
+
+@torch.no_grad()
+def test_inductor_compiles_one_graph_for_two_resolutions():
+    """A joint attention, of which nothing is known but symbols; density 1 is dense."""
+    model = Joint(lambda seen: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {**OPTIONS, "density": 1.0}
+    compiled = torch.compile(model, backend="uta", dynamic=True, fullgraph=True, options=options)
+    for size in ((5, 6, 9), (7, 8, 10)):  # no side like another number of the model
+        generator = torch.Generator().manual_seed(0)
+        video = torch.randn(2, 3, *size, generator=generator)
+        text = torch.randn(2, 13, 32, generator=generator)
+        output, dense = compiled(video, text, None), model(video, text, None)
+        torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()

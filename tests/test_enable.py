@@ -1,5 +1,7 @@
 """uta_fx.enable and disable on a module and on a pipeline."""
 
+import copy
+import pickle
 import types
 
 import pytest
@@ -49,6 +51,21 @@ def test_a_module_is_enabled_and_disabled():
     uta_fx.disable(model)
     assert "forward" not in vars(model) and torch.equal(model(x), dense)
     uta_fx.disable(model)  # nothing to undo is no error
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_enabled_model_is_a_model_of_its_own(copied):
+    """With its own weights, and not enabled."""
+    model, x = Model(), torch.randn(1, 128, 32)
+    uta_fx.enable(model, Config(density=0.2, **FAST))
+    other = copied(model)
+    with torch.no_grad():
+        sparse, dense = model(x), Model.forward(model, x)
+        assert torch.equal(other(x), dense) and not torch.equal(sparse, dense)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(x).any() and torch.equal(model(x), sparse)
+    assert "forward" not in vars(uta_fx.disable(model))
 
 
 def test_a_trace_sees_what_was_there():

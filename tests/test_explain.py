@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -224,6 +225,38 @@ def test_the_second_layer_stands_for_those_between(name):
         "blocks.1-3." in traced.sites[-2].name and traced.sites[-1].layer == whole.sites[-1].layer
     )
     assert traced.notes[-1].endswith("the second stands for all between")
+
+
+def test_every_column_of_a_real_model_is_what_its_architecture_says():
+    """Wan 1.3B at 480p, by hand: width 1536, 12 heads, feed-forward 8960, text 512 x 4096."""
+    real = find_model("wan-2.1-1.3b")
+    found = real.explain(real.size("480p"), Config(density=0.1))
+    length, width, text, layers = 21 * 30 * 52, 1536, 512, 30
+    own, cross = 4 * length**2 * width, 4 * length * text * width
+    dense = layers * (
+        2 * length * width * (6 * width + 2 * 8960) + 2 * text * width * 2 * width + own + cross
+    )
+    dense += 2 * length * width * (16 * 4 + 16 * 4)  # patches in and out
+    dense += 2 * text * (4096 * width + width**2) + 2 * width * (256 + width + 6 * width)
+    assert found.flops == dense
+    saved = layers * (own - found.sites[0].cost.decided)
+    assert found.ideal_speedup == dense / (dense - saved)
+    assert found.sparse_share == own / (own + cross)
+    shape = f"1, 12, {length}, 128"
+    rows = [re.split(r" {2,}", line) for line in str(found).splitlines()]
+    for place, (blocks, layer, calls) in enumerate((("0", 0, 1), ("1-28", 1, 28), ("29", 29, 1))):
+        first, second = rows[2 + 2 * place : 4 + 2 * place]
+        assert first[:-1] == [
+            f"blocks.{blocks}.attn1", f"{calls}", f"{layer}", "self", shape, f"{length}",
+            "21 x 30 x 52", "-", f"{own / 1e12:.3f}", f"{calls * own / dense:.1%}", "sparse",
+            f"{found.sites[0].cost.decided / 1e12:.3f}", "once",
+        ]  # fmt: skip
+        assert second[:-1] == [
+            f"blocks.{blocks}.attn2", f"{calls}", "-", "cross", shape, "512", "-", "-",
+            f"{cross / 1e12:.3f}", f"{calls * cross / dense:.1%}", "dense", "-", "-",
+        ]  # fmt: skip
+    (row,) = [x for x in found.to_dict()["sites"] if x["name"] == "blocks.29.attn1"]
+    assert (row["layer"], row["grid"], row["share"]) == (29, (21, 30, 52), own / dense)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)

@@ -34,24 +34,22 @@ dim = int(sys.argv[2])
 tile = f"tensordesc<bf16[1, 1, 64, {dim}],{MAP_LAYOUT!r}>"
 if sys.argv[1] in ("scores", "half"):
     module, function = gluon_scores, gluon_scores._scores_kernel
-    constants = {
-        "D": dim, "BLOCK_Q": 64, "ROWS": 2, "HALF": sys.argv[1] == "half", "TILE": 64,
-        "GROUPS": module.GROUPS, "SLOTS": module.SLOTS,
-    }
+    constants = module.score_options(dim, 0.5 if sys.argv[1] == "half" else 1.0, 64, 2)
     types = {"q_ptr": "*bf16", "scores_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
 else:
     module, function = gluon_statistics, gluon_statistics._statistics_kernel
-    constants = {"D": dim, "BLOCK": 64, "STAGES": module.STAGES}
+    constants = module.statistics_options(dim)
     types = {"k_desc": tile, "v_desc": tile}
     types |= dict.fromkeys(("k_mean_ptr", "k_var_ptr", "v_mean_ptr"), "*bf16")
+options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
 names = function.arg_names
 types = dict.fromkeys((x for x in names if x.endswith("_ptr")), "*fp32") | types
 signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
 kernel = triton.compile(
     GluonASTSource(function, signature, constants),
     target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": 4, "maxnreg": module.MAX_REGISTERS},
+    options=options,
 )
 assert kernel.metadata.shared <= 227 * 1024, kernel.metadata.shared
 assert kernel.asm["ptx"].count("wgmma.mma_async") >= 4

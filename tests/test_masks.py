@@ -337,6 +337,171 @@ def test_a_mask_of_padding_is_read_as_lengths(make, reorder):
     assert sparse.isfinite().all() and not torch.equal(sparse[SHOWN], dense[SHOWN])
 
 
+def fill_where_not(logits, mask):
+    return logits.masked_fill(~mask, -torch.inf)
+
+
+def fill_where_zero(logits, mask):
+    return logits.masked_fill(mask.float() == 0, -1e9)
+
+
+def fill_behind_a_length(logits, mask):
+    hidden = torch.arange(VIDEO) >= mask.sum(-1, keepdim=True)
+    return logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+
+
+def choose_where(logits, mask):
+    return torch.where(mask, logits, torch.full([], torch.finfo(logits.dtype).min)) - 1.0
+
+
+def choose_where_not(logits, mask):
+    return torch.where(mask.logical_not(), -torch.inf, logits)
+
+
+def choose_by_method(logits, mask):
+    return logits.where(mask, -torch.inf)
+
+
+class WrittenOut(nn.Module):
+    """Attention by hand, with logits that are filled where a mask hides keys."""
+
+    def __init__(self, fill, rank=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.qkv = nn.Conv3d(3, 32, 1), nn.Linear(32, 96)
+        self.fill, self.rank = fill, rank
+
+    def forward(self, video, mask):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.rank == 4:
+            q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (q, k, v))
+            mask = mask[:, :, None]
+        return self.fill(q @ k.mT * 0.25, mask).softmax(-1) @ v
+
+
+class WithLengths(nn.Module):
+    """The same, under a mask that is made of lengths."""
+
+    def __init__(self, written_out):
+        super().__init__()
+        self.written_out = written_out
+
+    def forward(self, video, lengths):
+        return self.written_out(video, (torch.arange(VIDEO) < lengths[:, None])[:, None])
+
+
+FILLS = [
+    fill_where_not, fill_where_zero, fill_behind_a_length, choose_where, choose_where_not,
+    choose_by_method,
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fill", "rank"), [(fill, 4) for fill in FILLS] + [(fill_where_not, 3), (choose_where, 3)]
+)
+def test_logits_that_are_filled_are_read_as_a_mask(fill, rank):
+    """As lengths, where it is one of padding: density 1 equals dense on the tokens that exist."""
+    model, video = WithLengths(WrittenOut(fill, rank)), clips()
+    (site,) = uta_fx.explain(model, video, LENGTHS, config=Config(**SETTINGS)).sites
+    assert site.sparse and (site.kind, site.grid) == ("self", GRID), site.reason
+    assert site.reason.endswith("of each sample the first that its mask shows")
+    dense = model(video, LENGTHS).movedim(-2, -1)[..., :75]
+    compiled = compiled_with(model, density=1.0, inner="eager")
+    exact = compiled(video, LENGTHS).movedim(-2, -1)[..., :75]
+    torch.testing.assert_close(exact, dense, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fill", [fill_where_not, choose_where])
+def test_logits_filled_by_a_mask_of_unknown_origin_may_be_trusted(fill):
+    """It is given as an input; a hole in it makes its sample NaN."""
+    model, video, shown = WrittenOut(fill), clips(), SHOWN.clone()[:, None]
+    (site,) = uta_fx.explain(model, video, shown, config=Config(**SETTINGS)).sites
+    assert not site.sparse and "trust_masks=True takes it to" in site.reason
+    compiled = compiled_with(model, density=1.0, trust_masks=True, inner="eager")
+    output, dense = compiled(video, shown), model(video, shown)
+    torch.testing.assert_close(output[..., :75, :], dense[..., :75, :], rtol=1e-4, atol=1e-5)
+    shown[0, 0, 7] = False
+    output = compiled(video, shown)
+    assert output[0].isnan().all() and output[1].isfinite().all()
+
+
+class WrittenOutBesideText(Joint):
+    """Joint attention by hand."""
+
+    def forward(self, video, text, seen):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        x = self.qkv(torch.cat([video, text], 1))
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in x.chunk(3, -1))
+        return (q @ k.mT * 0.25).masked_fill(self.make_mask(seen), -torch.inf).softmax(-1) @ v
+
+
+def not_shown(seen):
+    return ~concatenated(seen)
+
+
+def from_a_count_on(seen):
+    return torch.arange(LENGTH) >= (seen.sum(1) + VIDEO).view(2, 1, 1, 1)
+
+
+def not_shown_to_those_shown(seen):
+    return ~outer(seen)
+
+
+def hidden_or_hidden_from(seen):
+    hidden = ~F.pad(seen, (VIDEO, 0), value=True).view(2, 1, 1, LENGTH)
+    return hidden | hidden.repeat(1, 1, LENGTH, 1).transpose(2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make", [not_shown, from_a_count_on, not_shown_to_those_shown, hidden_or_hidden_from]
+)
+def test_logits_that_are_filled_beside_text_are_read_as_a_mask(make):
+    """Which hides text alone."""
+    model, arguments = WrittenOutBesideText(make), inputs()
+    (site,) = uta_fx.explain(model, *arguments, config=Config(**SETTINGS)).sites
+    assert site.sparse and (site.kind, site.text) == ("joint", (0, TEXT)), site.reason
+    compiled = compiled_with(model, density=1.0, inner="eager")
+    output, dense = compiled(*arguments), model(*arguments)
+    seen = slice(0, VIDEO + 4)  # rows of padded text may see nothing
+    torch.testing.assert_close(output[:, :, seen], dense[:, :, seen], rtol=1e-4, atol=1e-5)
+
+
+def video_filled_too(seen):
+    return ~concatenated(seen) | (torch.arange(LENGTH) == 3)
+
+
+def causally_filled(seen):
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+
+def causally_by_frames(seen):
+    frame = torch.arange(LENGTH) // 48
+    return frame[:, None] < frame
+
+
+def what_is_shown(seen):
+    return concatenated(seen)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (video_filled_too, "the graph does not show that its attention mask leaves all video"),
+        (what_is_shown, "the graph does not show that its attention mask leaves all video"),
+        (causally_filled, "its attention mask differs from query to query"),
+        (causally_by_frames, "its attention mask differs from query to query"),
+    ],
+)
+def test_logits_that_are_filled_with_more_stay_dense(make, reason):
+    """For the reason that the mask would give in SDPA."""
+    sites = uta_fx.explain(WrittenOutBesideText(make), *inputs(), config=Config(**SETTINGS)).sites
+    assert [site.sparse for site in sites] == [False] and sites[0].reason.startswith(reason)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", TRUSTED)
 def test_a_trusted_mask_that_hides_more_than_padding_gives_nan(make):

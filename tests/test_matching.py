@@ -145,6 +145,34 @@ def exponential_less_logsumexp(q, k, v):
     return torch.exp(logits - torch.logsumexp(logits, -1, keepdim=True)) @ v
 
 
+def divided_after_the_product(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT * 0.25
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return (weights.to(v.dtype) @ v).float() / weights.sum(-1)[..., None]
+
+
+def einsum_divided_in_place(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum("bhqd,bhkd->bhqk", q * 0.25, k).exp()
+    output = torch.einsum("bhqk,bhkd->bhqd", weights, v)
+    output /= weights.sum(dim=-1, keepdim=True)
+    return output
+
+
+def powers_of_two(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.exp2(q @ k.mT * (0.25 * math.log2(math.e)))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def powers_of_two_divided_after_the_product(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = (q * (0.25 * math.log2(math.e))) @ k.mT
+    weights = (logits - logits.amax(-1, keepdim=True)).exp2()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
 def scaled_by_tensors(q, k, v):
     q, k, v = map(heads, (q, k, v))
     logits = q * k.new_tensor(0.5) @ k.mT * torch.tensor(0.25)
@@ -162,12 +190,25 @@ def scaled_by_a_mean(q, k, v):
     return (q.mean() * (q @ k.mT)).softmax(-1) @ v
 
 
+def hidden_by_nothing(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    return torch.where(mask, q @ k.mT * 0.25, -1e9).softmax(-1) @ v
+
+
+def under_an_empty_bias(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, torch.zeros(LENGTH, LENGTH))
+
+
 FORMS = (
     sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
     matmul_divided, scaled_before, scale_on_the_left,
     softmax_in_float32_with_dropout_off, bmm, baddbmm, einsum_heads_first, einsum_tokens_first,
     einsum_with_dots, scaled_in_place, exponentials, exponentials_of_differences,
     exponentials_in_place, exponential_of_log_softmax, exponential_less_logsumexp,
+    divided_after_the_product, einsum_divided_in_place, powers_of_two,
+    powers_of_two_divided_after_the_product, hidden_by_nothing, under_an_empty_bias,
     scaled_by_tensors, scaled_by_tensors_without_heads, scaled_by_a_mean,
 )  # fmt: skip
 
@@ -278,6 +319,27 @@ def test_the_multi_head_attention_of_torch_is_found(need_weights):
     torch.testing.assert_close(output, First()(x).detach(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_the_padding_of_a_multi_head_attention_is_read_as_lengths(added):
+    """A boolean key_padding_mask, or one that is added; density 1 is torch's own."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([LENGTH, 70])
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
+
+        def forward(self, x):
+            hidden = torch.arange(LENGTH) >= lengths[:, None]
+            mask = torch.where(hidden, -torch.inf, 0.0) if added else hidden
+            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    module, x = Padded(), tokens()
+    output, _ = rewritten(module, x, 1.0)
+    torch.testing.assert_close(output[:, :70], module(x).detach()[:, :70], rtol=0, atol=2e-6)
+
+
 def test_a_multi_head_attention_with_more_than_attention_stays_dense():
     """Its weights are asked for, or it has a mask: one site, with the reason."""
 
@@ -287,11 +349,11 @@ def test_a_multi_head_attention_with_more_than_attention_stays_dense():
             self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
 
         def forward(self, x, mask=None):
-            output, weights = self.attention(x, x, x, key_padding_mask=mask)
+            output, weights = self.attention(x, x, x, attn_mask=mask)
             return (output, weights) if mask is None else output
 
-    mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    for arguments, reason in (((), "returns its weights"), ((mask,), "has a key_padding_mask")):
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    for arguments, reason in (((), "returns its weights"), ((mask,), "has attn_mask")):
         found = uta_fx.explain(Weights(), tokens(), *arguments, config=Config(**SMALL)).sites
         assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
 
@@ -358,9 +420,77 @@ def filled(q, k, v):
     return (q @ k.mT).masked_fill(mask, -torch.inf).softmax(-1) @ v
 
 
+def filled_with_a_bias(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).masked_fill(torch.ones(LENGTH, dtype=torch.bool), -2.0).softmax(-1) @ v
+
+
+def filled_by_the_logits(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    few = logits.amax(-2, keepdim=True) < 0
+    return logits.masked_fill(few, -torch.inf).softmax(-1) @ v
+
+
+def filled_twice(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    mask = torch.zeros(LENGTH, dtype=torch.bool)
+    logits = (q @ k.mT).masked_fill(mask, -torch.inf)
+    return torch.where(mask, -torch.inf, logits).softmax(-1) @ v
+
+
+def filled_and_negated(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    mask = torch.zeros(LENGTH, dtype=torch.bool)
+    return ((q @ k.mT).masked_fill(mask, -torch.inf) * -1.0).softmax(-1) @ v
+
+
+def one_of_two_logits(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.where(torch.ones(LENGTH) > 0, q @ k.mT, k @ q.mT).softmax(-1) @ v
+
+
+def times_the_inverse_of_the_sum(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    return weights @ v * (1 / weights.sum(-1, keepdim=True))
+
+
+def product_divided_by_another_sum(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    return weights @ v / (weights.sum(-1, keepdim=True) + 1)
+
+
+def product_divided_over_queries(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    return weights @ v / weights.sum(-2, keepdim=True).mT
+
+
+def with_a_sink(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.cat([q @ k.mT, q.new_zeros(BATCH, HEADS, LENGTH, 1)], -1)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+def values_written_to(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    output = weights @ v
+    v[:, :, 0] = 0.0
+    return output / weights.sum(-1, keepdim=True)
+
+
+def powers_of_two_under_a_bias(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.exp2(q @ k.mT + torch.zeros(LENGTH))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 def biased(q, k, v):
     q, k, v = map(heads, (q, k, v))
-    return (q @ k.mT * 0.25 + torch.zeros(LENGTH, LENGTH)).softmax(-1) @ v
+    return (q @ k.mT * 0.25 + torch.eye(LENGTH)).softmax(-1) @ v
 
 
 def transposed(q, k, v):
@@ -468,7 +598,18 @@ def written_to(q, k, v):
         (flattened, "looks like attention, but view_as changes the weights"),
         (weights_returned, "looks like attention, but its logits or weights are used elsewhere"),
         (dropped_out, "looks like attention, but it has dropout"),
-        (filled, "looks like attention, but has an attention mask written as masked_fill"),
+        (filled, "its attention mask differs from query to query"),
+        (filled_with_a_bias, "looks like attention, but its logits are filled with -2.0, which"),
+        (filled_by_the_logits, "looks like attention, but its mask is computed from its logits"),
+        (filled_twice, "looks like attention, but it has two masks"),
+        (filled_and_negated, "looks like attention, but its mask is scaled"),
+        (one_of_two_logits, "looks like attention, but where changes the logits"),
+        (times_the_inverse_of_the_sum, "looks like attention, but its weights are not exponential"),
+        (product_divided_by_another_sum, "looks like attention, but its weights are not exponent"),
+        (product_divided_over_queries, "looks like attention, but its weights are not exponentia"),
+        (with_a_sink, "looks like attention, but getitem changes the weights"),
+        (values_written_to, "looks like attention, but its queries, keys or values are"),
+        (powers_of_two_under_a_bias, "looks like attention, but its mask is scaled"),
         (biased, "its attention mask differs from query to query"),
         (mask_scaled, "looks like attention, but its mask is scaled"),
         (scale_of_logits, "looks like attention, but its scale is computed from its logits"),
@@ -482,8 +623,8 @@ def written_to(q, k, v):
         (logits_scaled_by_a_statement, "looks like attention, but its logits or weights are used"),
         (logits_filled_by_a_statement, "looks like attention, but its logits or weights are used"),
         (logits_written_to, "looks like attention, but its logits are written to"),
-        (scale_written_to, "looks like attention, but its queries or keys are written to"),
-        (written_to, "looks like attention, but its queries or keys are written to"),
+        (scale_written_to, "looks like attention, but its queries, keys or values are wr"),
+        (written_to, "looks like attention, but its queries, keys or values are wr"),
     ],
 )
 def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):

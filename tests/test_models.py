@@ -2,19 +2,24 @@
 
 import copy
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 import re
 from collections import Counter
 
 import diffusers
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
 from uta_fx.explain import FULL_CAPTURE, explain
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.sparsify import rewrite, understand
-from uta_fx.study.models import MODELS, SMALL
+from uta_fx.study.models import MODELS, MORE, OTHERS, SMALL
 
 
 def flat(output):
@@ -109,6 +114,28 @@ def test_every_attention_of_a_model_is_found_and_rewritten_without_harm(entry):
             assert site.sparse or site.reason.startswith(entry.dense), site.reason
 
 
+def test_no_gather_is_left_between_the_layers_that_a_compiler_sees():
+    """Of the operators that Wan is traced into: three gathers before its attention, one behind."""
+    entry, graphs = next(entry for entry in MODELS if entry.name == "Wan"), []
+
+    def compile_inner(gm, inputs):
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    torch._dynamo.register_backend(aot_autograd(fw_compiler=compile_inner), name="look")
+    options = {"min_tokens": 48, "block_q": 16, "block_kv": 16, "inner": "look"}
+    with torch.no_grad():
+        compiled = torch.compile(entry.build(), backend="uta", fullgraph=True, options=options)
+        compiled(**entry.arguments())
+    (graph,) = graphs
+    names = [str(node.target) for node in graph.graph.nodes]
+    ours = [i for i, name in enumerate(names) if name.startswith("uta.block")]
+    gathers = [i for i, name in enumerate(names) if re.search(r"\.(index|gather|take)", name)]
+    assert len(ours) == 2 * 3
+    assert [sum(i < ours[0] for i in gathers), sum(i > ours[-1] for i in gathers)] == [3, 1]
+    assert len(gathers) == 4
+
+
 def wider(arguments):
     """The arguments of a video of twice the width."""
     changed = dict(arguments)
@@ -153,6 +180,36 @@ def test_every_video_transformer_of_diffusers_is_there():
     names = {name for name in dir(diffusers) if re.search(r"Transformer.*3DModel$", name)}
     assert len(names) >= 30
     assert names <= {entry.class_name for entry in MODELS}
+
+
+def test_every_other_class_that_takes_frames_is_there_or_named():
+    """By the code of its forward; the decoder of LTX-2.5 is among the VAEs."""
+    found = set()
+    for folder in ("transformers", "unets", "controlnets", "latent_upscaler"):
+        package = importlib.import_module(f"diffusers.models.{folder}")
+        for part in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if "flax" in part.name:
+                continue
+            for name, value in vars(importlib.import_module(part.name)).items():
+                ours = inspect.isclass(value) and issubclass(value, diffusers.ModelMixin)
+                if ours and hasattr(diffusers, name) and value.__module__ == part.name:
+                    if re.search(r"\bnum_frames\b", inspect.getsource(value.forward)):
+                        found.add(name)
+    known = {entry.class_name for entry in (*MODELS, *OTHERS)}
+    # images that may have a frame; music; what docs/models.md says in words
+    left = {"HunyuanImageTransformer2DModel", "MiniMaxMusic3ConditionEncoder"}
+    assert len(found & known) >= 20
+    assert {name for name in found - known if name not in MORE} <= left
+
+
+def test_a_model_with_convolutions_has_the_sites_that_it_has():
+    """Those inside a frame become sparse, those across few frames do not."""
+    entry = next(entry for entry in OTHERS if entry.class_name == "SparseControlNetModel")
+    sites = entry.explain().sites
+    assert Counter(site.kind for site in sites) == entry.sites(None)
+    for site in sites:
+        inside = site.kind == "self" and site.length_kv >= SMALL.min_tokens
+        assert site.sparse == inside, site.reason
 
 
 def test_a_repeated_block_by_itself_is_sparse_with_a_given_grid():

@@ -184,6 +184,8 @@ def test_ids_out_of_range_are_refused():
         (0, lambda q: q.double(), TypeError, "query must be float32"),
         (0, lambda q: q[0], ValueError, "query must be"),
         (0, lambda q: q[..., :8], ValueError, "query must have a head dim from 16 to 256, got 8"),
+        (0, lambda q: q[:0], ValueError, r"query must hold a token of a head, got shape \(0, 3"),
+        (0, lambda q: q[:, :, :0], ValueError, "query must hold a token of a head"),
         (1, lambda k: k.half(), TypeError, "key must be torch.float32, got torch.float16"),
         (1, lambda k: k[:, :2], ValueError, r"key must have shape \(2, 3, 200, 32\)"),
         (2, lambda v: v[:, :, :9], ValueError, "value must have shape"),
@@ -219,6 +221,13 @@ def test_bad_arguments_beside_a_mask_are_named(place, change, error, message):
     args = with_mask(Case().inputs())
     args[place] = change(args[place])
     with pytest.raises(error, match=message):
+        ops.block_masked_attention(*args)
+
+
+def test_a_mask_needs_keys():
+    args = with_mask(Case(tail="none", slopes="none").inputs())
+    args[1:4] = args[1][:, :, :0], args[2][:, :, :0], args[3][..., :0]
+    with pytest.raises(ValueError, match="key must hold at least one token, got 0"):
         ops.block_masked_attention(*args)
 
 
@@ -283,6 +292,12 @@ def test_block_scores_are_root_mean_squares_over_true_rows(power, rows):
             share = (logits + log_size + sigma2 / 2).softmax(-1)
             squares.append((share * sigma2**power) ** 2)
         torch.testing.assert_close(scores[:, :, block], torch.stack(squares).mean(0).sqrt())
+
+
+def test_scores_need_blocks():
+    q, mean = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 0, 16)
+    with pytest.raises(ValueError, match="key_mean must hold at least one block, got 0"):
+        ops.block_scores(q, mean, mean, torch.zeros(1, 1, 0), 1.0, 0.0, 1.0, 32, 2)
 
 
 @pytest.mark.parametrize("rows", [0, 3, 16])
@@ -381,6 +396,7 @@ def test_block_statistics_are_those_of_each_block(length):
         ({"key": lambda k: k[0]}, ValueError, "key must be .* got 3 dimensions"),
         ({"key": lambda k: k.long()}, TypeError, "key must be float32, float16 or bfloat16"),
         ({"key": lambda k: k[..., :8]}, ValueError, "key must have a head dim from 16 to 256"),
+        ({"key": lambda k: k[:, :, :0]}, ValueError, "key must hold a token of a head"),
         ({"value": lambda v: v[:, :, 1:]}, ValueError, "value must have shape"),
         ({"value": lambda v: v.half()}, TypeError, "value must be torch.float32"),
         ({"block_kv": lambda _: 33}, ValueError, "block_kv must be one of"),

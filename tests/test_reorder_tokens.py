@@ -320,6 +320,12 @@ def written_out(q, k, v):
     return (q @ k.transpose(-1, -2) * 16**-0.5).softmax(-1) @ v
 
 
+def weighed_by_place(q, k, v):
+    """Queries and keys each by positions of their own making."""
+    q, k = (x * torch.arange(LENGTH, dtype=x.dtype).cos()[:, None] for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Frames(nn.Module):
     """A convolution over each frame."""
 
@@ -391,6 +397,15 @@ def test_tokens_are_reordered_once_with_the_rotary_tables(reorder):
     assert gathers(graph) == (4, 0)
     targets = [node.target for node in graph.nodes if isinstance(node.target, SparseSite)]
     assert [target.in_order for target in targets] == [True] * 3
+
+
+def test_positions_that_are_made_apart_are_the_same():
+    """It is self-attention, though queries and keys have a table each."""
+    model, inputs = build(lambda: Layer(attend=weighed_by_place), lambda: Layer())
+    outputs, sites, graph = variants(model, inputs)
+    check(outputs)
+    assert [(site.kind, site.reordered) for site in sites] == [("self", "once")] * 2
+    assert gathers(graph)[1] == 0
 
 
 def test_tokens_in_their_own_order_need_no_gather():

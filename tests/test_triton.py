@@ -1,6 +1,7 @@
 """The Triton kernels against float64: in Triton's interpreter without a GPU, compiled with one."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -173,13 +174,19 @@ def test_attention_is_as_accurate_as_eager(case, dtype):
         seed=st.integers(0, 1000),
     ),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    inside_nan=st.booleans(),
+    layout=st.sampled_from(["contiguous", "inside NaN", "tokens before heads", "channels first"]),
 )
-def test_attention_of_any_shape_is_as_accurate_as_eager(case, dtype, inside_nan):
+def test_attention_of_any_shape_is_as_accurate_as_eager(case, dtype, layout):
+    place = {
+        "contiguous": lambda x: x,
+        "inside NaN": poisoned,
+        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "channels first": lambda x: x.mT.contiguous().mT,
+    }[layout]
     args = case.inputs(dtype)
-    if inside_nan:
-        args = [poisoned(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    assert_as_accurate_as_eager(args)
+    assert_as_accurate_as_eager(
+        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    )
 
 
 @pytest.mark.parametrize("listed", [0.0, 0.5])
@@ -561,14 +568,13 @@ def test_a_cuda_graph_replays_with_new_lists():
     assert torch.equal(scores, triton_scores.block_scores(*scores_args))
 
 
-@pytest.mark.gpu
 def test_offsets_beyond_32_bits():
-    """The last head of a key tensor of more than 2^31 elements."""
+    """The last head of a key tensor of more than 2^31 elements, nearly all never touched."""
     heads, length, dim = 132, 1 << 17, 128
-    key = torch.empty(1, length, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    key = torch.empty(1, length, heads, dim, device=DEVICE, dtype=torch.float16)
     key = key.permute(0, 2, 1, 3)[:, -2:]
     key[:, :, -256:] = torch.randn(1, 2, 256, dim, device=DEVICE)
-    args = Case(length_kv=128, dim=dim, dim_v=dim, block_kv=64, tail="none").inputs(torch.bfloat16)
+    args = Case(length_kv=128, dim=dim, dim_v=dim, block_kv=64, tail="none").inputs(torch.float16)
     blocks = length // 64
     ids = torch.tensor([blocks - 1, blocks - 3], device=DEVICE, dtype=torch.int32)
     args[1] = args[2] = key
@@ -578,6 +584,51 @@ def test_offsets_beyond_32_bits():
     args[1] = args[2] = key[:, :, -256:]
     args[3] = args[3] - (blocks - 4)
     assert_as_accurate_as_eager(args, result)
+
+
+def far_apart(tensors, dim):
+    """The same values, with 2^33 bytes from one index of dimension ``dim`` to the next.
+
+    That is more than 2^31 elements of each dtype. All lie in one buffer, which is not touched
+    between them: without a GPU it takes no memory.
+    """
+    apart = 1 << 33
+    sizes = [x[:1].numel() * x.element_size() if dim == 0 else x.nbytes for x in tensors]
+    starts = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]
+    buffer = torch.empty(apart + starts[-1], dtype=torch.uint8, device=DEVICE)
+    moved = []
+    for x, start in zip(tensors, starts, strict=False):
+        of_dtype = buffer[start : start + (buffer.numel() - start) // 8 * 8].view(x.dtype)
+        strides = [x.stride(i) if i != dim else apart // x.element_size() for i in range(x.dim())]
+        view = of_dtype.as_strided(x.shape, strides, of_dtype.storage_offset())
+        moved.append(view.copy_(x))
+    return moved
+
+
+@pytest.mark.parametrize("tail", ["none", "block", "row"])
+@pytest.mark.parametrize("dim", [0, 1])  # samples, and heads
+def test_any_input_may_have_more_elements_than_32_bits_count(dim, tail):
+    case = Case(batch=2, length_q=34, length_kv=34, tail=tail, slopes="row")
+    args = case.inputs(torch.float16)
+    for attend, inputs in (
+        (triton_attention.sparse_attention, args),
+        (triton_attention.block_masked_attention, with_mask(args)),
+    ):
+        expected = attend(*inputs)
+        tensors = [x for x in inputs if torch.is_tensor(x)]
+        moved = [x.contiguous() for x in tensors]
+        far = far_apart(moved, dim)
+        assert all(x.stride(dim) >= 2**31 for x in far)
+        for got, want in zip(attend(*far, *inputs[len(far) :]), expected, strict=True):
+            assert torch.equal(got, want)
+    key, value = far_apart(args[1:3], dim)
+    want = triton_statistics.block_statistics(*args[1:3], 16)
+    assert all(map(torch.equal, triton_statistics.block_statistics(key, value, 16), want))
+    scores = [args[0], args[1][:, :, :5], args[2][:, :, :5].square(), torch.zeros(2, 2, 5)]
+    scores = [x.contiguous().to(DEVICE) for x in scores]
+    numbers = (0.2, 0.0, 1.0, 32, 2)
+    want = triton_scores.block_scores(*scores, *numbers)
+    assert torch.equal(triton_scores.block_scores(*far_apart(scores, dim), *numbers), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from uta_fx.arguments import check_call, check_lengths
 from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
 from uta_fx.kernels import ops
 from uta_fx.order import Grid, token_order
 from uta_fx.passes.read_mask import HIDING
-from uta_fx.policies import SVG2, LowDelta, Selection, Threshold, TopK, TopP
+from uta_fx.policies import SVG2, Selection
 from uta_fx.statistics import block_statistics, for_heads
 
 
@@ -54,7 +55,7 @@ def sparse_attention(
             to ``[B, H, L, L]``. Its entries for video keys must leave them seen by all video
             queries, and all rows of video queries must be equal: of these the first is read. Rows
             of text queries are free. Needs text.
-        lengths: int32 or int64 ``[B]``, each from 1 to L: only so many tokens of a sample exist,
+        lengths: int32 or int64 ``[B]``, each from 0 to L: only so many tokens of a sample exist,
             those at its start in the order in which they come. The others are padding, which no
             token attends to whatever it holds; their output is zero. The density is a share of all
             blocks, padding or not. None where all tokens exist; not with text, whose padding
@@ -65,13 +66,13 @@ def sparse_attention(
 
     Raises:
         ValueError: A shape, grid or head dim does not fit.
-        TypeError: A dtype or device does not fit.
+        TypeError: A dtype or device does not fit, or something is no tensor or number.
         RuntimeError: A gradient is asked for.
     """
     config = Config.of(config)
-    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    grid, video = check_call(query, key, value, attn_mask, config, grid, text, scale)
     if lengths is not None:
-        _check_lengths(lengths, query, config, text)
+        check_lengths(lengths, query, config, text)
         return _attend_to_lengths(query, key, value, lengths[:, None, None], config, grid, scale)
     return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
 
@@ -117,7 +118,7 @@ def clustered_attention(
     policy = config.selection_policy()
     if not isinstance(policy, SVG2):
         raise ValueError(f"config must have the policy svg2, got {config.policy!r}")
-    grid, video = _checked(query, key, value, attn_mask, config, grid, text)
+    grid, video = check_call(query, key, value, attn_mask, config, grid, text, scale)
     if centroids is not None:
         lead, dim = query.shape[:2], query.shape[3]
         counts = policy.clusters_of(query.shape[2] - sum(text))
@@ -132,74 +133,6 @@ def clustered_attention(
     )
     assert found is not None
     return output, found
-
-
-def _checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    config: Config,
-    grid: Grid | None,
-    text: tuple[int, int],
-) -> tuple[Grid | None, tuple[int, int] | None]:
-    """The grid, and where the video lies, once they and the rest fit together."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
-    batch, heads, length, _ = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        shared = key.shape[1] and heads % key.shape[1] == 0
-        if not shared or tensor.shape[:3] != (batch, key.shape[1], length):
-            raise ValueError(
-                f"{name} must have the batch and length of query, and a number of heads that"
-                f" divides its, {(batch, heads, length)}, the same for key and value;"
-                f" got {tuple(tensor.shape[:3])}"
-            )
-    tokens = query.shape[2] - sum(text)
-    if min(text) < 0 or tokens < 1:
-        raise ValueError(
-            f"text must hold two lengths whose sum is less than that of query, {query.shape[2]},"
-            f" got {text}"
-        )
-    if attn_mask is not None and not any(text):
-        raise ValueError("attn_mask hides text from the video: it needs text, got (0, 0)")
-    grid = grid or config.grid
-    if grid is not None and math.prod(grid) != tokens:
-        raise ValueError(
-            f"grid must have as many tokens as the video, {tokens},"
-            f" got {' x '.join(map(str, grid))} = {math.prod(grid)}"
-        )
-    if grid is None and config.reorder not in ("auto", "none"):
-        raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
-    return grid, (text[0], tokens) if any(text) else None
-
-
-def _check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[int, int]) -> None:
-    if lengths.shape != query.shape[:1]:
-        raise ValueError(
-            f"lengths must have shape {tuple(query.shape[:1])}, got {tuple(lengths.shape)}"
-        )
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
-    if lengths.device != query.device:
-        raise TypeError(f"lengths must be on {query.device} as query is, got {lengths.device}")
-    if any(text):
-        raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
-    if objection := objection_to_lengths(config):
-        raise ValueError(objection)
-
-
-def objection_to_lengths(config: Config) -> str | None:
-    """Why these settings cannot be of samples of different lengths, or None."""
-    if not isinstance(config.selection_policy(), (LowDelta, TopK, TopP, Threshold)):
-        return (
-            "lengths need a policy low_delta, topk, topp or threshold, which know of blocks that"
-            f" are not full; got {config.policy}"
-        )
-    if config.tail_form().kind == "rectified":
-        return "lengths need a tail in the softmax, got rectified"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -495,6 +428,8 @@ def _attend(
 
     A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
     """
+    while attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[None]
     if video is None and attn_mask is not None:
         lengths, misread = _lengths(attn_mask, query)
         output = _attend_to_lengths(query, key, value, lengths, config, grid, scale, in_order)

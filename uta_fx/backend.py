@@ -6,17 +6,28 @@ import dataclasses
 import functools
 import logging
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
-from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex, objection_to_lengths
+from uta_fx.arguments import objection_to_lengths
+from uta_fx.attention import ContinuedSite, SparseSite, TokenIndex
 from uta_fx.compile_kernels import kernels_compiled_beside
 from uta_fx.config import Config
 from uta_fx.dump import readable
-from uta_fx.layers import BlockByBlock, block_around, blocks_of, check_layers, parameters_of
+from uta_fx.layers import (
+    BlockByBlock,
+    block_around,
+    blocks_of,
+    check_layers,
+    modules_being_called,
+    parameters_of,
+)
 from uta_fx.passes.carry_state import carry_state, with_state
 from uta_fx.passes.copy_graph import copy_graph
 from uta_fx.passes.order_rules import Place
@@ -110,8 +121,14 @@ def sparsify(
         raise ValueError(objection)
     if note := note_on_layers(sites, config):
         logger.warning(note)
+    if not any(site.sparse for site in sites):
+        _note_break(gm)
     if not sites:
-        logger.warning("the graph has no attention: it is compiled as it is")
+        models = _models_being_called()
+        # many parts of a model whose graph breaks have none
+        part = len(models) > 1 or not _broken.isdisjoint(models)
+        level = logging.INFO if part else logging.WARNING
+        logger.log(level, "the graph has no attention: it is compiled as it is")
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -260,6 +277,31 @@ def _blocks_around(gm: GraphModule, config: Config, symbolic: bool) -> BlockByBl
         config.dense_layers, number, type(model).__name__, ", ".join(dense),
     )  # fmt: skip
     return BlockByBlock(config, list(parameters), objection)
+
+
+_broken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose graph is known to break."""
+
+
+def _note_break(gm: GraphModule) -> None:
+    """Warn, once for a model, that its graph breaks behind a part with nothing to make sparse."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    models = _models_being_called()[-1:]
+    if reason is None or not reason.graph_break or not _broken.isdisjoint(models):
+        return
+    _broken.update(models)
+    place = "".join(f" at {Path(x.filename).name}:{x.lineno}" for x in reason.user_stack[-1:])
+    logger.warning(
+        "the graph of a %s breaks%s (%s), and its part before that has nothing that becomes sparse:"
+        " what Dynamo leaves out of its graphs runs dense. fullgraph=True avoids the break or says"
+        " why it cannot; uta_fx.explain shows the attention",
+        type(models[0]).__name__ if models else "function", place, reason.reason.split("\n")[0],
+    )  # fmt: skip
+
+
+def _models_being_called() -> list[nn.Module]:
+    """From the innermost outwards, each once."""
+    return list(dict.fromkeys(getattr(x, "_orig_mod", x) for x in modules_being_called()))
 
 
 def _compile_sparse(

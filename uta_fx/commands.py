@@ -497,10 +497,15 @@ def study_policies(
 def bench_attention(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="Shape to time; several times for several; default all."),
+        typer.Option(
+            help="Shape to time, several times for several: wan-1.3b-480p, wan-14b-720p,"
+            " hunyuan-720p, cogvideox-5b, ltx-720p, mochi-480p, which are the default; or"
+            " power-of-two, cpu-4k-64, cpu-4k-128, cpu-16k-64, cpu-16k-128, tiny."
+        ),
     ] = None,
     density: Annotated[
-        list[float] | None, typer.Option(help="Density to time; several times for several.")
+        list[float] | None,
+        typer.Option(help="Density to time, several times for several; 0.05 to 0.5 by default."),
     ] = None,
     inputs: Inputs = "structured",
     policy: PolicyName = str(DEFAULTS.policy),
@@ -521,7 +526,7 @@ def bench_attention(
     Checks sampled rows against float64 first: no time is printed when they disagree. The operation
     includes pooling, selection and tail. Dense baselines and candidates take turns.
     """
-    from uta_fx.bench.attention import DEFAULT_SHAPES, describe, run
+    from uta_fx.bench.attention import DEFAULT_SHAPES, DENSITIES, describe, run
 
     target = _device(device)
     of_inputs = _dtype(dtype, target)
@@ -533,7 +538,7 @@ def bench_attention(
         _check_file(plot, "--plot")
     rows = run(
         shape or DEFAULT_SHAPES,
-        density or (0.1, 0.2, 0.25),
+        density or DENSITIES,
         config=config,
         inputs=inputs,
         device=str(target),

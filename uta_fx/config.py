@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uta_fx.kernels.ops import BLOCK_SIZES
-from uta_fx.order import ORDERS, Grid
+from uta_fx.order import ORDERS, Grid, checked_grid
 from uta_fx.policies import BUDGETS, BY_NAME, SVG2, Policy
 from uta_fx.tails import KINDS, Tail
 
@@ -96,7 +96,7 @@ class Config:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.grid is not None:
-            object.__setattr__(self, "grid", _grid(self.grid))
+            object.__setattr__(self, "grid", checked_grid(self.grid))
         for name in ("strict", "trust_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -193,18 +193,6 @@ def _number(config: Config, name: str) -> None:
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
     if value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {value!r}")
-
-
-def _grid(value: Any) -> Grid:
-    try:
-        frames, height, width = (int(side) for side in value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"grid must be three ints (frames, height, width), got {value!r}"
-        ) from None
-    if min(frames, height, width) < 1:
-        raise ValueError(f"grid must hold positive sides (frames, height, width), got {value!r}")
-    return frames, height, width
 
 
 def _parse_ranges(text: str) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ def enable(
             a mode with CUDA graphs, outputs are copies: they live on when the next call comes.
 
     Returns:
-        ``target``.
+        ``target``. A copy of it (``copy.deepcopy``, ``pickle``) is not enabled.
 
     Raises:
         TypeError: ``target`` is neither, or a text encoder or a VAE; ``config`` is no ``Config``;
@@ -196,6 +196,14 @@ class _Enabled:
         if self._compiled is not None:
             _check_hooks(self._compiled)
         return self._forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has the forward that was there: ours would run the first one's."""
+        return _itself, (self.original,)
+
+
+def _itself(thing: Any) -> Any:
+    return thing
 
 
 class _Reader:

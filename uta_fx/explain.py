@@ -129,11 +129,13 @@ class Explanation:
 
     def __str__(self) -> str:
         header: tuple[str, ...] = (
-            "site", "calls", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs a call",
+            "site", "calls", "layer", "kind", "B, H, L, D", "keys", "grid", "text", "TFLOPs a call",
             "of model", "decision", "TFLOPs then", "tokens reordered", "reason",
         )  # fmt: skip
         rows = [self._row(site) for site in self.sites]
         empty = {"calls"} if all(site.count == 1 for site in self.sites) else set()
+        if all(site.layer is None for site in self.sites):
+            empty |= {"layer"}
         if all(site.cost is None for site in self.sites):
             empty |= {"TFLOPs a call", "of model", "TFLOPs then"}
         if all(site.reordered is None for site in self.sites):
@@ -162,6 +164,7 @@ class Explanation:
         return (
             site.name,
             str(site.count),
+            "-" if site.layer is None else str(site.layer),
             site.kind,
             ", ".join(map(str, site.shape)),
             str(site.length_kv),

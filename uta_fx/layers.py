@@ -56,7 +56,7 @@ def block_around(parameters: Sequence[nn.Parameter]) -> tuple[nn.Module, nn.Modu
     if not parameters:
         return None
     wanted = {id(parameter) for parameter in parameters}
-    for model in _modules_being_called():
+    for model in modules_being_called():
         owners = [
             block
             for block in blocks_of(model)
@@ -67,7 +67,7 @@ def block_around(parameters: Sequence[nn.Parameter]) -> tuple[nn.Module, nn.Modu
     return None
 
 
-def _modules_being_called() -> list[nn.Module]:
+def modules_being_called() -> list[nn.Module]:
     """From the innermost outwards.
 
     Read from the frames of ``Module.__call__`` alone: to look at the locals of a frame keeps what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,23 @@ class TokenOrder(NamedTuple):
 
     order: Tensor
     inverse: Tensor
+
+
+def checked_grid(value: Any) -> Grid:
+    """A grid that a user gives.
+
+    Raises:
+        ValueError: It is not three whole numbers, each at least 1.
+    """
+    try:
+        frames, height, width = (operator.index(side) for side in value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"grid must be three ints (frames, height, width), got {value!r}"
+        ) from None
+    if min(frames, height, width) < 1:
+        raise ValueError(f"grid must hold positive sides (frames, height, width), got {value!r}")
+    return frames, height, width
 
 
 def token_order(grid: Grid, order: str, block: int, device: torch.device | str) -> TokenOrder:

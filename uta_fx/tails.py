@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uta_fx.fitting import fit_tail
 from uta_fx.policies.base import Selection
 from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
@@ -49,6 +50,11 @@ class Tail:
         slope: ``"head"``: one key-value covariance for each head; ``"query_block"``: one for each
             query block, its tail blocks weighted by their pooled attention (dearer: O(Nk D Dv)
             memory for each head).
+        fit: Of ``first_order`` and ``gaussian`` with a slope for each head: so many query rows of
+            each head, evenly spaced, are attended to exactly, and the mass of the tail and its
+            slope are multiplied by what fits these best (``uta_fx.fitting``); 0 for neither. 16 are
+            enough (``docs/measured.md``); they take ``rows / L`` of dense attention's operations
+            and meanwhile memory for three numbers for each pair of such a row and a key.
         keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
             share goes to the exact keys, as in the published code; False leaves it out, as the
             paper writes.
@@ -61,6 +67,7 @@ class Tail:
     bins: int = 8
     variance_weight: float = 0.5
     slope: str = "head"
+    fit: int = 0
     keep_rejected: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +77,13 @@ class Tail:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {self.slope!r}")
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if not isinstance(self.fit, int) or self.fit < 0:
+            raise ValueError(f"fit must be a number of rows, at least 0, got {self.fit!r}")
+        if self.fit and (self.kind not in ("first_order", "gaussian") or self.slope != "head"):
+            raise ValueError(
+                "fit concerns the tails first_order and gaussian with slope='head' alone,"
+                f" got {self.fit} for {self.kind} with slope={self.slope!r}"
+            )
         if not self.keep_rejected and self.kind != "rectified":
             raise ValueError(
                 f"keep_rejected concerns the tail rectified alone, got False for {self.kind}"
@@ -120,6 +134,12 @@ class Tail:
             slope = statistics.covariance[:, :, None]
         else:
             slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
+        if self.fit:
+            mass, gain = fit_tail(
+                selection, exact, key, value, slope[:, :, 0], self.mass_weight, self.fit
+            )
+            blocks = blocks._replace(log_size=blocks.log_size + mass.log()[..., None])
+            slope = slope * gain[..., None, None, None]
         return blocks._replace(variance=statistics.key_variance, slope=slope.to(key.dtype))
 
     def rectification(self, selection: Selection, exact: Tensor) -> Rectification:

@@ -30,6 +30,7 @@ from uta_fx.order import Grid
 from uta_fx.policies import SVG2, LowDelta
 
 DEFAULT_SHAPES = tuple(x for x in SHAPES if not x.startswith(("cpu", "power", "tiny")))
+DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
 COLUMNS = {
     "shape": "<15", "density": ">7.2f", "what": "<12", "ms": ">9.3f", "spread": ">7.1%",
     "speedup": ">8.2f", "tflops": ">7.1f", "rate": ">6.2f", "error": ">9.1e", "memory": ">7.1%",
@@ -47,7 +48,7 @@ PARTS = {
 
 def run(
     shapes: Sequence[str] = DEFAULT_SHAPES,
-    densities: Sequence[float] = (0.1, 0.2, 0.25),
+    densities: Sequence[float] = DENSITIES,
     *,
     config: uta_fx.Config | None = None,
     inputs: str = "structured",

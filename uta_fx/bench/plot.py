@@ -8,8 +8,12 @@ from typing import Any
 
 from uta_fx._optional import require
 
-CANDIDATES = {"operation": "-o", "in order": ":o", "flex": "--x"}
-"""What is drawn, and how: everything, the same without reordering, FlexAttention over its lists."""
+CANDIDATES = {
+    "operation": ("-o", "whole operation"),
+    "in order": (":o", "tokens in the order of the blocks already"),
+    "flex": ("--x", "FlexAttention over the same blocks, without a tail"),
+}
+"""What is drawn: how, and what the legend calls it."""
 
 
 def draw(path: str | Path, rows: Sequence[dict[str, Any]], title: str = "") -> None:
@@ -21,43 +25,54 @@ def draw(path: str | Path, rows: Sequence[dict[str, Any]], title: str = "") -> N
         title: What stands above.
     """
     pyplot = require("matplotlib.pyplot", extra="demo")
+    lines = require("matplotlib.lines", extra="demo")
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     colours = {shape: f"C{place}" for place, shape in enumerate(shapes)}
-    figure, (speed, error) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    drawn = []  # candidates that the rows have
+    figure, (speed, error) = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
-    for shape in shapes:
-        for what, style in CANDIDATES.items():
+    for what, (style, label) in CANDIDATES.items():
+        for shape in shapes:
             points = sorted(
                 (row for row in rows if (row["shape"], row["what"]) == (shape, what)),
                 key=lambda row: row["density"],
             )
             if not points:
                 continue
-            label = {"operation": shape, "flex": f"{shape}, FlexAttention, no tail"}.get(what)
-            look = {"color": colours[shape], "markersize": 4, "label": label}
+            look = {"color": colours[shape], "markersize": 4}
             density = [row["density"] for row in points]
             speed.plot(density, [row["speedup"] for row in points], style, **look)
             if points[0]["error"] is not None:
                 time = [1 / row["speedup"] for row in points]
                 error.plot(time, [row["error"] for row in points], style, **look)
+            if (style, label) not in drawn:
+                drawn.append((style, label))
     densities = sorted({row["density"] for row in rows if row["density"]})
-    speed.plot(densities, [1 / density for density in densities], "k-", lw=0.8, label="1 / density")
+    ideal = {"color": "black", "lw": 0.8}
+    speed.plot(densities, [1 / density for density in densities], "-", **ideal)
     speed.set(xlabel="density", ylabel="speed-up over the best dense kernel", xscale="log")
     speed.set_yscale("log")
-    speed.set_title(
-        "whole operation; dotted: tokens in the order of the blocks already", fontsize=9
-    )
     error.set(xlabel="time, in that of the best dense kernel", ylabel="relative squared error")
     error.set(xscale="log", yscale="log")
     for axis, values in (
         (speed.xaxis, densities),
-        (speed.yaxis, (1, 2, 3, 4, 5, 7, 10, 20)),
-        (error.xaxis, (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1)),
+        (speed.yaxis, (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20)),
+        (error.xaxis, (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2)),
     ):
+        low, high = axis.get_view_interval()
         axis.set_minor_locator(pyplot.NullLocator())
-        axis.set_ticks(values, [f"{value:g}" for value in values])
+        inside = [value for value in values if low <= value <= high]
+        axis.set_ticks(inside, [f"{value:g}" for value in inside])
     for axes in (speed, error):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    handles = [lines.Line2D([], [], color=colours[shape], lw=3, label=shape) for shape in shapes]
+    handles += [
+        lines.Line2D(
+            [], [], color="grey", marker=style[-1], markersize=4, ls=style[:-1], label=label
+        )
+        for style, label in drawn
+    ]
+    handles.append(lines.Line2D([], [], label="1 / density", **ideal))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

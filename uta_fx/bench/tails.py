@@ -39,6 +39,7 @@ TAILS = {
     "first_order": Tail(kind="first_order"),
     "first_order, slope of each query block": Tail(kind="first_order", slope="query_block"),
     "gaussian": Tail(kind="gaussian"),
+    "gaussian, fitted to 16 rows": Tail(kind="gaussian", fit=16),
     "gaussian, slope of each query block": Tail(kind="gaussian", slope="query_block"),
 }
 COLUMNS = {

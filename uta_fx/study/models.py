@@ -871,6 +871,118 @@ MODELS = (
         sites=_joint,
     ),
 )
+
+
+UNET = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1,
+    "cross_attention_dim": 16, "norm_num_groups": 2,
+}
+BLOCKS_3D = {
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "attention_head_dim": 16,
+}
+
+
+def _unet_inputs(x: Random) -> dict[str, Any]:
+    return {
+        "sample": x(1, 4, 4, 16, 16),
+        "timestep": torch.full((1,), 5),
+        "encoder_hidden_states": x(1, TEXT, 16),
+    }
+
+
+def _motion_inputs(x: Random) -> dict[str, Any]:
+    return _unet_inputs(x) | {"encoder_hidden_states": x(4, TEXT, 16)}
+
+
+ACROSS = "attention inside each frame, and short attention across frames; convolutions between"
+
+OTHERS: tuple[Model, ...] = (
+    Model(
+        name="UNet of AnimateDiff",
+        class_name="UNetMotionModel",
+        settings=UNET | {
+            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            "num_attention_heads": 2, "motion_num_attention_heads": 2,
+        },
+        inputs=_motion_inputs,
+        sites=lambda _: {"self": 18, "cross": 4},
+        note=ACROSS,
+    ),
+    Model(
+        name="ControlNet of AnimateDiff (SparseCtrl)",
+        class_name="SparseControlNetModel",
+        settings={key: value for key, value in UNET.items() if key != "out_channels"} | {
+            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "num_attention_heads": 2, "motion_num_attention_heads": 2,
+            "conditioning_embedding_out_channels": (8, 8),
+            "use_simplified_condition_embedding": True,
+        },
+        inputs=lambda x: _motion_inputs(x) | {
+            "controlnet_cond": x(1, 4, 4, 16, 16),
+            "conditioning_mask": x(1, 1, 4, 16, 16),
+        },
+        sites=lambda _: {"self": 4, "cross": 2},
+        note=ACROSS,
+    ),
+    Model(
+        name="UNet of ModelScope",
+        class_name="UNet3DConditionModel",
+        settings=UNET | BLOCKS_3D,
+        inputs=_unet_inputs,
+        sites=lambda _: {"self": 14, "cross": 4},
+        note=ACROSS,
+    ),
+    Model(
+        name="UNet of I2VGen-XL",
+        class_name="I2VGenXLUNet",
+        settings=UNET | BLOCKS_3D | {"cross_attention_dim": 64},
+        inputs=lambda x: _unet_inputs(x) | {
+            "encoder_hidden_states": x(1, TEXT, 64),
+            "fps": torch.tensor([8]),
+            "image_latents": x(1, 4, 4, 16, 16),
+            "image_embeddings": x(1, 64),
+        },
+        sites=lambda _: {"self": 15, "cross": 4},
+        note=ACROSS,
+    ),
+    Model(
+        name="UNet of Stable Video Diffusion",
+        class_name="UNetSpatioTemporalConditionModel",
+        settings={
+            "in_channels": 8, "out_channels": 4, "block_out_channels": (32, 64),
+            "layers_per_block": 1, "cross_attention_dim": 16, "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24, "num_frames": 4,
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            "num_attention_heads": (2, 4),
+        },
+        inputs=lambda x: {
+            "sample": x(1, 4, 8, 16, 16),
+            "timestep": torch.full((1,), 5),
+            "encoder_hidden_states": x(1, 1, 16),
+            "added_time_ids": torch.zeros(1, 3),
+        },
+        sites=lambda _: {"self": 8, "cross": 8},
+        note=ACROSS,
+    ),
+    Model(
+        name="Decoder of LTX-2.5",
+        class_name="LTX2VideoDiffusionDecoderModel",
+        settings={
+            "latent_channels": 4, "patch_size": 2, "decoder_head_dim": 16,
+            "decoder_stage_channels": (32,) * 5, "decoder_stage_depths": (1,) * 5,
+            "decoder_stage_kernels": ((3, 3, 3),) * 4, "decoder_stage5_kernel": (3, 3, 3),
+            "decoder_upsample_channel_reductions": (1,) * 4, "decoder_t_emb_dim": 16,
+        },
+        inputs=lambda x: {"z": x(1, 4, 2, 3, 4)},
+        sites=lambda _: {"self": 5},
+        note="neighbourhood attention: the mask is sparse attention of the model's own",
+    ),
+)
+"""Classes that take videos and are no transformers of tokens."""
 # fmt: on
 
 
@@ -890,11 +1002,23 @@ each sparse call. Made by `python -m uta_fx.study.models`.
 """
 
 
+MORE = """
+Classes that take videos and are no transformers of tokens. `CosmosControlNetModel` needs
+torchvision and is not traced here: its blocks are those of Cosmos. VAEs are left alone,
+`uta_fx.enable` refuses them (the decoder of LTX-2.5 with them), and
+`Kandinsky6SRLatentUpscalerBank` has no attention.
+
+| model | graphs | attention calls | sparse | grid | tokens reordered | left dense |
+|---|---|---|---|---|---|---|
+"""
+
+
 def table() -> str:
     """The document, in Markdown; takes a minute or two."""
     diffusers = require("diffusers", extra="diffusers")
-    rows = [_row(model, model.explain()) for model in MODELS]
-    return HEADER.format(version=diffusers.__version__) + "\n".join(rows)
+    rows, others = ([_row(x, x.explain()) for x in models] for models in (MODELS, OTHERS))
+    header = HEADER.format(version=diffusers.__version__)
+    return "\n".join([header + rows[0], *rows[1:], MORE + others[0], *others[1:]])
 
 
 def _row(model: Model, found: Explanation) -> str:
