@@ -42,10 +42,10 @@ ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel 
 # and of the one that gives pairs their turns
 TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
-# of each of 384 threads: two groups that multiply and one that copies. At head dim 64 they are half
-# of what a multiprocessor has. Then those of a thread of the second group, which the first exceeds.
+# of each of 384 threads when a program starts: two groups that multiply and one that copies. At
+# head dim 64 they are half of what a multiprocessor has
 MAX_REGISTERS = {128: 168, 64: 80}
-GROUP_REGISTERS = {128: 240, 64: 104}
+GROUP_REGISTERS = {128: 240, 64: 104}  # then of the second group's; the first has what is left
 STAGES = 5  # of the ring: pairs of a key and a value block
 MAX_BLOCKS = 1 << 16  # of keys: their order is kept in 16 bits
 MIN_SCALE = 1e-30  # biases of representatives are divided by the scale, unless that is 0
