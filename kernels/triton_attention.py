@@ -27,7 +27,7 @@ from uta_fx.kernels.triton_selection import list_blocks
 
 try:
     from uta_fx.kernels import gluon_attention, gluon_tail
-except ImportError:  # Gluon is an experimental part of Triton: its names may move
+except (ImportError, AttributeError):  # Gluon is experimental: its names may move
     gluon_attention = gluon_tail = None  # type: ignore[assignment]
 
 LOG2_E = tl.constexpr(math.log2(math.e))

@@ -22,7 +22,7 @@ from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_til
 
 try:
     from uta_fx.kernels import gluon_scores
-except ImportError:  # Gluon is an experimental part of Triton: its names may move
+except (ImportError, AttributeError):  # Gluon is experimental: its names may move
     gluon_scores = None  # type: ignore[assignment]
 
 MAX_BLOCK = 128  # the largest block_q

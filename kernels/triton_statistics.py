@@ -19,7 +19,7 @@ from uta_fx.kernels.triton_attention import dot_precision
 
 try:
     from uta_fx.kernels import gluon_statistics
-except ImportError:  # Gluon is an experimental part of Triton: its names may move
+except (ImportError, AttributeError):  # Gluon is experimental: its names may move
     gluon_statistics = None  # type: ignore[assignment]
 
 PROGRAMS = 528  # of the second kernel, about: four for each multiprocessor of an H100
