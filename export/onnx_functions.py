@@ -693,6 +693,11 @@ def make_schema(
     )
 
 
+def nodes_of_ours(model: onnx.ModelProto) -> set[str]:
+    """Of which types a file has nodes of our domain."""
+    return {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+
+
 def check_version(path: Path, name: str) -> onnx.ModelProto:
     """Read a file without the weights beside it.
 

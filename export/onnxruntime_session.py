@@ -13,7 +13,12 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 from torch import Tensor
 
-from uta_fx.export.onnx_functions import DOMAIN, ELEMENT_TYPES, check_version
+from uta_fx.export.onnx_functions import (
+    DOMAIN,
+    ELEMENT_TYPES,
+    check_version,
+    nodes_of_ours,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ def open_session(
     """See ``uta_fx.onnxruntime_session``."""
     model = check_version(path, "path")
     spelled_out = {x.name for x in model.functions if x.domain == DOMAIN}
-    if bare := {x.op_type for x in model.graph.node if x.domain == DOMAIN} - spelled_out:
+    if bare := nodes_of_ours(model) - spelled_out:
         raise ValueError(
             f"path must be a file of export_onnx, got one for plugins of TensorRT, with nodes"
             f" {min(bare)}: {path}"

@@ -66,7 +66,7 @@ def exp2(x):
 
 
 @gluon.jit
-def rescale(acc, shrink):
+def _rescale(acc, shrink):
     """``acc * shrink[:, None]``."""
     factors = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
     factors, acc = gl.broadcast(factors, acc)
@@ -81,7 +81,7 @@ def rescale(acc, shrink):
 
 
 @gluon.jit
-def spread(rows):
+def _spread(rows):
     """One number a row as four that add up to it."""
     rows = gl.convert_layout(rows, gl.SliceLayout(1, SUMS))[:, None]
     return rows * gl.full([rows.shape[0], 4], 0.25, gl.float32, SUMS)
@@ -187,7 +187,7 @@ def attend_steps(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     ROWS: gl.constexpr = row_max.type.layout
     none = gl.zeros([BLOCK, BLOCK], gl.float32, S_LAYOUT)
-    row_sum, gain = spread(row_sum), spread(gain)
+    row_sum, gain = _spread(row_sum), _spread(gain)
     if OVERLAP:
         if count > 0:
             at = _place(0, places, WHICH)
@@ -201,7 +201,7 @@ def attend_steps(
                 s, columns, stage, row_max, row_sum, gain, scale_log2, WHICH, TAIL
             )
             p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-            acc = rescale(acc, shrink)
+            acc = _rescale(acc, shrink)
             for j in range(1, count):
                 before = stage
                 at = _place(j, places, WHICH)
@@ -216,7 +216,7 @@ def attend_steps(
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(empty.index(before))
                 p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-                acc = rescale(acc, shrink)
+                acc = _rescale(acc, shrink)
             acc = _start_values(p16, v_ring, stage, acc)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(stage))
@@ -234,7 +234,7 @@ def attend_steps(
                 s, columns, stage, row_max, row_sum, gain, scale_log2, WHICH, TAIL
             )
             p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-            acc = rescale(acc, shrink)
+            acc = _rescale(acc, shrink)
             acc = _start_values(p16, v_ring, stage, acc)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(stage))

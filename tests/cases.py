@@ -108,3 +108,18 @@ def poisoned(x):
     view = buffer[(..., *(slice(8, 8 + size) for size in x.shape[2:]))]
     view.copy_(x)
     return view
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "inside NaN": poisoned,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.mT.contiguous().mT,
+}
+"""How a tensor ``[B, H, L, D]`` may lie in memory."""
+
+
+def laid_out(args, layout):
+    """The same arguments, all tensors of numbers laid out so."""
+    place = LAYOUTS[layout]
+    return [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import poisoned
+from cases import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -618,11 +618,7 @@ def masked(lengths, tokens=512):
     return (torch.arange(tokens) < lengths[:, None])[:, None, None]
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "inside NaN": poisoned,
-    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "channels first": lambda x: x.mT.contiguous().mT,
+PLACES = LAYOUTS | {
     "one sample for all": lambda x: x[:1].expand(x.shape),
     "one head for all": lambda x: x[:, :1].expand(x.shape),
 }
@@ -667,7 +663,7 @@ def test_any_call_that_can_be_exact_is_dense_attention(data):
     video = slice(before, before + tokens)
     if equal:
         key[:, :, video] = key[:, :, before : before + 1]
-    place = [LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))] for _ in range(3)]
+    place = [PLACES[draw(st.sampled_from(sorted(PLACES)))] for _ in range(3)]
     query, key, value = (f(x.to(dtype)) for f, x in zip(place, (query, key, value), strict=True))
     mask = lengths = None
     there = torch.ones(batch, 1, 1, length, dtype=torch.bool)

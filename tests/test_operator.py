@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, double, poisoned, with_mask
+from cases import LAYOUTS, Case, double, laid_out, with_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,20 +67,11 @@ def test_agrees_with_the_reference(dtype, tail, slopes):
         dtype=st.sampled_from(DTYPES),
         seed=st.integers(0, 1000),
     ),
-    st.sampled_from(["contiguous", "inside NaN", "tokens before heads", "channels first"]),
+    st.sampled_from(list(LAYOUTS)),
 )
 def test_any_shape_agrees_with_the_reference(case, layout):
     """Lengths, head dims, dtypes, strides, blocks, tails and lists drawn at random."""
-    place = {
-        "contiguous": lambda x: x,
-        "inside NaN": poisoned,
-        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        "channels first": lambda x: x.mT.contiguous().mT,
-    }[layout]
-    args = case.inputs()
-    assert_as_accurate_as_eager(
-        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    )
+    assert_as_accurate_as_eager(laid_out(case.inputs(), layout))
 
 
 @pytest.mark.parametrize("tail", ["none", "block", "row"])

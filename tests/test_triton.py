@@ -13,7 +13,7 @@ from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from cases import poisoned, with_mask
+from cases import LAYOUTS, laid_out, poisoned, with_mask
 
 from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
 
@@ -174,19 +174,10 @@ def test_attention_is_as_accurate_as_eager(case, dtype):
         seed=st.integers(0, 1000),
     ),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    layout=st.sampled_from(["contiguous", "inside NaN", "tokens before heads", "channels first"]),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_attention_of_any_shape_is_as_accurate_as_eager(case, dtype, layout):
-    place = {
-        "contiguous": lambda x: x,
-        "inside NaN": poisoned,
-        "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        "channels first": lambda x: x.mT.contiguous().mT,
-    }[layout]
-    args = case.inputs(dtype)
-    assert_as_accurate_as_eager(
-        [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    )
+    assert_as_accurate_as_eager(laid_out(case.inputs(dtype), layout))
 
 
 @pytest.mark.parametrize("listed", [0.0, 0.5])
@@ -234,7 +225,7 @@ def test_memory_beyond_the_tensors_cannot_matter(tail, monkeypatch):
     case = Case(tail=tail, dim=24, dim_v=48, slopes="row")
     args = case.inputs(torch.float32)
     expected = triton_attention.sparse_attention(*args)
-    args = [poisoned(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    args = laid_out(args, "inside NaN")
     allocate = torch.Tensor.new_empty
 
     def new_empty(self, *shape, **options):

@@ -50,8 +50,7 @@ def check_call(
         check_device(name, tensor, query)
     batch, heads, length, dim = query.shape
     for name, tensor in (("key", key), ("value", value)):
-        shared = key.shape[1] and heads % key.shape[1] == 0
-        if not shared or tensor.shape[:3] != (batch, key.shape[1], length):
+        if heads % key.shape[1] or tensor.shape[:3] != (batch, key.shape[1], length):
             raise ValueError(
                 f"{name} must have the batch and length of query, and a number of heads that"
                 f" divides its, {(batch, heads, length)}, the same for key and value;"

@@ -213,9 +213,7 @@ def _honoured_lists() -> Iterator[None]:
 
 def run_file(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """Outputs of a file, and how many sparse nodes it has."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_quietly(path)
     names = [x.name for x in session.get_inputs()]
     arrays = [x.numpy() for x in tensors]
     outputs = session.run(None, dict(zip(names, arrays, strict=True)))
@@ -225,20 +223,44 @@ def run_file(path: Path, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     )
 
 
+def open_quietly(
+    path: Path, level: Any = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU that logs nothing, its graph optimised as far as ``level``."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = level
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 def tensors_of(structure: Any) -> list[Tensor]:
     """The tensors in arguments or outputs, in their order."""
     return [x for x in tree_leaves(structure) if isinstance(x, Tensor)]
 
 
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def page_arguments(doc: str | None) -> tuple[Path, Sequence[str]]:
+    """What the command line of a page says: the page, and which models to make anew, none for all.
+
+    Args:
+        doc: Of the command's module; its first line tells what the command does.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("path", type=Path, help="page to write, or to make rows of anew")
     parser.add_argument("--only", nargs="+", default=(), metavar="MODEL", help="names of the table")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    before = given.path.read_text() if given.path.is_file() else ""
-    given.path.write_text(page(given.only, before))
+    return given.path, given.only
+
+
+def text_of(path: Path) -> str:
+    """A page as it is; empty where there is none."""
+    return path.read_text() if path.is_file() else ""
+
+
+def main() -> None:
+    """Write the page."""
+    path, only = page_arguments(__doc__)
+    path.write_text(page(only, text_of(path)))
 
 
 if __name__ == "__main__":

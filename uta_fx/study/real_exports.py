@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
-import logging
 import math
 import tempfile
 import time
@@ -18,16 +16,21 @@ from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.exporters import export_onnx
 from uta_fx.order import Grid
-from uta_fx.study.exports import compiled_outputs, rows_before, run_file, tensors_of
+from uta_fx.study.exports import (
+    compiled_outputs,
+    open_quietly,
+    page_arguments,
+    rows_before,
+    run_file,
+    tensors_of,
+    text_of,
+)
 from uta_fx.study.real_models import (
-    DTYPE,
     REAL_MODELS,
     WAN_SIZES,
     RealModel,
@@ -437,16 +440,13 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     if real.by_block:
         return "-", "not written: `decide_branches` runs the model once"
     model = _model(real, torch.float16)
-    given = arguments(real, real.latent(size), real.grid(size), torch.float16)
+    given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
     found = export_onnx(model, (), path, kwargs=given)
     seconds = time.perf_counter() - start
     del model, given
     gc.collect()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    open_quietly(path, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     files = list(folder.iterdir())
     total = sum(file.stat().st_size for file in files)
     for file in files:
@@ -460,7 +460,7 @@ def _run(real: RealModel, folder: Path) -> tuple[str, str]:
     config = Config(**SMALL_SETTINGS, grid=grid if real.by_block else None)
     latent = tuple(side * patch for side, patch in zip(grid, real.patch, strict=True))
     model, path = _model(real, torch.float32), folder / "small.onnx"
-    given = arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
+    given = _arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
     expected = compiled_outputs(model, config, given)
     found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
     del model
@@ -489,32 +489,17 @@ def _model(real: RealModel, dtype: torch.dtype) -> torch.nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def arguments(real: RealModel, latent: Grid, grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
-    """Of one step, with values: random numbers, and masks of ones."""
+def _arguments(real: RealModel, latent: Grid, grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
+    """Of one step, random numbers."""
     generator = torch.Generator().manual_seed(0)
-
-    def fill(x: Tensor) -> Tensor:
-        of_file = dtype if x.dtype == DTYPE else x.dtype
-        if x.device.type != "meta":
-            return x.to(of_file)
-        if not x.is_floating_point():
-            return torch.ones(x.shape, dtype=x.dtype)
-        return torch.randn(x.shape, generator=generator).to(of_file)
-
-    filled: dict[str, Any] = tree_map_only(Tensor, fill, real.inputs(latent, grid))
-    return {**filled, "return_dict": False}
+    return real.arguments(latent, grid, dtype, lambda x: torch.randn(x, generator=generator))
 
 
 def main() -> None:
     """Write the page, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("path", type=Path, help="page to write, or to make rows of anew")
-    parser.add_argument("--only", nargs="+", default=(), metavar="MODEL", help="of the table")
-    given = parser.parse_args()
-    logging.disable(logging.WARNING)
-    for title in given.only or ALL:
-        before = given.path.read_text() if given.path.is_file() else ""
-        given.path.write_text(page([title], before))
+    path, only = page_arguments(__doc__)
+    for title in only or ALL:
+        path.write_text(page([title], text_of(path)))
 
 
 if __name__ == "__main__":

@@ -184,13 +184,34 @@ class RealModel:
             place, subfolder=None if alone else "transformer", torch_dtype=dtype
         )
 
-        def fill(x: Tensor) -> Tensor:
-            if x.is_floating_point():
-                return torch.zeros(x.shape, dtype=dtype if x.dtype == DTYPE else x.dtype)
-            return torch.ones(x.shape, dtype=x.dtype)
+        return model.eval(), self.arguments(latent, grid, dtype)
 
-        arguments = tree_map_only(Tensor, fill, self.inputs(latent, grid))
-        return model.eval(), {**arguments, "return_dict": False}
+    def arguments(
+        self,
+        latent: Grid,
+        grid: Grid,
+        dtype: torch.dtype,
+        draw: Callable[[torch.Size], Tensor] = torch.zeros,
+    ) -> dict[str, Any]:
+        """Of one step, with values: numbers that are drawn, and masks of ones.
+
+        Args:
+            latent: Frames, rows and columns of the latent video.
+            grid: Its tokens.
+            dtype: Of what ``inputs`` has in ``DTYPE``.
+            draw: Numbers of such a shape.
+        """
+
+        def fill(x: Tensor) -> Tensor:
+            of_file = dtype if x.dtype == DTYPE else x.dtype
+            if not x.is_meta:
+                return x.to(of_file)
+            if not x.is_floating_point():
+                return torch.ones(x.shape, dtype=x.dtype)
+            return draw(x.shape).to(of_file)
+
+        filled: dict[str, Any] = tree_map_only(Tensor, fill, self.inputs(latent, grid))
+        return {**filled, "return_dict": False}
 
     def dynamic_grid(self, size: Size) -> dict[str, Any]:
         """``dynamic_shapes`` of ``export_onnx``: what follows from frames, height and width.
