@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uta_fx.fitting import fit_tail
+from uta_fx.kernels import ops
 from uta_fx.policies.base import Selection
 from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
@@ -135,12 +135,26 @@ class Tail:
         else:
             slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
         if self.fit:
-            mass, gain = fit_tail(
-                selection, exact, key, value, slope[:, :, 0], self.mass_weight, self.fit
-            )
+            mass, gain = self._fitted(selection, exact, key, value)
             blocks = blocks._replace(log_size=blocks.log_size + mass.log()[..., None])
             slope = slope * gain[..., None, None, None]
         return blocks._replace(variance=statistics.key_variance, slope=slope.to(key.dtype))
+
+    def _fitted(
+        self, selection: Selection, exact: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of ``uta::fit_tail``: by how much mass and slope should be larger, ``[B, H]``."""
+        statistics = selection.statistics
+        if statistics.size.dim() == 3:  # blocks of clusters hold padding
+            counts = statistics.size.int()
+        else:
+            counts = exact.new_empty((*exact.shape[:2], 0), dtype=torch.int32)
+        return ops.fit_tail(
+            selection.query, key, value, exact, counts,
+            statistics.key_mean, statistics.key_variance, statistics.value_mean,
+            statistics.log_size, statistics.covariance,
+            selection.scale, self.mass_weight, self.fit, selection.block_q, selection.block_kv,
+        )  # fmt: skip
 
     def rectification(self, selection: Selection, exact: Tensor) -> Rectification:
         """What a tail ``rectified`` makes of the output; arguments as in ``representatives``."""
