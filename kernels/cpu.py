@@ -451,7 +451,7 @@ def _head_statistics(key: Tensor, value: Tensor, block_kv: int) -> tuple[Tensor,
 
 
 def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
-    """Compute ``reference.fit_tail`` for CPU tensors, in float32; arguments and results as there."""
+    """Compute ``reference.fit_tail`` for CPU tensors, in float32; as there."""
     (batch, heads), tensors, numbers = args[0].shape[:2], args[:10], args[10:]
     of_heads = []
     for b, h in itertools.product(range(batch), range(heads)):

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 BLOCK_SIZES = (16, 32, 64, 128)
 MIN_GROUPS = 4  # of rows in a query block
-MAX_FIT_ROWS = 64  # that a tail is fitted to
+MAX_FIT_ROWS = 16  # that a tail is fitted to: one tile of a matrix product
 MAX_HEADS = 65535  # of all samples together on a GPU: what a grid of programs holds along this axis
 
 _LIBRARY = torch.library.Library("uta", "DEF")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uta_fx.kernels import reference
 from uta_fx.kernels.launches import launcher
+from uta_fx.kernels.ops import MAX_FIT_ROWS
 from uta_fx.kernels.triton_attention import (
     LOG2_E,
     Tile,
@@ -205,7 +206,9 @@ def _solve_kernel(
     mass_ptr, gain_ptr,  # float32 [B, H], contiguous
     q_sb, q_sh, q_sm,
     heads, length, rows, parts, scale,
-    BLOCK_R: tl.constexpr, SLOPE_ROWS: tl.constexpr,  # of the slope at a time
+    BLOCK_R: tl.constexpr,
+    SLOPE_ROWS: tl.constexpr,  # of the slope at a time
+    STAGES: tl.constexpr,  # depth of the pipeline over parts
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +226,7 @@ def _solve_kernel(
     output = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     exact_values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    for part in tl.range(0, parts, num_stages=4):
+    for part in tl.range(0, parts, num_stages=STAGES):
         place = batch_head * parts + part
         masses_ptrs = masses_ptr + place * (4 * rows) + r
         lse = tl.load(masses_ptrs, mask=inside_r, other=-float("inf"))  # [BLOCK_R]
@@ -294,18 +297,18 @@ def _sum_where(x, inside):
     return tl.sum(tl.where(inside, x, 0.0), 0)
 
 
-# (bytes of an element, padded head dim), as those of ``triton_attention``; all rows in one tile
+# (bytes of an element, padded head dim), as those of ``triton_attention``; a tile has all rows
 _TILES = {
-    (2, 256): Tile(block_m=64, block_n=32, num_warps=4, num_stages=3),
-    (2, 128): Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
-    (2, 64): Tile(block_m=64, block_n=64, num_warps=4, num_stages=4),
-    (2, 32): Tile(block_m=64, block_n=64, num_warps=4, num_stages=4),
-    (2, 16): Tile(block_m=64, block_n=64, num_warps=4, num_stages=4),
-    (4, 256): Tile(block_m=64, block_n=16, num_warps=4, num_stages=2),
-    (4, 128): Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
-    (4, 64): Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
-    (4, 32): Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
-    (4, 16): Tile(block_m=64, block_n=64, num_warps=4, num_stages=3),
+    (2, 256): Tile(block_m=16, block_n=32, num_warps=8, num_stages=3),
+    (2, 128): Tile(block_m=16, block_n=64, num_warps=4, num_stages=3),
+    (2, 64): Tile(block_m=16, block_n=64, num_warps=4, num_stages=4),
+    (2, 32): Tile(block_m=16, block_n=64, num_warps=4, num_stages=4),
+    (2, 16): Tile(block_m=16, block_n=64, num_warps=4, num_stages=4),
+    (4, 256): Tile(block_m=16, block_n=16, num_warps=8, num_stages=2),
+    (4, 128): Tile(block_m=16, block_n=32, num_warps=4, num_stages=2),
+    (4, 64): Tile(block_m=16, block_n=64, num_warps=4, num_stages=2),
+    (4, 32): Tile(block_m=16, block_n=64, num_warps=4, num_stages=3),
+    (4, 16): Tile(block_m=16, block_n=64, num_warps=4, num_stages=3),
 }
 _MEANS = {2: 32, 4: 16}  # by bytes of an element: representatives of a step
 
@@ -347,8 +350,8 @@ def fit_tail(
         launcher(_solve_kernel, (batch * heads,))(
             query, slope.contiguous(), values, masses, mass, gain,
             *query.stride()[:3], heads, query.shape[2], rows, values.shape[2], scale,
-            BLOCK_R=_padded_rows(rows), SLOPE_ROWS=SLOPE_ROWS,
-            D=dim, D_PADDED=max(SLOPE_ROWS, triton.next_power_of_2(dim)),
+            BLOCK_R=MAX_FIT_ROWS, SLOPE_ROWS=SLOPE_ROWS, STAGES=4 if query.itemsize == 2 else 2,
+            D=dim, D_PADDED=triton.next_power_of_2(dim),
             DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v),
             PRECISION=dot_precision(query.dtype), **SOLVE_OPTIONS,
         )  # fmt: skip
@@ -404,12 +407,10 @@ def attend_sampled_rows(
     parts = max(1, min(PROGRAMS // (batch * heads), blocks * block_kv // MIN_KEYS))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
-    padded_rows, padded = _padded_rows(rows), triton.next_power_of_2(dim)
+    padded = triton.next_power_of_2(dim)
     precision = dot_precision(query.dtype)
     limit = shared_limit(query)
-    tile = tile or fit_tile(
-        _TILES, query.dtype, max(dim, dim_v), padded_rows, block_kv, 0, 2, limit
-    )
+    tile = tile or fit_tile(_TILES, query.dtype, max(dim, dim_v), block_q, block_kv, 1, 2, limit)
     key, value = _last_contiguous(key), _last_contiguous(value)
     square = query.new_empty((batch, heads, rows, dim), dtype=torch.float32)
     values = value.new_empty((batch, heads, parts, 3, rows, dim_v))
@@ -420,13 +421,14 @@ def attend_sampled_rows(
             BLOCK_Q=block_q, D=dim, D_PADDED=padded, num_warps=4,
         )  # fmt: skip
         launcher(_sample_kernel, (parts, batch * heads))(
-            query, key, value, exact.contiguous().view(torch.uint8), key_counts.contiguous(), square,
+            query, key, value,
+            exact.contiguous().view(torch.uint8), key_counts.contiguous(), square,
             *(x.contiguous() for x in (key_mean, key_variance, value_mean)), log_size,
             values, masses,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_size.stride(),
             heads, length_q, length_kv, rows, per_program,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
-            BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_R=padded_rows, BLOCK_N=tile.block_n,
+            BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_R=tile.block_m, BLOCK_N=tile.block_n,
             MEANS=_MEANS[query.itemsize], D=dim, D_PADDED=padded,
             DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v), COUNTED=key_counts.shape[2] > 0,
             PRECISION=precision,
@@ -435,8 +437,3 @@ def attend_sampled_rows(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return values, masses
-
-
-def _padded_rows(rows: int) -> int:
-    """What ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(rows))
