@@ -31,6 +31,9 @@ from uta_fx.kernels.triton_attention import (
     gluon_tail,
 )
 
+MANY = 1024
+"""Representatives, where their number is not known: more than the largest tile of the tail."""
+
 _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
     "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
@@ -74,17 +77,19 @@ class AttentionVariant(NamedTuple):
 def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVariant]:
     """One, or two where the length of the keys is not known: ragged or not.
 
+    A tail has representatives even where their number is not known: one without has none in any
+    file.
+
     Raises:
         ValueError: A size that a kernel needs is not known, or the scale is too small for one.
     """
     attributes = node.attributes
-    representatives = node.known(5, 3)
-    has_tail = representatives > 0
+    representatives, slopes, length = node.size(5, 3), node.size(9, 2), node.size(1, 2)
+    has_tail = representatives != 0
     scale = attributes["scale"]
     least = 0 if gluon_attention is None or not has_tail else gluon_attention.MIN_SCALE
     if 0 < abs(scale) < least:
         raise ValueError(f"scale must be 0 or at least {least} in magnitude, got {scale}")
-    length = node.size(1, 2)
     lengths = [False, True] if length is None else [length % attributes["block_kv"] == 0]
     return [
         AttentionVariant(
@@ -96,10 +101,10 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
             sign=(scale > 0) - (scale < 0),
             has_tail=has_tail,
             per_block=has_tail and bool(attributes["per_block"]),
-            has_variance=has_tail and node.known(8, 2) > 0,
-            slopes=min(node.known(9, 2), 2) if has_tail else 0,
+            has_variance=has_tail and node.size(8, 2) != 0,
+            slopes=min(2 if slopes is None else slopes, 2) if has_tail else 0,
             even=even,
-            representatives=representatives,
+            representatives=MANY if representatives is None else representatives,
         )
         for even in lengths
     ]

@@ -45,7 +45,12 @@ def test_one_file_serves_every_grid(tmp_path, settings):
     options = {**OPTIONS, **settings, "density": 0.3}
     config = Config(**options)
     export_onnx(model, (), path, config=config, kwargs=kwargs, dynamic_shapes=shapes)
-    metadata = {x.key: x.value for x in onnx.load(path).metadata_props}
+    written = onnx.load(path)
+    if not settings:  # ragged blocks and whole ones
+        plugin = pytest.importorskip("uta_fx.export.onnxruntime_plugin")
+        variants = plugin.variants_of(written, 90)
+        assert list(variants) == ["SparseAttention"] and len(variants["SparseAttention"]) == 2
+    metadata = {x.key: x.value for x in written.metadata_props}
     sides = [site["grid"] for site in json.loads(metadata["uta_fx.sites"]) if site["sparse"]]
     assert sides and all(isinstance(side, str) for grid in sides for side in grid)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

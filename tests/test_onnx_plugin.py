@@ -153,6 +153,9 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
     variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
     assert [x.even for x in variants] == [False, True]
+    model.graph.input[5].type.tensor_type.shape.dim[3].dim_param = "blocks"
+    variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
+    assert {x.representatives for x in variants} == {onnxruntime_attention.MANY}
     model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
     with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
         onnxruntime_plugin.variants_of(model, 90)
@@ -524,6 +527,26 @@ def test_a_whole_file_runs_by_the_plugin(tmp_path, caplog):
     (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
     error = np.linalg.norm(got.astype(np.float64) - expected)
     assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+def test_a_file_for_every_grid_attends_by_the_plugin(tmp_path, caplog):
+    """Ragged and whole blocks; what scores and selects is standard operations."""
+    torch.manual_seed(0)
+    path, clip = tmp_path / "model.onnx", torch.randn(1, 3, 6, 28, 44).half()
+    sides = ({side: torch.export.Dim.DYNAMIC for side in (2, 3, 4)},)
+    module, config = Attention(torch.float16, dim=64).eval(), uta_fx.Config(min_tokens=128)
+    uta_fx.export_onnx(module, (clip,), path, config=config, dynamic_shapes=sides)
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert f"SparseAttention{', BlockStatistics' if hopper else ''} run by" in caplog.text
+    on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    for clip in (torch.randn(1, 3, 8, 32, 48).half(), torch.randn(1, 3, 5, 30, 46).half()):
+        (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
+        error = np.linalg.norm(got.astype(np.float64) - expected)
+        assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
 
 
 @pytest.mark.gpu

@@ -189,6 +189,21 @@ def test_launches_are_the_operator_s(tmp_path, architecture, name, driver, monke
     assert_launches(runtime, compiled, expected)
 
 
+def test_launches_for_every_grid_are_the_operator_s(tmp_path, driver, monkeypatch):
+    """Lengths, numbers of blocks and of representatives are constants of no kernel for Hopper."""
+    args = replace(HOPPER, length_kv=512).inputs()  # whole blocks, for which it compiles last
+    model, inputs = onnx_functions.node_model(args)
+    for tensor in model.graph.input:
+        for dim in tensor.type.tensor_type.shape.dim:
+            if dim.dim_value not in (0, 1, HOPPER.dim):
+                dim.dim_param = "open"
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, inputs, lambda: triton_attention.sparse_attention(*args), 90,
+        driver, monkeypatch,
+    )  # fmt: skip
+    assert_launches(runtime, compiled, expected)
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "parts", "launched"),
     [
