@@ -31,9 +31,6 @@ from uta_fx.kernels.triton_attention import (
     gluon_tail,
 )
 
-MANY = 1024
-"""Representatives, where their number is not known: more than the largest tile of the tail."""
-
 _POINTERS = {
     "lse": "fp32", "tail_size": "fp32", "sigma2": "bf16", "listed": "u8",
     "ids": "i32", "counts": "i32", "order": "u16", "plan": "i32",
@@ -77,15 +74,11 @@ class AttentionVariant(NamedTuple):
 def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVariant]:
     """One, or two where the length of the keys is not known: ragged or not.
 
-    A tail has representatives even where their number is not known: one without has none in any
-    file.
-
     Raises:
         ValueError: A size that a kernel needs is not known, or the scale is too small for one.
     """
     attributes = node.attributes
-    representatives, slopes, length = node.size(5, 3), node.size(9, 2), node.size(1, 2)
-    has_tail = representatives != 0
+    has_tail, length = not node.is_empty(5, 3), node.size(1, 2)
     scale = attributes["scale"]
     least = 0 if gluon_attention is None or not has_tail else gluon_attention.MIN_SCALE
     if 0 < abs(scale) < least:
@@ -101,10 +94,10 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
             sign=(scale > 0) - (scale < 0),
             has_tail=has_tail,
             per_block=has_tail and bool(attributes["per_block"]),
-            has_variance=has_tail and node.size(8, 2) != 0,
-            slopes=min(2 if slopes is None else slopes, 2) if has_tail else 0,
+            has_variance=has_tail and not node.is_empty(8, 2),
+            slopes=min(node.known(9, 2), 2) if has_tail else 0,
             even=even,
-            representatives=MANY if representatives is None else representatives,
+            representatives=node.size_or_many(5, 3),
         )
         for even in lengths
     ]

@@ -26,6 +26,7 @@ import onnx_nodes  # noqa: E402  # needs onnx
 from uta_fx.export import (  # noqa: E402  # need onnx, Triton
     onnx_functions,
     onnxruntime_attention,
+    onnxruntime_kernels,
     onnxruntime_plugin,
     onnxruntime_selection,
     onnxruntime_session,
@@ -155,10 +156,12 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     assert [x.even for x in variants] == [False, True]
     model.graph.input[5].type.tensor_type.shape.dim[3].dim_param = "blocks"
     variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
-    assert {x.representatives for x in variants} == {onnxruntime_attention.MANY}
-    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
-    with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
-        onnxruntime_plugin.variants_of(model, 90)
+    assert {x.representatives for x in variants} == {onnxruntime_kernels.MANY}
+    assert all(x.has_tail and not x.has_variance for x in variants)
+    for index, name in ((0, "dim"), (5, "")):
+        model.graph.input[index].type.tensor_type.shape.dim[3].dim_param = name
+        with pytest.raises(ValueError, match=f"dimension 3 of its input {index} must be known"):
+            onnxruntime_plugin.variants_of(model, 90)
 
 
 def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
