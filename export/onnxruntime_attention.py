@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import (
     DTYPES,
     HOPPER,
+    MANY,
     SHARED_KB,
     Kernel,
     NodeOfFile,
@@ -97,7 +98,7 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
             has_variance=has_tail and not node.is_empty(8, 2),
             slopes=min(node.known(9, 2), 2) if has_tail else 0,
             even=even,
-            representatives=node.size_or_many(5, 3),
+            representatives=node.size_or(5, 3, MANY),
         )
         for even in lengths
     ]

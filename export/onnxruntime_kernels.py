@@ -22,6 +22,8 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HOPPER = 90
 MANY = 2048
 """Blocks of keys where a file leaves their number open: no kernel has a larger tile of them."""
+OPEN = -2
+"""In the key of a variant: any number, where others are at least -1."""
 DTYPES = {
     TensorProto.FLOAT: (torch.float32, "fp32"),
     TensorProto.FLOAT16: (torch.float16, "fp16"),
@@ -70,10 +72,10 @@ class NodeOfFile:
             return int(sizes[dim].dim_value)
         return None
 
-    def size_or_many(self, index: int, dim: int) -> int:
-        """A dimension of an input, or ``MANY``."""
+    def size_or(self, index: int, dim: int, other: int) -> int:
+        """A dimension of an input, ``other`` where it is not known."""
         value = self.size(index, dim)
-        return MANY if value is None else value
+        return other if value is None else value
 
     def is_empty(self, index: int, dim: int) -> bool:
         """Whether a dimension of an input is 0, which one that the file names is not.
