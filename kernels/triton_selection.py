@@ -25,6 +25,8 @@ from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
 
+PACKED_BLOCKS = 1 << 15
+"""So many blocks have a number that fits into 32 bits beside a key of 16."""
 LOWEST = tl.constexpr(-(2**31))  # below every key
 _MINUS_INFINITY = tl.constexpr(0x7F800000 - 2**31)  # its bits, as an int32
 
@@ -402,7 +404,7 @@ def selection_kernels(
     }  # fmt: skip
     first = {
         "COLUMNS": min(sizes.columns, triton.next_power_of_2(blocks)),
-        "PACKED": width == 16 and blocks <= 1 << 15,
+        "PACKED": width == 16 and blocks <= PACKED_BLOCKS,
     }
     keep = {"SCORES": sizes.kept_scores, "PROGRAMS": triton.next_power_of_2(sizes.programs)}
     return [
