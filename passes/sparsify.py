@@ -16,6 +16,7 @@ from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
+from uta_fx.passes.inline_subgraphs import inline_subgraphs
 from uta_fx.passes.locate_video import (
     Video,
     is_clear,
@@ -80,6 +81,7 @@ class Plan:
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     """Describe and decide every attention call of the graph, which goes on to compute the same."""
+    inline_subgraphs(gm)
     expand_multi_head(gm)
     trace = Trace(gm)
     found = [_without_idle_mask(call) for call in find_calls(gm)]

@@ -217,7 +217,8 @@ def explain(
     notes = [note for graph in graphs for note in graph.notes]
     sites = tuple(site for graph in graphs for site in graph.counted_sites())
     if not sites:
-        notes.append("the model has no attention: there is nothing to make sparse")
+        where = " outside of these" if notes else ""
+        notes.append(f"the model has no attention{where}: there is nothing to make sparse")
     return Explanation(
         sites=sites,
         graphs=len(graphs),
