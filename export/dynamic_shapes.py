@@ -1,4 +1,4 @@
-"""``dynamic_shapes`` beside the arguments: torch.export passes over dimensions that there are not."""
+"""``dynamic_shapes`` fit the arguments: torch.export passes over dimensions that are not there."""
 
 from __future__ import annotations
 

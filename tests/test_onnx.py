@@ -519,7 +519,7 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
 
 
 def test_an_opset_that_is_no_number_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="opset must be a whole number or None, got 18.0"):
+    with pytest.raises(TypeError, match=r"opset must be a whole number or None, got 18\.0"):
         export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), tmp_path / "m.onnx", opset=18.0)
 
 

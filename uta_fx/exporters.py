@@ -89,8 +89,8 @@ def export_onnx(
         TypeError: ``model`` is not a module, or ``opset`` or ``dynamic_shapes`` is of another type.
         ValueError: ``path`` cannot be written, ``model`` has no weights, an argument is out of
             range or cannot be copied, ``dense_until`` is set, ``strict`` and a site stays dense, a
-            dimension is not there or cannot be dynamic, the model is not one graph, or an operation has no
-            translation.
+            dimension is not there or cannot be dynamic, the model is not one graph, or an operation
+            has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
