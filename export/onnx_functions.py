@@ -398,8 +398,9 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows, score_type>
         biased = Add (products, size_head)
         half_weight = Mul (half, weight)
         lift = Mul (sigma2, half_weight)
-        logits = Add (biased, lift)
-        p = Softmax <axis = -1> (logits)
+        log_p = LogSoftmax <axis = -1> (biased)
+        log_mass = Add (log_p, lift)
+        p = Exp (log_mass)
         WEIGHTED
         all_groups = Concat <axis = 0> (weighted, missing_scores)
         by_block = Reshape (all_groups, block_shape)
