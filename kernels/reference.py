@@ -257,8 +257,8 @@ def block_scores(
 
         sigma2_gb = sum_c mean over rows i of group g of (s q_ic)^2 key_variance_bc
         p_g       = softmax_b(s q_g.key_mean_b + log_size_b)
-        mass_gb   = p_gb exp(variance_weight * sigma2_gb / 2)
-        score_nb  = sqrt(mean over groups g of query block n of (mass_gb sigma2_gb^variance_power)^2)
+        error_gb  = p_gb exp(variance_weight * sigma2_gb / 2) sigma2_gb^variance_power
+        score_nb  = sqrt(mean over groups g of query block n of error_gb^2)
 
     With power 1 this is the expected error of aggregating block b (``low_delta``), with power 0
     the attention that b is estimated to hold. Its square adds up over rows, as squared errors do.

@@ -120,7 +120,8 @@ def check_scores(arguments: Sequence[Any]) -> None:
     unit of sigma2, once as a factor of the score and once as the logarithm of another, by the
     largest sigma2, and of the products that a logit is the sum of, which counts twice. The rest is
     float32: a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each
-    term. Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of themselves.
+    term. Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of
+    themselves.
 
     Raises:
         ArithmeticError: A score is further away.
