@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 
 from uta_fx.arguments import objection_to_lengths
@@ -128,7 +129,10 @@ def sparsify(
         # many parts of a model whose graph breaks have none
         part = len(models) > 1 or not _broken.isdisjoint(models)
         level = logging.INFO if part else logging.WARNING
-        logger.log(level, "the graph has no attention: it is compiled as it is")
+        targets = (node.target for node in gm.graph.nodes)
+        whole = sorted({x.name() for x in targets if isinstance(x, HigherOrderOperator)})
+        where = f" outside {' and '.join(whole)}" if whole else ""
+        logger.log(level, "the graph has no attention%s: it is compiled as it is", where)
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
