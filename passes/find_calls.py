@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from uta_fx.passes.expand_multi_head import MULTI_HEAD, objection_to_expansion
 from uta_fx.passes.match_operators import Fused, match_operator
 from uta_fx.passes.match_softmax import Written, match_softmax
-from uta_fx.passes.site import Operand, value_of
+from uta_fx.passes.site import Operand, Order, value_of
 
 SDPA_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
@@ -34,7 +34,7 @@ class Call:
         query: ``[B, H, Lq, D]``.
         key: ``[B, H, Lk, D]``.
         value: ``[B, H, Lk, Dv]``.
-        output: Which of ``[B, H, Lq, Dv]`` each dimension of the node's output is.
+        output: Which dimensions of the node's output ``[B, H, Lq, Dv]`` are.
         objection: Why the call is not the plain attention that it looks like; None where it is.
         operator: The call of an operator of ``match_operators``, whose first output ``node`` is;
             None for other forms.
@@ -44,7 +44,7 @@ class Call:
         scale: Likewise.
         enable_gqa: Likewise.
         scales: Tensors by which the logits are also scaled, each after ``"mul"`` or ``"div"``; they
-            broadcast to ``[B, H, 1, 1]`` (of queries of three dimensions, to ``[B, 1, 1]``).
+            broadcast to ``[B, H, 1, 1]`` (of queries without heads, to ``[B, 1, 1]``).
         inverted: Whether ``attn_mask``, then boolean, is True where keys are hidden, as in
             ``masked_fill``, and not where they are seen.
     """
@@ -53,7 +53,7 @@ class Call:
     query: Operand
     key: Operand
     value: Operand
-    output: tuple[int, ...] = (0, 1, 2, 3)
+    output: Order = ((0,), (1,), (2,), (3,))
     objection: str | None = None
     operator: Node | None = None
     attn_mask: Any = None
@@ -90,8 +90,8 @@ def module_path(node: Node) -> str:
 def find_calls(gm: GraphModule) -> list[Call]:
     """Every attention call of the graph, in order.
 
-    Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of three
-    or four dimensions; operators of libraries and FlexAttention; and softmaxes between two matrix
+    Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of two
+    dimensions or more; operators of libraries and FlexAttention; and softmaxes between two matrix
     products. A softmax that is almost that is a call with an objection, as is an
     ``nn.MultiheadAttention`` that could not be expanded, a whole ``nn.TransformerEncoderLayer`` and
     an operator that is not known.
@@ -115,21 +115,22 @@ def find_calls(gm: GraphModule) -> list[Call]:
 def _bound(node: Node) -> Call:
     arguments = dict(_SIGNATURE.bind(*node.args, **node.kwargs).arguments)
     query, key, value = (_operand(arguments.pop(name)) for name in ("query", "key", "value"))
-    output = (0, 2, 3) if None in query.order else (0, 1, 2, 3)
-    return Call(node, query, key, value, output, **arguments)
+    alike = len({value_of(x.node).dim() for x in (query, key, value)}) == 1
+    objection = None if alike else "its tensors differ in the number of dimensions"
+    return Call(node, query, key, value, query.order, objection, **arguments)
 
 
 def _multi_head(node: Node) -> Call:
     """One that was not expanded: tensors are ``[L, B, E]``, their heads inside."""
     arguments: Any = node.args
-    query, key, value = (Operand(x, (1, None, 0, 2)) for x in arguments[:3])
+    query, key, value = (Operand(x, ((1,), (), (0,), (2,))) for x in arguments[:3])
     return Call(node, query, key, value, objection=objection_to_expansion(node))
 
 
 def _encoder_layer(node: Node) -> Call:
     """A whole layer, ``[B, L, E]``, with its attention inside."""
     arguments: Any = node.args
-    tokens = Operand(arguments[0], (0, None, 1, 2))
+    tokens = Operand(arguments[0], ((0,), (), (1,), (2,)))
     objection = (
         "nn.TransformerEncoderLayer is one operator here; with"
         " torch.backends.mha.set_fastpath_enabled(False) its attention stands in the graph"
@@ -155,8 +156,11 @@ def _fused(fused: Fused, result: Node) -> Call:
 
 
 def _operand(node: Node) -> Operand:
-    rank = value_of(node).dim()
-    return Operand(node, (0, None, 1, 2) if rank == 3 else tuple(range(rank)))
+    """``[..., H, L, D]``, ``[B, L, D]`` or ``[L, D]``."""
+    *batch, tokens, depth = range(value_of(node).dim())
+    heads = batch[1:][-1:]
+    batch = batch[: len(batch) - len(heads)]
+    return Operand(node, (tuple(batch), tuple(heads), (tokens,), (depth,)))
 
 
 def _described(written: Written) -> Call:
@@ -169,6 +173,7 @@ def _described(written: Written) -> Call:
         objection=written.objection,
         attn_mask=written.mask,
         scale=written.scale,
+        enable_gqa=True,  # products repeat keys of one head for all heads
         scales=written.scales,
         inverted=written.inverted,
     )

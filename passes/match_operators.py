@@ -11,9 +11,9 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
-from uta_fx.passes.site import Operand, recorded
+from uta_fx.passes.site import Operand, Order, in_order, recorded
 
-_HEADS_FIRST, _TOKENS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
+_HEADS_FIRST, _TOKENS_FIRST = in_order(0, 1, 2, 3), in_order(0, 2, 1, 3)
 
 # where [B, H, L, D] are in the tensors of each operator. Sources: flash_attn 2.8 and flash_attn_3
 # (flash_attn_interface.py), diffusers 0.42 (attention_dispatch.py), xformers 0.0.34 (ops/fmha),
@@ -74,7 +74,7 @@ class Fused:
     query: Operand
     key: Operand
     value: Operand
-    output: tuple[int, ...]
+    output: Order
     objection: str | None
     attn_mask: Any = None
     dropout_p: Any = 0.0
@@ -132,7 +132,7 @@ def operands_of(node: Node) -> tuple[Node, Node] | None:
     return bound["query"], bound["value"]
 
 
-def _layout(name: str | None) -> tuple[int, ...] | None:
+def _layout(name: str | None) -> Order | None:
     """Where ``[B, H, L, D]`` are in the tensors of a known operator; None for every other."""
     if name is None:
         return None
@@ -193,9 +193,9 @@ def _larger(pair: Any) -> bool:
     return not (isinstance(first, int) and isinstance(second, int)) or first > second
 
 
-def _operand(node: Node, layout: tuple[int, ...]) -> Operand:
+def _operand(node: Node, layout: Order) -> Operand:
     rank = recorded(node).dim()
-    return Operand(node, layout if rank == 4 else tuple(range(rank)))
+    return Operand(node, layout if rank == 4 else in_order(*range(rank)))
 
 
 def _results(node: Node) -> tuple[Node | None, bool]:

@@ -594,7 +594,7 @@ def _attention(node: Node, place: Place, tokens: Size) -> Needs | None:
 def _operator(node: Node, place: Place, tokens: Size) -> Needs | None:
     """Attention that is one operator; the place is that of its first output and of its queries."""
     call = _plain_operator(node)
-    if call is None or place.dim == call.query.order[-1]:
+    if call is None or call.query.order[-1] == (place.dim,):
         return None
     query, *others = (x.node for x in (call.query, call.key, call.value))
     alone = place.dim == call.query.token_dim and query not in others

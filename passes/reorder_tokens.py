@@ -54,7 +54,8 @@ class SparseCall:
     @property
     def output(self) -> Place:
         """Where the video lies in what the call returns."""
-        return Place(self.call.output.index(2), self._before_queries)
+        (dim,) = self.call.output[2]
+        return Place(dim, self._before_queries)
 
     @property
     def operands(self) -> dict[Node, Place]:

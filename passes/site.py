@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -13,6 +14,9 @@ from torch.fx import Node
 Side: TypeAlias = int | sympy.Expr
 """Of a grid: a number, or what a graph with dynamic shapes computes it from."""
 Grid = tuple[Side, Side, Side]
+Order = tuple[tuple[int, ...], ...]
+"""Which dimensions of a tensor each of ``[B, H, L, D]`` is: none where it has size 1, or several,
+the first outermost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +89,17 @@ class Operand:
 
     Attributes:
         node: The tensor.
-        order: Which of its dimensions each of the four is; None for one that it lacks, of size 1.
-            An operand that cannot be seen so has its own dimensions here.
+        order: Which of its dimensions each of the four is. An operand that cannot be seen so has
+            its own dimensions here.
     """
 
     node: Node
-    order: tuple[int | None, ...]
+    order: Order
 
     @property
     def shape(self) -> tuple[int | torch.SymInt, ...]:
         """Sizes of the four."""
-        sizes = value_of(self.node).shape
-        return tuple(1 if dim is None else sizes[dim] for dim in self.order)
+        return sizes_of(value_of(self.node).shape, self.order)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,9 +109,18 @@ class Operand:
     @property
     def token_dim(self) -> int:
         """The tensor's dimension that holds tokens."""
-        dim = self.order[-2]
-        assert dim is not None
+        (dim,) = self.order[-2]
         return dim
+
+
+def sizes_of(shape: Sequence[Any], order: Order) -> tuple[Any, ...]:
+    """Of ``[B, H, L, D]``, by the shape of a tensor that is laid out so."""
+    return tuple(math.prod(shape[dim] for dim in dims) for dims in order)
+
+
+def in_order(*dims: int) -> Order:
+    """Of one dimension each."""
+    return tuple((dim,) for dim in dims)
 
 
 def recorded(node: Node) -> Any:

@@ -16,6 +16,7 @@ from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
+from uta_fx.passes.inline_subgraphs import inline_subgraphs
 from uta_fx.passes.locate_video import (
     Video,
     is_clear,
@@ -80,6 +81,7 @@ class Plan:
 
 def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     """Describe and decide every attention call of the graph, which goes on to compute the same."""
+    inline_subgraphs(gm)
     expand_multi_head(gm)
     trace = Trace(gm)
     found = [_without_idle_mask(call) for call in find_calls(gm)]
@@ -293,12 +295,14 @@ def _canonical(graph: Graph, operand: Operand, node: Node, dtype: torch.dtype) -
     """A node that is laid out as an operand, as ``[B, H, L, D]``."""
     if operand.dtype != dtype:
         node = _emit(graph, "to", node, dtype)
-    dims = [dim for dim in operand.order if dim is not None]
+    dims = [dim for group in operand.order for dim in group]
     if dims != sorted(dims):
         node = _emit(graph, "permute", node, dims)
-    for place, dim in enumerate(operand.order):
-        if dim is None:
+    for place, group in enumerate(operand.order):
+        if not group:
             node = _emit(graph, "unsqueeze", node, place)
+        elif len(group) > 1:
+            node = _emit(graph, "flatten", node, place, place + len(group) - 1)
     return node
 
 
@@ -313,7 +317,7 @@ def _emit(graph: Graph, method: str, node: Node, *args: Any) -> Node:
 def _scaled(graph: Graph, query: Node, call: Call) -> Node:
     """Queries ``[B, H, L, D]`` with the tensors in them by which the call's logits are scaled."""
     for method, scale in call.scales:
-        if None in call.query.order and value_of(scale).dim() == 3:
+        if not call.query.order[1] and value_of(scale).dim() == 3:
             scale = _emit(graph, "unsqueeze", scale, 1)
         query = _emit(graph, method, query, scale)
     return query if value_of(query).dtype == call.dtype else _emit(graph, "to", query, call.dtype)
@@ -324,20 +328,24 @@ def _mask(graph: Graph, call: Call) -> Node:
     mask: Node = call.attn_mask
     if call.inverted:
         mask = _emit(graph, "logical_not", mask)
-    if None in call.query.order and value_of(mask).dim() == 3:
+    if not call.query.order[1] and value_of(mask).dim() == 3:
         return _emit(graph, "unsqueeze", mask, 1)
     return mask
 
 
 def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
     """The output as the call's own node has it: order of dimensions and dtype."""
-    for dim in {0, 1, 2, 3} - set(call.output):
-        node = graph.call_method("squeeze", (node, dim))
-    kept = sorted(call.output)
-    order = [kept.index(dim) for dim in call.output]
-    if order != sorted(order):
+    value = value_of(call.node)
+    for place, group in reversed(list(enumerate(call.output))):
+        if not group:
+            node = graph.call_method("squeeze", (node, place))
+        elif len(group) > 1:
+            node = graph.call_method("unflatten", (node, place, [value.shape[x] for x in group]))
+    dims = [dim for group in call.output for dim in group]
+    if dims != sorted(dims):
+        order = [dims.index(dim) for dim in range(len(dims))]
         node = graph.call_method("permute", (node, order))
-    dtype = value_of(call.node).dtype
+    dtype = value.dtype
     return node if dtype == call.dtype else graph.call_method("to", (node, dtype))
 
 
@@ -365,6 +373,8 @@ def _objection_to_arguments(call: Call) -> str | None:
     query, key, value = call.query, call.key, call.value
     if len(query.order) != 4 or len(key.order) != 4:
         return f"query has {len(query.order)} dimensions, not the 4 of [B, H, L, D]"
+    if objection := _objection_to_rank(call):
+        return objection
     if call.is_causal is not False:
         return "is causal"
     if call.dropout_p != 0.0:
@@ -386,6 +396,34 @@ def _objection_to_arguments(call: Call) -> str | None:
     for name, dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
             return f"{name} head dim {dim} is not from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    return None
+
+
+def _objection_to_rank(call: Call) -> str | None:
+    """Why dimensions that are several of a batch, of heads or of depth cannot be one, or None."""
+    sides = call.query, call.key, call.value
+    batches = [[value_of(x.node).shape[dim] for dim in x.order[0]] for x in sides]
+    if any(
+        len(batch) != len(batches[0]) or not all(map(same, batch, batches[0])) for batch in batches
+    ):
+        return "its tensors differ in batch or heads"
+    layouts = [(x.node, x.order) for x in sides] + [(call.node, call.output)]
+    merged = [
+        value_of(node).shape[dim]
+        for node, order in layouts
+        for group in order
+        if len(group) > 1
+        for dim in group
+    ]
+    if not all(isinstance(plain(size), int) for size in merged):
+        return "its batch or heads are several dimensions, of sizes known only at run time"
+    factors = [tensor for _, tensor in call.scales]
+    masks = [] if call.attn_mask is None else [call.attn_mask]
+    if merged and (masks or factors):
+        return "has an attention mask, or a scale, and several dimensions of batch, heads or depth"
+    rank = value_of(call.node).dim()
+    if any(value_of(x).dim() > rank for x in (*masks, *factors)):
+        return f"has an attention mask, or a scale, of more than its {rank} dimensions"
     return None
 
 

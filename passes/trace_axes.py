@@ -889,6 +889,7 @@ _ALIASES = {
     "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
+    "special_softmax": "softmax",
 }  # fmt: skip
 
 _IN_PLACE = {

@@ -227,6 +227,18 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert (tmp_path / "tiny.png").stat().st_size > 10000
 
 
+def test_bench_times_what_is_asked_for():
+    rows = bench.run(
+        ["tiny"], [0.3], device="cpu", dtype=torch.float32, rounds=2, compile=False,
+        only=["in order", "routing"],
+    )  # fmt: skip
+    timed = {row["what"]: row for row in rows}
+    assert set(timed) - {"in order", "routing"} == {"dense flash", "statistics", "scores"}
+    assert 0 < timed["in order"]["error"] < 0.5
+    with pytest.raises(ValueError, match=r"only must be .* got all, nothing"):
+        bench.run(["tiny"], device="cpu", only=["nothing", "all"])
+
+
 def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys, tmp_path):
     """A thousandth of the output is enough; there is no row and no file then."""
     attend = ops.block_masked_attention

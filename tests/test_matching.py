@@ -201,6 +201,81 @@ def under_an_empty_bias(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, torch.zeros(LENGTH, LENGTH))
 
 
+def keys_before_queries(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (v.mT @ (k @ q.mT).softmax(-2)).mT
+
+
+def weights_turned(q, k, v):
+    """A convolutional autoencoder's: channels first, weights turned behind the softmax."""
+    q, k, v = (x.mT for x in (q, k, v))
+    weights = F.softmax(torch.bmm(q.permute(0, 2, 1), k) / 4, dim=2)
+    return torch.bmm(v, weights.permute(0, 2, 1))
+
+
+def heads_after_keys(q, k, v):
+    q, k, v = (x.unflatten(-1, (HEADS, DIM)) for x in (q, k, v))
+    logits = torch.einsum("bihd,bjhd->bijh", q, k) / 4
+    logits = logits - logits.amax(2, keepdim=True)
+    return torch.einsum("bijh,bjhd->bihd", torch.special.softmax(logits + 1.0, 2), v)
+
+
+def times_the_inverse_of_the_sum(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT * 0.25).exp()
+    return weights @ v * (1 / weights.sum(-1, keepdim=True))
+
+
+def powers_of_a_number(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = 1.5 ** (q @ k.mT)
+    return weights * torch.einsum("bhij->bhi", weights)[..., None].reciprocal() @ v
+
+
+def softmin_of_the_opposite(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.softmin(-(q @ k.mT) * 0.25, dim=-1) @ v
+
+
+def products_of_five_dimensions(q, k, v):
+    q, k, v = (heads(x)[:, None] for x in (q, k, v))
+    return ((q @ k.mT * 0.25).softmax(-1) @ v)[:, 0]
+
+
+def sdpa_of_five_dimensions(q, k, v):
+    q, k, v = (heads(x).unflatten(0, (1, BATCH)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(0, 2)
+
+
+def sdpa_of_two_dimensions(q, k, v):
+    return F.scaled_dot_product_attention(q[1], k[1], v[1])
+
+
+def one_head_of_keys(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k[:, :1].mT * 0.25).softmax(-1) @ v[:, :1]
+
+
+def one_head_of_keys_by_einsum(q, k, v):
+    q, k, v = heads(q), k[..., :DIM], v[..., :DIM]
+    weights = torch.einsum("bhid,bjd->bhij", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("bhij,bjd->bihd", weights, v)
+
+
+def grouped_by_einsum(q, k, v):
+    """Of four heads, two share keys."""
+    q, k, v = (x.unflatten(-1, (HEADS, DIM)) for x in (q, k, v))
+    q = torch.stack([q, q * 2], 3)
+    weights = torch.einsum("bigrd,bjgd->bgrij", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("bgrij,bjgd->bigrd", weights, v)
+
+
+def depth_of_two_dimensions(q, k, v):
+    q, k, v = (x.unflatten(-1, (HEADS, 2, DIM // 2)) for x in (q, k, v))
+    weights = torch.einsum("bihcd,bjhcd->bhij", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("bhij,bjhcd->bihdc", weights, v)
+
+
 FORMS = (
     sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
     matmul_divided, scaled_before, scale_on_the_left,
@@ -210,6 +285,12 @@ FORMS = (
     divided_after_the_product, einsum_divided_in_place, powers_of_two,
     powers_of_two_divided_after_the_product, hidden_by_nothing, under_an_empty_bias,
     scaled_by_tensors, scaled_by_tensors_without_heads, scaled_by_a_mean,
+)  # fmt: skip
+LAYOUTS = (
+    keys_before_queries, weights_turned, heads_after_keys, times_the_inverse_of_the_sum,
+    powers_of_a_number, softmin_of_the_opposite, products_of_five_dimensions,
+    sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
+    grouped_by_einsum, depth_of_two_dimensions,
 )  # fmt: skip
 
 
@@ -281,7 +362,7 @@ class OverVideo(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", FORMS + LAYOUTS, ids=lambda form: form.__name__)
 def test_every_form_has_the_grid_of_a_video(form):
     """Before and after export; in block order, density 1 is the form itself."""
     video = torch.randn(BATCH, 3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -450,10 +531,10 @@ def one_of_two_logits(q, k, v):
     return torch.where(torch.ones(LENGTH) > 0, q @ k.mT, k @ q.mT).softmax(-1) @ v
 
 
-def times_the_inverse_of_the_sum(q, k, v):
+def times_twice_the_inverse_of_the_sum(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q @ k.mT).exp()
-    return weights @ v * (1 / weights.sum(-1, keepdim=True))
+    return weights @ v * (2 / weights.sum(-1, keepdim=True))
 
 
 def product_divided_by_another_sum(q, k, v):
@@ -493,9 +574,32 @@ def biased(q, k, v):
     return (q @ k.mT * 0.25 + torch.eye(LENGTH)).softmax(-1) @ v
 
 
-def transposed(q, k, v):
+def filled_and_turned(q, k, v):
     q, k, v = map(heads, (q, k, v))
-    return (v.mT @ (k @ q.mT).softmax(-2)).mT
+    hidden = torch.arange(LENGTH)[:, None] >= 100
+    return (k @ q.mT).masked_fill(hidden, -torch.inf).softmax(-2).mT @ v
+
+
+def turned_less_than_each_key(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = k @ q.mT
+    return (logits - logits.amax(-1, keepdim=True)).mT.softmax(-1) @ v
+
+
+def over_one_bias_of_five_dimensions(q, k, v):
+    q, k, v = (heads(x)[None] for x in (q, k, v))
+    hidden = torch.arange(LENGTH) >= 100
+    return F.scaled_dot_product_attention(q, k, v, ~hidden[None])
+
+
+def keys_of_one_sample(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(q[:, None], k[None], v[None])
+
+
+def keys_without_a_batch(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(q[:, :1], k[:, 0], v[:, 0])
 
 
 def flattened(q, k, v):
@@ -593,8 +697,12 @@ def written_to(q, k, v):
     ("form", "reason"),
     [
         (capped, "looks like attention, but tanh changes the logits"),
-        (wrong_dimension, "looks like attention, but its softmax is over dimension -2"),
-        (transposed, "looks like attention, but its softmax is over dimension -2, not the last"),
+        (wrong_dimension, "looks like attention, but its softmax is over dimension -2, which i"),
+        (filled_and_turned, "looks like attention, but its products are laid out in a way"),
+        (turned_less_than_each_key, "looks like attention, but sub changes the logits"),
+        (over_one_bias_of_five_dimensions, "has an attention mask, or a scale, and several dimens"),
+        (keys_of_one_sample, "its tensors differ in batch or heads"),
+        (keys_without_a_batch, "its tensors differ in the number of dimensions"),
         (flattened, "looks like attention, but view_as changes the weights"),
         (weights_returned, "looks like attention, but its logits or weights are used elsewhere"),
         (dropped_out, "looks like attention, but it has dropout"),
@@ -604,7 +712,7 @@ def written_to(q, k, v):
         (filled_twice, "looks like attention, but it has two masks"),
         (filled_and_negated, "looks like attention, but its mask is scaled"),
         (one_of_two_logits, "looks like attention, but where changes the logits"),
-        (times_the_inverse_of_the_sum, "looks like attention, but its weights are not exponential"),
+        (times_twice_the_inverse_of_the_sum, "looks like attention, but its weights are not expon"),
         (product_divided_by_another_sum, "looks like attention, but its weights are not exponent"),
         (product_divided_over_queries, "looks like attention, but its weights are not exponentia"),
         (with_a_sink, "looks like attention, but getitem changes the weights"),
@@ -618,7 +726,7 @@ def written_to(q, k, v):
         (mask_added_twice, "looks like attention, but its mask is scaled"),
         (not_divided, "looks like attention, but its weights are not exponentials divided by"),
         (divided_by_more, "looks like attention, but its weights are not exponentials divided by"),
-        (divided_over_queries, "looks like attention, but its softmax is over dimension -2, not"),
+        (divided_over_queries, "looks like attention, but its softmax is over dimension -2, which"),
         (less_than_each_key, "looks like attention, but sub changes the logits"),
         (logits_scaled_by_a_statement, "looks like attention, but its logits or weights are used"),
         (logits_filled_by_a_statement, "looks like attention, but its logits or weights are used"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 
 from uta_fx.arguments import objection_to_lengths
@@ -128,7 +129,10 @@ def sparsify(
         # many parts of a model whose graph breaks have none
         part = len(models) > 1 or not _broken.isdisjoint(models)
         level = logging.INFO if part else logging.WARNING
-        logger.log(level, "the graph has no attention: it is compiled as it is")
+        targets = (node.target for node in gm.graph.nodes)
+        whole = sorted({x.name() for x in targets if isinstance(x, HigherOrderOperator)})
+        where = f" outside {' and '.join(whole)}" if whole else ""
+        logger.log(level, "the graph has no attention%s: it is compiled as it is", where)
     if any(site.sparse for site in sites):
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
@@ -308,16 +312,17 @@ def _compile_sparse(
     gm: GraphModule, example_inputs: Sequence[Any], compile_inner: Compile, share: bool
 ) -> Callable[..., Any]:
     """Compile what ``sparsify`` has rewritten."""
-    trace_calls(gm, TokenIndex, share=False)
+    trace_calls(gm, TokenIndex, share=None)
     # apart, so that Inductor gathers a table once and not in each kernel that reads it
-    trace_calls(gm, GatherTokens, share=share)
+    trace_calls(gm, GatherTokens, share=1 if share else None)
+    alike = 2 if share else None
     if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
-        trace_calls(gm, ContinuedSite, share=share)
+        trace_calls(gm, ContinuedSite, share=alike)
         with kernels_compiled_beside(gm):
             compiled = compile_inner(gm, inputs)
         return with_state(compiled, inputs[len(example_inputs) :])
-    trace_calls(gm, SparseSite, share=share)
+    trace_calls(gm, SparseSite, share=alike)
     with kernels_compiled_beside(gm):
         return compile_inner(gm, example_inputs)
 

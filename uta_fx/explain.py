@@ -20,7 +20,7 @@ from uta_fx.config import Config
 from uta_fx.flops import dense_flops, model_counter, sparse_cost
 from uta_fx.passes.find_calls import Call, module_path
 from uta_fx.passes.match_operators import FLEX
-from uta_fx.passes.site import Cost, Site
+from uta_fx.passes.site import Cost, Site, sizes_of
 from uta_fx.passes.sparsify import rewrite, understand
 
 # what fullgraph=True switches on
@@ -217,7 +217,8 @@ def explain(
     notes = [note for graph in graphs for note in graph.notes]
     sites = tuple(site for graph in graphs for site in graph.counted_sites())
     if not sites:
-        notes.append("the model has no attention: there is nothing to make sparse")
+        where = " outside of these" if notes else ""
+        notes.append(f"the model has no attention{where}: there is nothing to make sparse")
     return Explanation(
         sites=sites,
         graphs=len(graphs),
@@ -293,8 +294,7 @@ def _shapes_of(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """``[B, H, L, D]`` of queries, keys and values in a run; None where they are not of four."""
     query, key, value = (
-        tuple(1 if dim is None else sizes[x.node][dim] for dim in x.order)
-        for x in (call.query, call.key, call.value)
+        sizes_of(sizes[x.node], x.order) for x in (call.query, call.key, call.value)
     )
     return (query, key, value) if len(query) == len(key) == len(value) == 4 else None
 
