@@ -101,13 +101,13 @@ def _sparse_parts(
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
+        torch.ops.uta.fit_tail: functools.partial(_fit, parts),
         torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, config.density),
         torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
         torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
         torch.ops.uta.clustered_attention: functools.partial(
             _clustered, parts, config.density, shape[2]
         ),
-        torch.ops.uta.fit_tail: functools.partial(_fit, parts, tokens),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)
@@ -144,6 +144,33 @@ def _scores(
     products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
     rows = batch * heads * -(-length // group)
     return _add(parts, "scores", products * 2 * rows * key_mean[2] * dim)
+
+
+def _fit(
+    parts: Counter[str],
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    exact: Shape,
+    key_counts: Shape,
+    key_mean: Shape,
+    key_variance: Shape,
+    value_mean: Shape,
+    log_size: Shape,
+    slope: Shape,
+    scale: float,
+    variance_weight: float,
+    rows: int,
+    block_q: int,
+    block_kv: int,
+    *,
+    out_shape: Any,
+) -> int:
+    """A row costs ``2 (D + Dv)`` a key, ``2 (2 D + Dv)`` a representative, ``2 D Dv`` the slope."""
+    batch, heads, length, dim = key
+    dim_v, blocks = value[-1], key_mean[2]
+    row = 2 * length * (dim + dim_v) + 2 * blocks * (2 * dim + dim_v) + 2 * dim * dim_v
+    return _add(parts, "tail", batch * heads * rows * row)
 
 
 def _attention(
@@ -217,33 +244,6 @@ def _clustered(
     """As ``_attention``, of as many rows and keys as there are tokens: padding is not counted."""
     query, key, value = ((*shape[:2], tokens, shape[3]) for shape in (query, key, value))
     return _attention(parts, density, query, key, value, block_ids, *rest, out_shape=out_shape)
-
-
-def _fit(
-    parts: Counter[str],
-    tokens: int,
-    query: Shape,
-    key: Shape,
-    value: Shape,
-    exact: Shape,
-    key_counts: Shape,
-    key_mean: Shape,
-    key_variance: Shape,
-    value_mean: Shape,
-    log_size: Shape,
-    slope: Shape,
-    scale: float,
-    variance_weight: float,
-    rows: int,
-    block_q: int,
-    block_kv: int,
-    *,
-    out_shape: Any,
-) -> int:
-    """``2 B H R (L (D + Dv) + Nk (2 D + Dv) + D Dv)`` of R rows; padding is not counted."""
-    (batch, heads, _, dim), dim_v, blocks = query, value[-1], key_mean[2]
-    products = tokens * (dim + dim_v) + blocks * (2 * dim + dim_v) + dim * dim_v
-    return _add(parts, "scores", 2 * batch * heads * rows * products)
 
 
 def _add(parts: Counter[str], name: str, flops: int) -> int:
