@@ -166,6 +166,21 @@ def test_a_tail_costs_what_its_reference_multiplies(kind):
     assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops() - twice
 
 
+def test_a_fit_costs_what_its_reference_multiplies():
+    """But for the values, which the reference multiplies twice, once for the tail alone."""
+    costs = [
+        sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config).decided
+        for config in (dataclasses.replace(SMALL, tail=Tail(fit=rows)) for rows in (0, 5))
+    ]
+    x = torch.ones(1, 2, 192, 16)
+    selection = pool_blocks(x, x, x, SMALL, None)
+    exact = SMALL.selection_policy().select(selection)
+    with FlopCounterMode(display=False) as counter:
+        reference.fit_tail(*Tail(fit=5).fit_arguments(selection, exact, x, x))
+    products = counter.get_total_flops() - 2 * 2 * 5 * 192 * 16
+    assert costs[1] - costs[0] == products
+
+
 def test_the_rewritten_graph_can_be_read_and_drawn(tmp_path):
     """Code that is Python, with the sparse attention in it; a picture with each operation once."""
     entry = next(entry for entry in MODELS if entry.name == "Wan")
