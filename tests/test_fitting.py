@@ -371,7 +371,7 @@ def test_bad_arguments_are_named(index, change, error, message):
 
 @pytest.mark.parametrize("fit", [-1, 17, 1.5])
 def test_a_number_of_rows_that_cannot_be_is_named(fit):
-    with pytest.raises(ValueError, match="fit must be a number of rows from 0 to 16, got"):
+    with pytest.raises(ValueError, match="fit must be a number of rows from 0 to 16, or None, got"):
         Tail(fit=fit)
 
 
