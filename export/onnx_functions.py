@@ -424,11 +424,9 @@ HEADER => (exact)
     minus_infinity = Constant <value_float = -inf> ()
     largest = Constant <value_float = 3.4028234663852886e38> ()
 NUMBERS
-    wanted = Reshape (kept_of_group, one)
-    group_rows = Reshape (rows_of_group, one)
     score_shape = Shape (scores)
     blocks = Shape <start = 3, end = 4> (scores)
-    group_size = Mul (group_rows, blocks)
+    group_size = Mul (rows, blocks)
     group_shape = Concat <axis = 0> (minus_one, group_size)
 
     score_float = Cast <to = 1> (scores)
@@ -443,7 +441,7 @@ NUMBERS
     best = Equal (best_column, column)
     best_first = Where (best, infinity, numbers)
     ranked = Reshape (best_first, group_shape)
-    kept_scores, ids = TopK <axis = -1, largest = 1, sorted = 0> (ranked, wanted)
+    kept_scores, ids = TopK <axis = -1, largest = 1, sorted = 0> (ranked, kept)
     false = Cast <to = 9> (zero)
     true = Cast <to = 9> (one)
     ranked_shape = Shape (ranked)
@@ -528,15 +526,17 @@ def block_scores_function(opset: int, variance_power: float | None) -> onnx.Func
 def select_blocks_function(opset: int) -> onnx.FunctionProto:
     """What a ``SelectBlocks`` node computes, in standard operations of that opset."""
     numbers = (
-        "    kept_of_group = Constant <value_int: int = @kept> ()\n"
-        "    rows_of_group = Constant <value_int: int = @rows> ()"
+        "    kept_number = Constant <value_int: int = @kept> ()\n"
+        "    rows_number = Constant <value_int: int = @rows> ()\n"
+        "    kept = Reshape (kept_number, one)\n"
+        "    rows = Reshape (rows_number, one)"
     )
     return _selecting("SelectBlocks <kept, rows> (scores)", numbers, opset)
 
 
 def select_counted_function(opset: int) -> onnx.FunctionProto:
-    """``SelectBlocks`` whose numbers are int64 inputs: what a file computes them from may vary."""
-    return _selecting("SelectCounted (scores, kept_of_group, rows_of_group)", "", opset)
+    """What a ``SelectCounted`` node computes, in standard operations of that opset."""
+    return _selecting("SelectCounted (scores, kept, rows)", "", opset)
 
 
 def _selecting(header: str, numbers: str, opset: int) -> onnx.FunctionProto:
@@ -626,6 +626,17 @@ def schemas() -> dict[str, OpSchema]:
                 },
             ),
             make_schema(
+                "SelectCounted",
+                "As SelectBlocks, for numbers that follow from sizes that only a run knows.",
+                {
+                    "scores": ("S", "[B, H, Nq, Nk], NaN counts as -inf"),
+                    "kept": ("N", "[1], blocks that each budget keeps; of equal ones the first"),
+                    "rows": ("N", "[1], consecutive rows of a sample that share a budget"),
+                },
+                {"exact": ("M", "[B, H, Nq, Nk], the blocks that are kept")},
+                {},
+            ),
+            make_schema(
                 "ListBlocks",
                 "The lists of SparseAttention from a mask of blocks.",
                 {"exact": ("M", "[B, H, Nq, Nk], the blocks to list")},
@@ -637,21 +648,6 @@ def schemas() -> dict[str, OpSchema]:
             ),
         )
     }
-
-
-def select_counted_schema() -> OpSchema:
-    """Of a node that the exporter inlines: it is in no file."""
-    return make_schema(
-        "SelectCounted",
-        "As SelectBlocks.",
-        {
-            "scores": ("S", "[B, H, Nq, Nk]"),
-            "kept_of_group": ("N", "as the attribute kept"),
-            "rows_of_group": ("N", "as the attribute rows"),
-        },
-        {"exact": ("M", "[B, H, Nq, Nk]")},
-        {},
-    )
 
 
 def make_schema(
@@ -666,7 +662,8 @@ def make_schema(
     Args:
         name: Of the node.
         doc: What it computes.
-        inputs: By name, type (T of the model, S of scores, F float32, I int32, M bool) and meaning.
+        inputs: By name, type (T of the model, S of scores, F float32, I int32, M bool, N int64)
+            and meaning.
         outputs: As inputs.
         attributes: By name, ``float`` or ``int`` and meaning.
     """

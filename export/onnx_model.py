@@ -44,7 +44,6 @@ from uta_fx.export.onnx_functions import (
     schemas,
     select_blocks_function,
     select_counted_function,
-    select_counted_schema,
     sparse_attention_function,
 )
 from uta_fx.export.replace_file import folder_beside
@@ -56,7 +55,14 @@ LARGE = 1536 * 1024**2
 """Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
 REPLACED = "replaced"
 """Beside a file that is written: the names of the weights of the one in whose place it comes."""
-KEPT = ("SparseAttention", "BlockStatistics", "BlockScores", "SelectBlocks", "ListBlocks")
+KEPT = (
+    "SparseAttention",
+    "BlockStatistics",
+    "BlockScores",
+    "SelectBlocks",
+    "SelectCounted",
+    "ListBlocks",
+)
 """Nodes of our domain in a file, beside their functions."""
 
 
@@ -308,7 +314,6 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     domain = Opset(DOMAIN, VERSION)
     nodes = {name: Op(domain, name, schema) for name, schema in schemas().items()}
-    counted = Op(domain, "SelectCounted", select_counted_schema())
 
     def sparse_attention(
         query: Any,
@@ -401,9 +406,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             rows=rows, score_type=ir.DataType.FLOAT if wide else ir.DataType.BFLOAT16,
         )  # fmt: skip
 
+    def one_number(x: Any) -> Any:
+        """As a tensor of one dimension."""
+        if isinstance(x, int):
+            return opset18.Constant(value_ints=[x])
+        numbers = opset18.Reshape(x, opset18.Constant(value_ints=[1]))
+        numbers.shape, numbers.dtype = ir.Shape([1]), ir.DataType.INT64
+        return numbers
+
     def select_blocks(scores: Any, kept: Any, rows: Any) -> Any:
         if not (isinstance(kept, int) and isinstance(rows, int)):
-            return counted(scores, kept, rows)
+            return nodes["SelectCounted"](scores, one_number(kept), one_number(rows))
         return nodes["SelectBlocks"](scores, kept=kept, rows=rows)
 
     def floordiv(a: Any, b: Any) -> Any:

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import (
     DTYPES,
     HOPPER,
+    MANY,
     SHARED_KB,
     Kernel,
     NodeOfFile,
@@ -78,13 +79,11 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
         ValueError: A size that a kernel needs is not known, or the scale is too small for one.
     """
     attributes = node.attributes
-    representatives = node.known(5, 3)
-    has_tail = representatives > 0
+    has_tail, length = not node.is_empty(5, 3), node.size(1, 2)
     scale = attributes["scale"]
     least = 0 if gluon_attention is None or not has_tail else gluon_attention.MIN_SCALE
     if 0 < abs(scale) < least:
         raise ValueError(f"scale must be 0 or at least {least} in magnitude, got {scale}")
-    length = node.size(1, 2)
     lengths = [False, True] if length is None else [length % attributes["block_kv"] == 0]
     return [
         AttentionVariant(
@@ -96,10 +95,10 @@ def attention_variants(node: NodeOfFile, architecture: int) -> list[AttentionVar
             sign=(scale > 0) - (scale < 0),
             has_tail=has_tail,
             per_block=has_tail and bool(attributes["per_block"]),
-            has_variance=has_tail and node.known(8, 2) > 0,
+            has_variance=has_tail and not node.is_empty(8, 2),
             slopes=min(node.known(9, 2), 2) if has_tail else 0,
             even=even,
-            representatives=representatives,
+            representatives=node.size_or(5, 3, MANY),
         )
         for even in lengths
     ]

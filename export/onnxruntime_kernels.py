@@ -20,6 +20,10 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory of one program by architecture, as NVIDIA's programming guide gives it."""
 
 HOPPER = 90
+MANY = 2048
+"""Blocks of keys where a file leaves their number open: no kernel has a larger tile of them."""
+OPEN = -2
+"""In the key of a variant: any number, where others are at least -1."""
 DTYPES = {
     TensorProto.FLOAT: (torch.float32, "fp32"),
     TensorProto.FLOAT16: (torch.float16, "fp16"),
@@ -67,6 +71,23 @@ class NodeOfFile:
         if dim < len(sizes) and sizes[dim].HasField("dim_value"):
             return int(sizes[dim].dim_value)
         return None
+
+    def size_or(self, index: int, dim: int, other: int) -> int:
+        """A dimension of an input, ``other`` where it is not known."""
+        value = self.size(index, dim)
+        return other if value is None else value
+
+    def is_empty(self, index: int, dim: int) -> bool:
+        """Whether a dimension of an input is 0, which one that the file names is not.
+
+        Raises:
+            ValueError: It is not known.
+        """
+        name = self._node.input[index]
+        sizes = self._types[name].shape.dim if name in self._types else ()
+        if dim < len(sizes) and sizes[dim].dim_param:
+            return False
+        return self.known(index, dim) == 0
 
     def known(self, index: int, dim: int) -> int:
         """A dimension of an input.

@@ -18,9 +18,10 @@
 /* ---- ONNX Runtime's C interface, as much of it as is used here ------------------------------- */
 
 enum { API_VERSION = 22 }; /* the oldest that is supported; its places in the table never change */
-enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_BOOL = 9, TYPE_FLOAT16 = 10, TYPE_BFLOAT16 = 16 };
+enum { TYPE_FLOAT = 1, TYPE_INT32 = 6, TYPE_INT64 = 7, TYPE_BOOL = 9, TYPE_FLOAT16 = 10,
+       TYPE_BFLOAT16 = 16 };
 enum { STATUS_FAIL = 1, STATUS_INVALID_ARGUMENT = 2 };
-enum { MEMORY_DEFAULT = 0, INPUT_REQUIRED = 0 };
+enum { MEMORY_DEFAULT = 0, MEMORY_OF_CPU_INPUT = -2, INPUT_REQUIRED = 0 };
 
 typedef void Status;
 typedef struct Api { void *functions[300]; } Api;
@@ -213,7 +214,9 @@ typedef struct Kernel {
 } Kernel;
 
 /* types of nodes, and the kernels of each in the order in which they run */
-enum { SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, LIST_BLOCKS };
+enum {
+  SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, SELECT_COUNTED, LIST_BLOCKS
+};
 enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED };
 enum { POOL, SUM };
 enum { SCORE };
@@ -288,7 +291,8 @@ typedef struct Run {
 
 typedef struct Attribute { const char *name; int is_integer; size_t place; } Attribute;
 
-/* T: the node's dtype; S: bfloat16 where that has 16 bits; F: float32; I: int32; M: bool */
+/* T: the node's dtype; S: bfloat16 where that has 16 bits; F: float32; I: int32; M: bool;
+ * N: a number, int64 in the CPU's memory */
 struct NodeType {
   const char *name, *inputs, *outputs;
   int ranks[MOST_INPUTS];
@@ -321,7 +325,7 @@ static Status *read_input(Run *run, size_t index) {
   release_type_and_shape(info);
   if (status) return status;
   TRY(get_tensor_data((void *)value, &tensor->data));
-  if ((uint64_t)tensor->data % ALIGNMENT)
+  if (type->inputs[index] != 'N' && (uint64_t)tensor->data % ALIGNMENT)
     return fail(STATUS_INVALID_ARGUMENT,
                 "uta::%s: input %zu must begin at a multiple of %d bytes", type->name, index,
                 ALIGNMENT);
@@ -345,7 +349,10 @@ static Status *make_output(Run *run, size_t index, int rank, const int64_t *size
 static Status *find_variant(Run *run, int type, const int key[KEY_SIZE]) {
   for (run->variant = 0; run->variant < VARIANT_COUNT; ++run->variant) {
     const Variant *variant = &VARIANTS[run->variant];
-    if (variant->type == type && !memcmp(variant->key, key, sizeof variant->key)) return NULL;
+    int fits = variant->type == type;
+    for (int i = 0; i < KEY_SIZE; ++i)
+      fits = fits && (variant->key[i] == OPEN || variant->key[i] == key[i]);
+    if (fits) return NULL;
   }
   const int64_t *sizes = run->x[0].sizes;
   return fail(STATUS_INVALID_ARGUMENT,
@@ -722,13 +729,16 @@ static Status *block_scores(Run *run) {
   return launch(run, SCORE, divide_up(length_q, kernel->blocks), batch * heads);
 }
 
-/* ---- SelectBlocks ---------------------------------------------------------------------------- */
+/* ---- SelectBlocks and SelectCounted ---------------------------------------------------------- */
 
 /* As triton_selection.select_blocks. */
-static Status *select_blocks(Run *run) {
-  const int64_t *sizes = run->x[0].sizes, rows = run->node->rows, blocks = sizes[3];
-  TRY(find_variant(run, SELECT_BLOCKS,
-                   (int[KEY_SIZE]){run->node->dtype, (int)blocks, (int)rows}));
+static Status *select_some(Run *run, int type, int64_t kept, int64_t rows) {
+  const int64_t *sizes = run->x[0].sizes, blocks = sizes[3];
+  TRY(find_variant(run, type, (int[KEY_SIZE]){run->node->dtype, (int)blocks, (int)rows}));
+  if (VARIANTS[run->variant].key[1] == OPEN && blocks > PACKED_BLOCKS)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::%s: input 0 must have at most %d blocks in a row, got %lld",
+                run->node->type->name, PACKED_BLOCKS, (long long)blocks);
   TRY(make_output(run, 0, 4, sizes));
   int64_t groups = sizes[0] * sizes[1] * sizes[2] / rows;
   if (groups * blocks == 0) return NULL;
@@ -736,13 +746,13 @@ static Status *select_blocks(Run *run) {
   Value *values = run->values;
   values[ARG_bits_ptr].pointer = (uint64_t)run->x[0].data;
   values[ARG_kept_ptr].pointer = (uint64_t)run->outputs[0].data;
-  if (run->node->kept == rows * blocks)
+  if (kept == rows * blocks)
     return fill(run, values[ARG_kept_ptr].pointer, 1, groups * rows * blocks);
   values[ARG_rows].integer = rows;
   values[ARG_blocks].integer = blocks;
-  values[ARG_wanted].integer = run->node->kept;
+  values[ARG_wanted].integer = kept;
   const Kernel *kernels = VARIANTS[run->variant].kernels;
-  if (kernels[IN_ROW].code) return launch(run, IN_ROW, groups, 1);
+  if (rows == 1) return launch(run, IN_ROW, groups, 1);
 
   int passes = run->node->dtype == TYPE_FLOAT ? PASSES_32 : PASSES_16;
   int64_t digits = 1 << divide_up(run->node->dtype == TYPE_FLOAT ? 32 : 16, passes);
@@ -756,13 +766,28 @@ static Status *select_blocks(Run *run) {
   values[ARG_best_ptr].pointer = (uint64_t)run->memory + best;
   values[ARG_digits_ptr].pointer = (uint64_t)run->memory + counts;
   values[ARG_tied_ptr].pointer = (uint64_t)run->memory + tied;
-  values[ARG_wanted].integer = run->node->kept - rows;
+  values[ARG_wanted].integer = kept - rows;
   values[ARG_share].integer = share;
   values[ARG_programs].integer = programs;
   TRY(fill(run, values[ARG_digits_ptr].pointer, 0, counted));
   for (int which = FIRST; which <= KEEP; ++which)
     if (kernels[which].code) TRY(launch(run, which, groups * programs, 1));
   return NULL;
+}
+
+static Status *select_blocks(Run *run) {
+  return select_some(run, SELECT_BLOCKS, run->node->kept, run->node->rows);
+}
+
+static Status *select_counted(Run *run) {
+  const int64_t *sizes = run->x[0].sizes, all = sizes[1] * sizes[2];
+  int64_t kept = *(const int64_t *)run->x[1].data, rows = *(const int64_t *)run->x[2].data;
+  if (rows < 1 || all % rows || kept < rows || kept > rows * sizes[3])
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::SelectCounted: %lld blocks for every %lld rows are no budget for %lld rows of "
+                "%lld blocks", (long long)kept, (long long)rows, (long long)all,
+                (long long)sizes[3]);
+  return select_some(run, SELECT_COUNTED, kept, rows);
 }
 
 /* ---- ListBlocks ------------------------------------------------------------------------------ */
@@ -801,6 +826,7 @@ static const NodeType TYPES[] = {
                        INTEGER(block_q), INTEGER(rows)}, block_scores},
     [SELECT_BLOCKS] = {"SelectBlocks", "T", "M", {4}, {INTEGER(kept), INTEGER(rows)},
                        select_blocks},
+    [SELECT_COUNTED] = {"SelectCounted", "TNN", "M", {4, 1, 1}, {{0}}, select_counted},
     [LIST_BLOCKS] = {"ListBlocks", "M", "II", {4}, {{0}}, list_blocks},
 };
 
@@ -848,6 +874,7 @@ static int type_of(char letter, int dtype) {
   switch (letter) {
     case 'F': return TYPE_FLOAT;
     case 'I': return TYPE_INT32;
+    case 'N': return TYPE_INT64;
     case 'S': return dtype == TYPE_FLOAT ? TYPE_FLOAT : TYPE_BFLOAT16;
     case 'M': return TYPE_BOOL;
     default: return dtype;
@@ -864,8 +891,7 @@ static int get_characteristic(const CustomOp *op, size_t index) {
   return INPUT_REQUIRED;
 }
 static int get_memory_type(const CustomOp *op, size_t index) {
-  (void)op, (void)index;
-  return MEMORY_DEFAULT;
+  return TYPES[op->type].inputs[index] == 'N' ? MEMORY_OF_CPU_INPUT : MEMORY_DEFAULT;
 }
 static int get_start_version(const CustomOp *op) { (void)op; return 1; }
 static int get_end_version(const CustomOp *op) { (void)op; return INT32_MAX; }

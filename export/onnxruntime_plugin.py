@@ -24,7 +24,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
-from uta_fx.export.onnxruntime_kernels import SHARED_KB, Kernel, NodeOfFile
+from uta_fx.export.onnxruntime_kernels import OPEN, SHARED_KB, Kernel, NodeOfFile
 from uta_fx.export.onnxruntime_selection import (
     compile_lists,
     compile_scores,
@@ -38,7 +38,7 @@ from uta_fx.export.onnxruntime_selection import (
 from uta_fx.export.replace_file import folder_beside
 from uta_fx.kernels import triton_attention
 from uta_fx.kernels.triton_attention import gluon_attention
-from uta_fx.kernels.triton_selection import SIZES
+from uta_fx.kernels.triton_selection import PACKED_BLOCKS, SIZES
 from uta_fx.kernels.triton_statistics import PROGRAMS
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ NODES: dict[
     "BlockStatistics": (statistics_variants, compile_statistics),
     "BlockScores": (scores_variants, compile_scores),
     "SelectBlocks": (selection_variants, compile_selection),
+    "SelectCounted": (selection_variants, compile_selection),
     "ListBlocks": (lists_variants, compile_lists),
 }
 """By type of node: what a node asks of the kernels, and the kernels compiled for it."""
@@ -241,6 +242,7 @@ def _write_variants(
     numbers = {
         "VARIANT_COUNT": len(compiled), "OPERATOR_COUNT": len(operators),
         "SELECTED_ROWS": SIZES.rows, "SELECTING": SIZES.programs,
+        "OPEN": OPEN, "PACKED_BLOCKS": PACKED_BLOCKS,
         "PROGRAMS": PROGRAMS, "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
     } | {
         # without Gluon no kernel asks for them

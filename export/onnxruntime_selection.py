@@ -9,6 +9,8 @@ from onnx import TensorProto
 from uta_fx.export.onnxruntime_kernels import (
     DTYPES,
     HOPPER,
+    MANY,
+    OPEN,
     SHARED_KB,
     Kernel,
     NodeOfFile,
@@ -93,7 +95,7 @@ class ScoresVariant(NamedTuple):
 
     dtype: int
     dim: int
-    blocks: int  # of keys
+    blocks: int  # of keys, or OPEN
     block_q: int
     rows: int  # of a group
     weighted: bool  # the variance takes part in the logits
@@ -117,7 +119,7 @@ def scores_variants(node: NodeOfFile, architecture: int) -> list[ScoresVariant]:
         ScoresVariant(
             dtype=node.dtype(0),
             dim=node.known(0, 3),
-            blocks=node.known(1, 2),
+            blocks=node.size_or(1, 2, OPEN),
             block_q=attributes["block_q"],
             rows=attributes["rows"],
             weighted=attributes["variance_weight"] != 0,
@@ -146,7 +148,8 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
         rows = gluon_scores.rows_of_program(variant.dim, variant.rows)
     else:
         function, limit = triton_scores._scores_kernel, SHARED_KB[architecture] * 1024
-        tile = triton_scores.score_tile(dtype, variant.dim, variant.blocks, limit)
+        blocks = MANY if variant.blocks == OPEN else variant.blocks
+        tile = triton_scores.score_tile(dtype, variant.dim, blocks, limit)
         options = triton_scores.score_options(dtype, variant.dim, *numbers, tile)
         rows = triton_scores.rows_of_program(tile, variant.block_q, variant.rows)
     wide = "fp32" if variant.dtype == TensorProto.FLOAT else "bf16"
@@ -175,8 +178,8 @@ class SelectionVariant(NamedTuple):
     """For which ``SelectBlocks`` nodes kernels are compiled; the key as in the C source."""
 
     dtype: int
-    blocks: int  # of keys
-    rows: int  # that share a budget
+    blocks: int  # of keys, or OPEN
+    rows: int  # that share a budget, or OPEN
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -185,12 +188,9 @@ class SelectionVariant(NamedTuple):
 
 
 def selection_variants(node: NodeOfFile, architecture: int) -> list[SelectionVariant]:
-    """The one of a ``SelectBlocks`` node.
-
-    Raises:
-        ValueError: How many blocks there are is not known.
-    """
-    return [SelectionVariant(node.dtype(0), node.known(0, 3), node.attributes["rows"])]
+    """The one of a ``SelectBlocks`` or ``SelectCounted`` node."""
+    rows = node.attributes.get("rows", OPEN)
+    return [SelectionVariant(node.dtype(0), node.size_or(0, 3, OPEN), rows)]
 
 
 def compile_selection(variant: SelectionVariant, architecture: int) -> dict[str, Kernel]:
@@ -199,26 +199,29 @@ def compile_selection(variant: SelectionVariant, architecture: int) -> dict[str,
     Raises:
         RuntimeError: Triton could not compile one of them.
     """
-    kernels = triton_selection.selection_kernels(
-        32 if variant.dtype == TensorProto.FLOAT else 16, variant.blocks, variant.rows
-    )
+    width = 32 if variant.dtype == TensorProto.FLOAT else 16
+    blocks = MANY if variant.blocks == OPEN else variant.blocks
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {}
+    if variant.rows in (1, OPEN):
+        in_row = triton_selection.selection_kernels(width, blocks, 1)
+        kernels |= zip(("IN_ROW",), in_row, strict=True)
+    if variant.rows != 1:
+        passes = triton_selection.selection_kernels(width, blocks, variant.rows)
+        places = ("FIRST", *(f"NEXT + {i}" for i in range(len(passes) - 2)), "KEEP")
+        kernels |= zip(places, passes, strict=True)
     pointers = {
         "bits_ptr": "*i32" if variant.dtype == TensorProto.FLOAT else "*i16",
         "best_ptr": "*i32", "counts_ptr": "*i64", "tied_ptr": "*i32", "kept_ptr": "*u8",
     }  # fmt: skip
     divisible = {*pointers, "share"}  # a program takes so many rows at a time
     assert SIZES.rows % 16 == 0
-    divisible |= {x for x in ("rows", "blocks") if getattr(variant, x) % 16 == 0}
-    last = len(kernels) - 1
-    places = ["IN_ROW"]
-    if variant.rows > 1:
-        places = ["FIRST", *(f"NEXT + {i}" for i in range(last - 1)), "KEEP"]
+    divisible |= {x for x in ("rows", "blocks") if getattr(variant, x) % 16 == 0}  # not OPEN
     return {
         place: compile_kernel(
             function, architecture, options, names=_NAMES, divisible=divisible,
             types={name: pointers.get(name, "i32") for name in function.arg_names},
         )
-        for place, (function, options) in zip(places, kernels, strict=True)
+        for place, (function, options) in kernels.items()
     }  # fmt: skip
 
 
@@ -226,7 +229,7 @@ class ListsVariant(NamedTuple):
     """For which ``ListBlocks`` nodes a kernel is compiled; the key as in the C source."""
 
     dtype: int
-    blocks: int  # of keys
+    blocks: int  # of keys, or OPEN
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -235,12 +238,8 @@ class ListsVariant(NamedTuple):
 
 
 def lists_variants(node: NodeOfFile, architecture: int) -> list[ListsVariant]:
-    """The one of a ``ListBlocks`` node.
-
-    Raises:
-        ValueError: How many blocks there are is not known.
-    """
-    return [ListsVariant(TensorProto.BOOL, node.known(0, 3))]
+    """The one of a ``ListBlocks`` node."""
+    return [ListsVariant(TensorProto.BOOL, node.size_or(0, 3, OPEN))]
 
 
 def compile_lists(variant: ListsVariant, architecture: int) -> dict[str, Kernel]:
@@ -250,8 +249,9 @@ def compile_lists(variant: ListsVariant, architecture: int) -> dict[str, Kernel]
         RuntimeError: Triton could not compile it.
     """
     pointers = {"kept_ptr": "*u8", "ids_ptr": "*i32", "counts_ptr": "*i32"}
+    options = triton_selection.list_options(MANY if variant.blocks == OPEN else variant.blocks)
     kernel = compile_kernel(
-        triton_selection._list_kernel, architecture, triton_selection.list_options(variant.blocks),
+        triton_selection._list_kernel, architecture, options,
         types={"rows": "i32", "blocks": "i32"} | pointers, blocks=SIZES.list_rows,
         divisible={*pointers, *(["blocks"] if variant.blocks % 16 == 0 else [])},
     )  # fmt: skip

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
 from uta_fx.export.sort_selected import sort_selected
+from uta_fx.kernels import reference
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -64,7 +65,7 @@ def sparsify_program(
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     _list_masked_blocks(sparse)
-    return sparse, sites
+    return _spell_out_fits(sparse), sites
 
 
 def _list_masked_blocks(program: ExportedProgram) -> None:
@@ -84,6 +85,14 @@ def _list_masked_blocks(program: ExportedProgram) -> None:
         node.target = torch.ops.uta.sparse_attention.default
         node.args = (query, key, value, *parts, *rest)
     program.graph_module.recompile()
+
+
+def _spell_out_fits(program: ExportedProgram) -> ExportedProgram:
+    """The same program with ``uta::fit_tail`` in operations that every exporter has."""
+    fit = torch.ops.uta.fit_tail.default
+    if not program.graph.find_nodes(op="call_function", target=fit):
+        return program
+    return program.run_decompositions({fit: reference.fit_tail})
 
 
 def _dynamic_dims(program: ExportedProgram) -> set[tuple[str, int]]:

@@ -5,7 +5,8 @@
 ``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
 a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
 and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
-to listed blocks that are not full.
+to listed blocks that are not full. ``uta::fit_tail`` fits two factors of a tail to some rows of
+exact attention.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that
@@ -26,6 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 BLOCK_SIZES = (16, 32, 64, 128)
 MIN_GROUPS = 4  # of rows in a query block
+MAX_FIT_ROWS = 16  # that a tail is fitted to: one tile of a matrix product
 MAX_HEADS = 65535  # of all samples together on a GPU: what a grid of programs holds along this axis
 
 _LIBRARY = torch.library.Library("uta", "DEF")
@@ -77,6 +79,13 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "list_blocks(Tensor exact) -> (Tensor block_ids, Tensor block_counts)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.define(
+    "fit_tail(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor key_counts,"
+    " Tensor key_mean, Tensor key_variance, Tensor value_mean, Tensor log_size, Tensor slope,"
+    " float scale, float variance_weight, int rows, int block_q, int block_kv)"
+    " -> (Tensor mass, Tensor gain)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -167,6 +176,20 @@ def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: It is not boolean.
     """
     return torch.ops.uta.list_blocks.default(exact)
+
+
+def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::fit_tail``; arguments and results as in ``reference``, float32.
+
+    ``rows`` from 1 to ``MAX_FIT_ROWS``. Inputs as in ``sparse_attention``; the same inputs give the
+    same bits.
+
+    Raises:
+        ValueError: A shape, block size, head dim or number of rows is outside the contract.
+        TypeError: A dtype or device is outside the contract.
+        RuntimeError: A gradient is asked for.
+    """
+    return torch.ops.uta.fit_tail.default(*args)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,6 +349,60 @@ def check_rectified_attention(
     _check_shape("offset", offset, (*lead, blocks, value.shape[-1]))
     for name, tensor in (("gain", gain), ("offset", offset)):
         check_dtype(name, tensor, torch.float32)
+        check_device(name, tensor, query)
+
+
+def check_fit_tail(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    key_counts: Tensor,
+    key_mean: Tensor,
+    key_variance: Tensor,
+    value_mean: Tensor,
+    log_size: Tensor,
+    slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    rows: int,
+    block_q: int,
+    block_kv: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", block_q)
+    _check_blocked("key", key, "block_kv", block_kv)
+    _check_head_dim("value", value)
+    lead, dim, dim_v = query.shape[:2], query.shape[3], value.shape[-1]
+    length, blocks = key.shape[2], -(-key.shape[2] // block_kv)
+    _check_shape("key", key, (*lead, length, dim))
+    _check_shape("value", value, (*lead, length, dim_v))
+    _check_shape("exact", exact, (*lead, -(-query.shape[2] // block_q), blocks))
+    counted = bool(key_counts.shape[-1])
+    if counted and length % block_kv:
+        raise ValueError(
+            f"key must have a length that is a multiple of block_kv, {block_kv}, got {length}"
+        )
+    _check_shape("key_counts", key_counts, (*lead, blocks if counted else 0))
+    _check_shape("key_mean", key_mean, (*lead, blocks, dim))
+    _check_shape("key_variance", key_variance, (*lead, blocks, dim))
+    _check_shape("value_mean", value_mean, (*lead, blocks, dim_v))
+    _check_shape("log_size", log_size, (*lead, blocks))
+    _check_shape("slope", slope, (*lead, dim, dim_v))
+    if not 1 <= rows <= MAX_FIT_ROWS:
+        raise ValueError(f"rows must lie in [1, {MAX_FIT_ROWS}], got {rows}")
+    for name, tensor, dtype in (
+        ("key", key, query.dtype),
+        ("value", value, query.dtype),
+        ("exact", exact, torch.bool),
+        ("key_counts", key_counts, torch.int32),
+        ("key_mean", key_mean, query.dtype),
+        ("key_variance", key_variance, query.dtype),
+        ("value_mean", value_mean, query.dtype),
+        ("log_size", log_size, torch.float32),
+        ("slope", slope, torch.float32),
+    ):
+        check_dtype(name, tensor, dtype)
         check_device(name, tensor, query)
 
 
@@ -516,6 +593,13 @@ def _cpu_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
     return cpu.list_blocks(exact)
 
 
+def _cpu_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_fit_tail(*args)
+    return cpu.fit_tail(*args)
+
+
 def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import triton_attention
 
@@ -577,6 +661,13 @@ def _cuda_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
 
     check_list_blocks(exact)
     return triton_selection.list_blocks(exact)
+
+
+def _cuda_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_fitting
+
+    check_fit_tail(*args)
+    return triton_fitting.fit_tail(*args)
 
 
 def _fake_sparse_attention(
@@ -647,6 +738,12 @@ def _fake_list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_fit_tail(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_fit_tail(query, *rest)
+    mass, gain = (query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(2))
+    return mass, gain
+
+
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise RuntimeError(
         "the operators of uta are forward-only: run the model under torch.no_grad() or"
@@ -683,6 +780,7 @@ for _name, _cpu, _cuda, _fake in (
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
     ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),
     ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
+    ("fit_tail", _cpu_fit_tail, _cuda_fit_tail, _fake_fit_tail),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RIDGE = 0.3  # how strongly both factors of a fit are held to 1, relative to what the sample says
+STEPS = 2  # of Gauss and Newton, since mass is in the denominator too
+LIMIT = 4.0  # mass lies between one part in so many and so many times, the slope below
+
 
 def sparse_attention(
     query: Tensor,
@@ -394,6 +398,121 @@ def list_blocks(exact: Tensor) -> tuple[Tensor, Tensor]:
     counts = exact.sum(-1, dtype=torch.int32)
     padding = torch.arange(exact.shape[-1], device=exact.device) >= counts[..., None]
     return order.masked_fill(padding, 0).int(), counts
+
+
+def fit_tail(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    key_counts: Tensor,
+    key_mean: Tensor,
+    key_variance: Tensor,
+    value_mean: Tensor,
+    log_size: Tensor,
+    slope: Tensor,
+    scale: float,
+    variance_weight: float,
+    rows: int,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, Tensor]:
+    """By how much the mass of the representatives and the slope of a tail should be larger.
+
+    Some query rows of each head, evenly spaced, attend to all keys. For such a row i, with its
+    output o_i, what lists and tail give it with both factors, and sums over the blocks b that it
+    does not attend to exactly:
+
+        total_i = sum of the row's exact weights + mass sum_b m_ib     m_ib: of a representative
+        given_i = output from these, with the slope
+        u_i = sum_b m_ib (value_mean_b - given_i) / total_i
+        x_i = sum_b m_ib / (1 + sigma2_ib) (s q_i @ slope) / total_i
+
+    with masses m and variances sigma2 as in ``sparse_attention``. Where ``mass`` grows by d and
+    ``mass gain`` by e, the output moves by ``d u + e x`` to first order. Each of ``STEPS`` steps
+    takes the d and e that bring it closest to o over the rows, with a ridge that holds both factors
+    to 1: regression on the operator's own error (``docs/measured.md`` says what it is worth).
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lk, D]``.
+        value: ``[B, H, Lk, Dv]``.
+        exact: Boolean ``[B, H, Nq, Nk]``: True where query block n attends to key block b exactly.
+        key_counts: As in ``clustered_attention``; ``[B, H, 0]`` where every key counts.
+        key_mean: ``[B, H, Nk, D]``.
+        key_variance: ``[B, H, Nk, D]``.
+        value_mean: ``[B, H, Nk, Dv]``.
+        log_size: float32 ``[B, H, Nk]``: natural log of the keys in each block.
+        slope: float32 ``[B, H, D, Dv]``.
+        scale: s, multiplies the logits.
+        variance_weight: As in ``sparse_attention``.
+        rows: R, how many rows; row i of them is row ``(2 i + 1) Lq // (2 R)``.
+        block_q: Query rows in a block; the last one may be ragged.
+        block_kv: Keys in a block; the last one may be ragged.
+
+    Returns:
+        ``mass``, from ``1 / LIMIT`` to ``LIMIT``, and ``gain``, from 0 to ``LIMIT``, ``[B, H]``,
+        float32 (float64 for float64 inputs); 1 where no row has a tail. Rows with a number that is
+        not finite do not count.
+    """
+    accumulator = _accumulator(query)
+    length = query.shape[2]
+    place = (2 * torch.arange(rows, device=query.device) + 1) * length // (2 * rows)
+    sample = query.index_select(2, place)  # [B, H, R, D]
+    logits = (sample @ key.mT).to(accumulator) * scale  # [B, H, R, Lk]
+    if key_counts.shape[2]:
+        inside = torch.arange(block_kv, device=key.device) < key_counts[..., None]
+        logits = logits.masked_fill(~inside.flatten(2)[:, :, None], -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    weights = (logits - lse).exp()
+    listed = exact.index_select(2, place // block_q)  # [B, H, R, Nk]
+    of_keys = listed[..., None].expand(*listed.shape, block_kv).flatten(3)[..., : key.shape[2]]
+    of_listed = weights * of_keys
+    both = torch.cat([weights, of_listed], 2).to(value.dtype)  # one product reads the values once
+    output, exact_values = (both @ value).to(accumulator).chunk(2, 2)
+    exact_mass = of_listed.sum(-1, keepdim=True)
+
+    # variance of the logits, of the query block of each row as in ``pooled_variance``
+    members = place[:, None] // block_q * block_q + torch.arange(block_q, device=query.device)
+    squares = query.index_select(2, members.clamp(max=length - 1).flatten()).to(accumulator)
+    squares = (squares * scale).square().unflatten(2, (-1, block_q))  # [B, H, R, block_q, D]
+    outside = (members >= length)[..., None]
+    squares = squares.masked_fill(outside, 0.0).sum(3) / (~outside).sum(1)
+    sigma2 = squares @ key_variance.to(accumulator).mT
+    scaled = sample.to(accumulator) * scale
+    mass = scaled @ key_mean.to(accumulator).mT + log_size[:, :, None] - lse
+    mass = (mass + variance_weight / 2 * sigma2).exp().masked_fill(listed, 0.0)
+    x = (mass / (1 + sigma2)).sum(-1, keepdim=True) * (scaled @ slope.to(accumulator))
+    values, mass = mass @ value_mean.to(accumulator), mass.sum(-1, keepdim=True)
+    of_mass = of_slope = mass.new_ones((*mass.shape[:2], 1, 1))
+    for _ in range(STEPS):
+        total = exact_mass + of_mass * mass
+        given = (exact_values + of_mass * values + of_slope * x) / total
+        u, along = (values - given * mass) / total, x / total
+        rest = output - given + (of_mass - 1) * u + (of_slope - 1) * along
+        of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, rest))
+    of_mass, of_slope = of_mass[..., 0, 0], of_slope[..., 0, 0]
+    return of_mass, of_slope / of_mass
+
+
+def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of ``y + u + x = f u + g x``, ``[B, H]``, from rows ``[B, H, R, Dv]``.
+
+    Rows that are not finite do not count.
+    """
+    pairs = ((u, u), (u, x), (x, x), (u, y), (x, y))
+    products = torch.stack([(a * b).sum(-1) for a, b in pairs])  # [5, B, H, R]
+    finite = products.isfinite().all(0)  # rows of padding may hold anything
+    uu, ux, xx, uy, xy = products.where(finite, 0.0).sum(-1).unbind()
+    tiny = torch.finfo(torch.float32).tiny ** 0.5
+    size_u, size_x = uu.sqrt().clamp(min=tiny), xx.sqrt().clamp(min=tiny)
+    along_u, along_x = uy / size_u, xy / size_x
+    both = ux / (size_u * size_x)  # at most 1: the determinant is positive
+    determinant = (1 + RIDGE) ** 2 - both.square()
+    of_u = 1 + ((1 + RIDGE) * along_u - both * along_x) / (determinant * size_u)
+    of_x = 1 + ((1 + RIDGE) * along_x - both * along_u) / (determinant * size_x)
+    mass = of_u.clamp(1 / LIMIT, LIMIT)
+    return mass, mass * (of_x / mass).clamp(0.0, LIMIT)
 
 
 def split_blocks(x: Tensor, block: int) -> list[Tensor]:

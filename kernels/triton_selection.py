@@ -25,6 +25,8 @@ from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
 
+PACKED_BLOCKS = 1 << 15
+"""So many blocks have a number that fits into 32 bits beside a key of 16."""
 LOWEST = tl.constexpr(-(2**31))  # below every key
 _MINUS_INFINITY = tl.constexpr(0x7F800000 - 2**31)  # its bits, as an int32
 
@@ -62,6 +64,7 @@ class Sizes:
 
 
 SIZES = Sizes()
+ANY_BUDGET: dict[str, Any] = {"do_not_specialize": ["wanted"]}  # one kernel serves all of them
 
 
 @triton.constexpr_function
@@ -183,7 +186,7 @@ def _first_pass_kernel(
     tl.atomic_add(counts_ptrs, counts.to(tl.int64), mask=counts != 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(**ANY_BUDGET)
 def _next_pass_kernel(
     bits_ptr, best_ptr, counts_ptr,
     tied_ptr,  # int32 [G, DIGITS, programs]: counts of the last pass, of each program
@@ -222,7 +225,7 @@ def _next_pass_kernel(
         tl.store(tied_ptr + (group * DIGITS + digit) * programs + program, counts)
 
 
-@triton.jit
+@triton.jit(**ANY_BUDGET)
 def _keep_kernel(
     bits_ptr, best_ptr, counts_ptr, tied_ptr,
     kept_ptr,  # uint8 [G, rows, blocks]
@@ -271,7 +274,7 @@ def _keep_kernel(
         tl.store(kept_ptr + row.to(tl.int64) * blocks + best, yes, mask=real)
 
 
-@triton.jit
+@triton.jit(**ANY_BUDGET)
 def _keep_in_row_kernel(
     bits_ptr,  # int16 or int32 [rows, blocks]: bits of the scores
     kept_ptr,  # uint8 [rows, blocks]
@@ -401,7 +404,7 @@ def selection_kernels(
     }  # fmt: skip
     first = {
         "COLUMNS": min(sizes.columns, triton.next_power_of_2(blocks)),
-        "PACKED": width == 16 and blocks <= 1 << 15,
+        "PACKED": width == 16 and blocks <= PACKED_BLOCKS,
     }
     keep = {"SCORES": sizes.kept_scores, "PROGRAMS": triton.next_power_of_2(sizes.programs)}
     return [

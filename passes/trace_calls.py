@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from uta_fx.passes.site import value_of
@@ -18,7 +18,7 @@ from uta_fx.passes.site import value_of
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
-def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
+def trace_calls(gm: GraphModule, kind: type, *, share: int | None) -> None:
     """Replace every call of a value of ``kind`` by a call of a module that holds its operators.
 
     AOTAutograd traces Python in a graph too, but never finds such a graph in its cache: it cannot
@@ -29,10 +29,12 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
     Args:
         gm: Changed in place; its calls of ``kind`` take tensors alone.
         kind: Class of hashable callables with a ``__name__`` that return a tensor, or several.
-        share: Call modules through ``invoke_subgraph``, which Inductor compiles once for all their
-            calls; False writes the operators out at each call, which any compiler understands.
+        share: Call modules that are called so many times or more through ``invoke_subgraph``,
+            which Inductor compiles by itself and once; None writes the operators out at each call,
+            which any compiler understands, and Inductor compiles sooner where there is one call.
     """
-    modules: dict[Any, tuple[str, GraphModule]] = {}
+    modules: dict[Any, GraphModule] = {}
+    alike: dict[Any, list[Node]] = {}
     calls = [
         node
         for node in gm.graph.nodes
@@ -45,26 +47,35 @@ def trace_calls(gm: GraphModule, kind: type, *, share: bool) -> None:
         inputs = [_empty_like(value) for value in values]
         key = (node.target, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         if key not in modules:
-            traced = make_fx(_in_tuple(node.target), tracing_mode="fake")(*inputs)
-            modules[key] = f"{node.target.__name__}_{len(modules)}", traced
-        name, module = modules[key]
+            modules[key] = make_fx(_in_tuple(node.target), tracing_mode="fake")(*inputs)
+        alike.setdefault(key, []).append(node)
+    for number, (key, module) in enumerate(modules.items()):
         if next(module.buffers(), None) is not None:
             continue
+        name, nodes = f"{key[0].__name__}_{number}", alike[key]
         gm.add_submodule(name, module)
-        with gm.graph.inserting_before(node):
-            if share:
-                subgraph = gm.graph.get_attr(name)
-                call = gm.graph.call_function(invoke_subgraph, (subgraph, name, *node.args))
-            else:
-                call = gm.graph.call_module(name, node.args)
-            result, outputs = call, cast("tuple[Any, ...]", module.graph.output_node().args[0])
-            if len(outputs) == 1:
-                result = gm.graph.call_function(getitem, (call, 0))
-        result.meta = dict(node.meta)  # same shape, dtype and source line
-        node.replace_all_uses_with(result)
-        gm.graph.erase_node(node)
+        for node in nodes:
+            _call_module(gm, node, name, module, through=share is not None and len(nodes) >= share)
     gm.graph.lint()
     gm.recompile()
+
+
+def _call_module(
+    gm: GraphModule, node: Node, name: str, module: GraphModule, through: bool
+) -> None:
+    """Put a call of a module in a node's place, ``through`` ``invoke_subgraph`` or plain."""
+    with gm.graph.inserting_before(node):
+        if through:
+            subgraph = gm.graph.get_attr(name)
+            call = gm.graph.call_function(invoke_subgraph, (subgraph, name, *node.args))
+        else:
+            call = gm.graph.call_module(name, node.args)
+        result, outputs = call, cast("tuple[Any, ...]", module.graph.output_node().args[0])
+        if len(outputs) == 1:
+            result = gm.graph.call_function(getitem, (call, 0))
+    result.meta = dict(node.meta)  # same shape, dtype and source line
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
 
 
 def _in_tuple(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:

@@ -70,6 +70,22 @@ def scores_file(inputs, scale, weight, power, block_q, rows):
     return node_file(function, named, attributes, [scores]), named
 
 
+def counted_file(scores, kept, rows):
+    """Of ``SelectCounted``; and what to feed it."""
+    named = {"scores": scores, "kept": torch.tensor([kept]), "rows": torch.tensor([rows])}
+    function = onnx_functions.select_counted_function(18)
+    return node_file(function, named, {}, [torch.empty(scores.shape, dtype=torch.bool)]), named
+
+
+def with_open_sizes(model, known=()):
+    """A file whose dimensions have names, but for those of 0 and 1 and those that are known."""
+    for tensor in (*model.graph.input, *model.graph.output):
+        for index, dim in enumerate(tensor.type.tensor_type.shape.dim):
+            if dim.dim_value not in (0, 1, *known):
+                dim.dim_param = f"{tensor.name}_{index}"
+    return model
+
+
 def select_file(scores, kept, rows):
     """Of ``SelectBlocks``."""
     function = onnx_functions.select_blocks_function(18)

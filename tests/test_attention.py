@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from uta_fx import Config, sparse_attention
 from uta_fx.attention import operator_arguments, pool_blocks
-from uta_fx.fitting import LIMIT, RIDGE, STEPS, fit_tail
 from uta_fx.hilbert import curve
 from uta_fx.kernels import reference
 from uta_fx.order import tile_shape, token_order
@@ -146,60 +145,6 @@ def test_better_tails_err_less():
         config = Config(density=0.2, tail=tail, **SMALL)
         errors.append(error(sparse_attention(q, k, v, config=config, grid=GRID), dense))
     assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(tails)
-
-
-@pytest.mark.parametrize("density", [0.1, 0.4])
-def test_a_fitted_tail_is_a_regression_on_sampled_rows(density):
-    """Restated row by row in float64; the ridge is two equations more."""
-    q, k, v = fields((1, 10, 7), dim=16)
-    config = Config(density=density, reorder="none", block_q=16, block_kv=32)
-    selection = pool_blocks(q, k, v, config, None)
-    exact = LowDelta().select(selection)
-    found = fit_tail(selection, exact, k, v, selection.statistics.covariance, 0.5, 5)
-    q, k, v = (x.double() for x in (q, k, v))
-    means = {name: x.double() for name, x in vars(selection.statistics).items()}
-    for head in range(2):
-        rows = []  # exact output; exact part, tail's means and slope, each with its mass
-        for i in (7, 21, 35, 49, 63):
-            query, block = selection.scale * q[0, head, i], i // 16
-            p = (k[0, head] @ query).softmax(0)
-            square = (selection.scale * q[0, head, 16 * block : 16 * block + 16]).square().mean(0)
-            parts = torch.zeros(3, 17, dtype=torch.float64)
-            with_mass = torch.cat([v[0, head], torch.ones(70, 1).double()], 1)
-            for b in range(3):
-                keys = slice(32 * b, min(32 * b + 32, 70))
-                if exact[0, head, block, b]:
-                    parts[0] += p[keys] @ with_mass[keys]
-                    continue
-                sigma2 = square @ means["key_variance"][0, head, b]
-                mass = (query @ means["key_mean"][0, head, b] + sigma2 / 4).exp()
-                mass = mass * (keys.stop - keys.start) / (k[0, head] @ query).exp().sum()
-                parts[1, :16] += mass * means["value_mean"][0, head, b]
-                parts[1, 16] += mass
-                parts[2, :16] += mass / (1 + sigma2) * (query @ means["covariance"][0, head])
-            rows.append((p @ v[0, head], parts))
-        mass = slope = 1.0
-        for _ in range(STEPS):
-            lines = [], [], []
-            for output, (listed, of_means, of_slope) in rows:
-                total = listed + mass * of_means + slope * of_slope
-                given, total = total[:16] / total[16], total[16]
-                u, x = (of_means[:16] - given * of_means[16]) / total, of_slope[:16] / total
-                for line, of_row in zip(
-                    lines, (u, x, output - given + (mass - 1) * u + (slope - 1) * x), strict=True
-                ):
-                    line.append(of_row)
-            u, x, rest = (torch.cat(line) for line in lines)
-            ridge = (torch.stack([u.norm(), x.norm()]) * RIDGE**0.5).diag()
-            equations = torch.cat([torch.stack([u, x], 1), ridge])
-            rest = torch.cat([rest, torch.zeros(2).double()])[:, None]
-            of_u, of_x = (1 + torch.linalg.lstsq(equations, rest).solution[:, 0]).tolist()
-            mass = min(max(of_u, 1 / LIMIT), LIMIT)
-            slope = mass * min(max(of_x / mass, 0.0), LIMIT)
-        torch.testing.assert_close(
-            torch.stack([found[0][0, head], found[1][0, head]]).double(),
-            torch.tensor([mass, slope / mass]).double(), rtol=1e-3, atol=1e-3,
-        )  # fmt: skip
 
 
 def test_tile_order_errs_less_than_raster_order():

@@ -140,7 +140,7 @@ def test_calls_that_are_alike_are_traced_once():
 
     def backend(gm, inputs):
         sparsify(gm, inputs, Config(**SMALL))
-        trace_calls(gm, SparseSite, share=False)
+        trace_calls(gm, SparseSite, share=None)
         assert not any(isinstance(node.target, SparseSite) for node in gm.graph.nodes)
         modules.extend(gm.get_submodule(n.target) for n in gm.graph.find_nodes(op="call_module"))
         return gm.forward
@@ -153,13 +153,14 @@ def test_calls_that_are_alike_are_traced_once():
     assert all(isinstance(target, OpOverload) or target is getitem for target in targets)
 
 
-def test_inductor_compiles_alike_calls_once():
-    """Three layers call one subgraph."""
+@pytest.mark.parametrize("least", [3, 4])
+def test_inductor_compiles_alike_calls_once(least):
+    """Three layers call one subgraph, which is only worth it for so many calls."""
     found = []
 
     def backend(gm, inputs):
         sparsify(gm, inputs, Config(**SMALL))
-        trace_calls(gm, SparseSite, share=True)
+        trace_calls(gm, SparseSite, share=least)
         subgraph = torch.ops.higher_order.invoke_subgraph
         found.extend(gm.graph.find_nodes(op="call_function", target=subgraph))
         return gm.forward
@@ -167,7 +168,8 @@ def test_inductor_compiles_alike_calls_once():
     with torch.no_grad():
         output = torch.compile(wan(), backend=backend, fullgraph=True)(**wan_inputs())[0]
         eager = compile_uta(wan())(**wan_inputs())[0]
-    assert len(found) == 3 and len({node.args[0].target for node in found}) == 1
+    assert len(found) == (3 if least == 3 else 0)
+    assert len({node.args[0].target for node in found}) == (1 if least == 3 else 0)
     torch.testing.assert_close(output, eager)
 
 

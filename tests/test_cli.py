@@ -227,6 +227,18 @@ def test_bench_writes_what_it_timed(tmp_path):
     assert (tmp_path / "tiny.png").stat().st_size > 10000
 
 
+def test_bench_times_what_is_asked_for():
+    rows = bench.run(
+        ["tiny"], [0.3], device="cpu", dtype=torch.float32, rounds=2, compile=False,
+        only=["in order", "routing"],
+    )  # fmt: skip
+    timed = {row["what"]: row for row in rows}
+    assert set(timed) - {"in order", "routing"} == {"dense flash", "statistics", "scores"}
+    assert 0 < timed["in order"]["error"] < 0.5
+    with pytest.raises(ValueError, match=r"only must be .* got all, nothing"):
+        bench.run(["tiny"], device="cpu", only=["nothing", "all"])
+
+
 def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys, tmp_path):
     """A thousandth of the output is enough; there is no row and no file then."""
     attend = ops.block_masked_attention
@@ -257,6 +269,7 @@ def test_tails_are_timed_on_the_same_lists(tmp_path):
     none, *others = rows
     assert none["tail_ms"] == none["making"] == none["flops"] == 0
     assert all(row["flops"] > 0 and row["making"] > 0 for row in others)
+    assert all((row["fit"] is not None) == ("fitted" in row["tail"]) for row in rows)
     assert all(row["error"] < none["error"] for row in others)
     with pytest.raises(ValueError, match=r"shape must be one of .*, got 'huge'"):
         bench_tails.run("huge")

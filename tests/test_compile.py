@@ -17,7 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import SHARED_KB
-from uta_fx.kernels import triton_attention, triton_kmeans, triton_scores, triton_statistics
+from uta_fx.kernels import (
+    triton_attention, triton_fitting, triton_kmeans, triton_scores, triton_statistics
+)
 
 architecture, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
 torch.set_float32_matmul_precision("high")
@@ -51,9 +53,8 @@ def compile_launch(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **con
 
 
 JITFunction.run = compile_launch
-triton_attention.shared_limit = triton_scores.shared_limit = (
-    lambda x: SHARED_KB[architecture] * 1024
-)
+for module in (triton_attention, triton_fitting, triton_scores):
+    module.shared_limit = lambda x: SHARED_KB[architecture] * 1024
 
 
 def launch(dim, dim_v, block_q):
@@ -71,6 +72,11 @@ def launch(dim, dim_v, block_q):
     triton_statistics.block_statistics(k, v, 64)
     triton_scores.block_scores(q, tail[0], slope[0], tail[2], 0.1, 0.5, 1.0, block_q, 2)
     triton_kmeans.kmeans(q, empty(10, dim, dtype=torch.float32), 1)
+    exact, slope_32 = empty(blocks_q, blocks, dtype=torch.bool), slope[1][:, :, 0].float()
+    triton_fitting.fit_tail(
+        q, k, v, exact, empty(0, dtype=torch.int32), tail[0], slope[0], tail[1], tail[2], slope_32,
+        0.1, 0.5, 16, block_q, 64,
+    )
     if (architecture, dim) != (90, 128):  # the same kernels, with a little more
         return
     triton_attention.clustered_attention(
@@ -86,7 +92,7 @@ def launch(dim, dim_v, block_q):
 
 for sizes in sys.argv[3:]:
     launch(*map(int, sizes.split("x")))
-assert len(seen) == 9, seen
+assert len(seen) == 12, seen
 """
 
 

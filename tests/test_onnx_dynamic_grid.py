@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -45,7 +46,15 @@ def test_one_file_serves_every_grid(tmp_path, settings):
     options = {**OPTIONS, **settings, "density": 0.3}
     config = Config(**options)
     export_onnx(model, (), path, config=config, kwargs=kwargs, dynamic_shapes=shapes)
-    metadata = {x.key: x.value for x in onnx.load(path).metadata_props}
+    written = onnx.load(path)
+    if find_spec("triton") is not None:
+        from uta_fx.export.onnxruntime_plugin import variants_of
+
+        variants = {name: len(x) for name, x in variants_of(written, 90).items()}
+        assert variants.pop("BlockScores", None) == (None if settings else 1)
+        # ragged blocks and whole ones
+        assert variants == {"SparseAttention": 2, "SelectCounted": 1, "ListBlocks": 1}
+    metadata = {x.key: x.value for x in written.metadata_props}
     sides = [site["grid"] for site in json.loads(metadata["uta_fx.sites"]) if site["sparse"]]
     assert sides and all(isinstance(side, str) for grid in sides for side in grid)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -26,6 +26,7 @@ import onnx_nodes  # noqa: E402  # needs onnx
 from uta_fx.export import (  # noqa: E402  # need onnx, Triton
     onnx_functions,
     onnxruntime_attention,
+    onnxruntime_kernels,
     onnxruntime_plugin,
     onnxruntime_selection,
     onnxruntime_session,
@@ -80,6 +81,11 @@ def selection_file():
     return onnx_nodes.select_file(torch.zeros(1, 2, 300, 320, dtype=torch.bfloat16), 20000, 300)
 
 
+def counted_model():
+    model, _ = onnx_nodes.counted_file(torch.zeros(1, 2, 5, 12, dtype=torch.bfloat16), 20, 5)
+    return onnx_nodes.with_open_sizes(model)
+
+
 def scores_model():
     inputs = score_inputs(1, 2, 300, 48, 128, torch.bfloat16)
     return onnx_nodes.scores_file(inputs, 0.1, 0.0, 1.0, 64, 16)[0]
@@ -97,6 +103,7 @@ FILES = {
     "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
     "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
     "selection-90": (90, selection_file),
+    "counted-90": (90, counted_model),
 }
 
 
@@ -153,9 +160,14 @@ def test_a_variant_is_what_the_node_asks_for(tmp_path):
     model.graph.input[1].type.tensor_type.shape.dim[2].dim_param = "length"
     variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
     assert [x.even for x in variants] == [False, True]
-    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "dim"
-    with pytest.raises(ValueError, match="dimension 3 of its input 0 must be known"):
-        onnxruntime_plugin.variants_of(model, 90)
+    model.graph.input[5].type.tensor_type.shape.dim[3].dim_param = "blocks"
+    variants = onnxruntime_plugin.variants_of(model, 90)["SparseAttention"]
+    assert {x.representatives for x in variants} == {onnxruntime_kernels.MANY}
+    assert all(x.has_tail and not x.has_variance for x in variants)
+    for index, name in ((0, "dim"), (5, "")):
+        model.graph.input[index].type.tensor_type.shape.dim[3].dim_param = name
+        with pytest.raises(ValueError, match=f"dimension 3 of its input {index} must be known"):
+            onnxruntime_plugin.variants_of(model, 90)
 
 
 def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
@@ -169,10 +181,13 @@ def test_a_node_that_kernels_do_not_serve_keeps_its_function(caplog):
     for part in ("node", "input"):
         getattr(model.graph, part).extend(getattr(attention.graph, part))
     assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention", "SelectBlocks"]
-    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "blocks"
+    statistics, _ = onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64), 64)
+    for part in ("node", "input"):
+        getattr(model.graph, part).extend(getattr(statistics.graph, part))
     with caplog.at_level(logging.INFO, logger="uta_fx"):
-        assert list(onnxruntime_plugin.variants_of(model, 90)) == ["SparseAttention"]
-    assert "no kernels for SelectBlocks: node : dimension 3 of its input 0 must be" in caplog.text
+        served = list(onnxruntime_plugin.variants_of(model, 90))
+    assert served == ["SparseAttention", "SelectBlocks"]
+    assert "no kernels for BlockStatistics: node : there is no kernel for" in caplog.text
     model, _ = onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)
     assert list(onnxruntime_plugin.variants_of(model, 90)) == ["BlockStatistics"]
     with pytest.raises(ValueError, match="got none with kernels"):
@@ -441,6 +456,27 @@ def test_the_plugin_selects_as_the_operator(tmp_path, sizes, dtype, caplog):
 
 @pytest.mark.gpu
 @needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plugin_selects_by_numbers_of_the_run(tmp_path, dtype, caplog):
+    """One session for all sizes keeps the blocks that the operator keeps."""
+    path = tmp_path / "model.onnx"
+    model, _ = onnx_nodes.counted_file(torch.zeros(2, 3, 7, 19, dtype=dtype), 60, 7)
+    onnx.save(onnx_nodes.with_open_sizes(model), path)
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    assert "SelectCounted run by the plugin" in caplog.text
+    for *shape, kept, rows in SELECTED:
+        scores = scores_with_ties(*shape, dtype=dtype).cuda()
+        numbers = {"kept": torch.tensor([kept]), "rows": torch.tensor([rows])}
+        exact = torch.empty(shape, dtype=torch.bool, device="cuda")
+        torch.cuda.synchronize()
+        binding = uta_fx.bind_tensors(session, {"scores": scores, **numbers}, {"exact": exact})
+        session.run_with_iobinding(binding)
+        assert torch.equal(exact, uta_fx.kernels.ops.select_blocks(scores, kept, rows))
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "length", "dim"), [(3, 300, 128), (12, 5000, 128), (2, 60, 64)])
 def test_the_plugin_pools_as_the_operator(tmp_path, heads, length, dim, dtype, caplog):
@@ -524,6 +560,29 @@ def test_a_whole_file_runs_by_the_plugin(tmp_path, caplog):
     (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
     error = np.linalg.norm(got.astype(np.float64) - expected)
     assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
+@pytest.mark.parametrize("budget", ["site", "row"])
+def test_a_file_for_every_grid_runs_by_the_plugin(tmp_path, budget, caplog):
+    """Ragged and whole blocks; the allowance is that of a file for one grid."""
+    torch.manual_seed(0)
+    path, clip = tmp_path / "model.onnx", torch.randn(1, 3, 6, 28, 44).half()
+    sides = ({side: torch.export.Dim.DYNAMIC for side in (2, 3, 4)},)
+    module = Attention(torch.float16, dim=64).eval()
+    config = uta_fx.Config(min_tokens=128, budget=budget)
+    uta_fx.export_onnx(module, (clip,), path, config=config, dynamic_shapes=sides)
+    with caplog.at_level(logging.INFO, logger="uta_fx"):
+        session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    statistics = "BlockStatistics, " if hopper else ""
+    assert f"SparseAttention, {statistics}BlockScores, SelectCounted, ListBlocks" in caplog.text
+    on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
+    for clip in (torch.randn(1, 3, 8, 32, 48).half(), torch.randn(1, 3, 5, 30, 46).half()):
+        (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
+        error = np.linalg.norm(got.astype(np.float64) - expected)
+        assert error <= 0.02 * np.linalg.norm(expected.astype(np.float64))
 
 
 @pytest.mark.gpu

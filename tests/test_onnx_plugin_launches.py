@@ -189,6 +189,18 @@ def test_launches_are_the_operator_s(tmp_path, architecture, name, driver, monke
     assert_launches(runtime, compiled, expected)
 
 
+def test_launches_for_every_grid_are_the_operator_s(tmp_path, driver, monkeypatch):
+    """Lengths, numbers of blocks and of representatives are constants of no kernel for Hopper."""
+    args = replace(HOPPER, length_kv=512).inputs()  # whole blocks, for which it compiles last
+    model, inputs = onnx_functions.node_model(args)
+    onnx_nodes.with_open_sizes(model, known=[HOPPER.dim])
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, inputs, lambda: triton_attention.sparse_attention(*args), 90,
+        driver, monkeypatch,
+    )  # fmt: skip
+    assert_launches(runtime, compiled, expected)
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "parts", "launched"),
     [
@@ -270,11 +282,13 @@ def test_launches_of_statistics_are_the_operator_s(
     assert_launches(runtime, compiled, expected)
 
 
-@pytest.mark.parametrize("blocks", [5, 64, 300])
-def test_launches_of_lists_are_the_operator_s(tmp_path, blocks, driver, monkeypatch):
+@pytest.mark.parametrize(("blocks", "known"), [(5, True), (64, True), (300, True), (300, False)])
+def test_launches_of_lists_are_the_operator_s(tmp_path, blocks, known, driver, monkeypatch):
     """One launch for all rows."""
     exact = torch.zeros(2, 3, 7, blocks, dtype=torch.bool)
     model = onnx_nodes.lists_file(exact)
+    if not known:
+        onnx_nodes.with_open_sizes(model)
     results = []
 
     def lists():
@@ -335,6 +349,45 @@ def test_launches_of_the_selection_are_the_operator_s(
     assert bool(expected) == (kept < rows * blocks)
     assert_launches(runtime, compiled, expected)
     assert expected or masks[0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "blocks_q", "blocks", "kept", "rows"),
+    [(1, 2, 300, 320, 20000, 600), (2, 2, 5, 2048, 4, 1), (1, 2, 5, 12, 60, 5)],
+)
+def test_launches_of_a_counted_selection_are_the_operator_s(
+    tmp_path, batch, heads, blocks_q, blocks, kept, rows, dtype, driver, monkeypatch
+):
+    """One library for every size, whose numbers are read from the CPU's memory."""
+    scores = torch.zeros(batch, heads, blocks_q, blocks, dtype=dtype)
+    model, named = onnx_nodes.counted_file(scores, kept, rows)
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", onnx_nodes.with_open_sizes(model), named,
+        lambda: [triton_selection.select_blocks(scores, kept, rows)], 86, driver, monkeypatch,
+    )  # fmt: skip
+    assert_launches(runtime, compiled, expected)
+
+
+def test_budgets_that_do_not_fit_are_refused(tmp_path, driver, monkeypatch):
+    """Numbers of a run that would have the kernels write elsewhere."""
+    scores = torch.zeros(1, 2, 5, 12)
+    model, named = onnx_nodes.counted_file(scores, 20, 5)
+    runtime, *_ = prepare_node(
+        tmp_path / "plugin.so", onnx_nodes.with_open_sizes(model), named,
+        lambda: [triton_selection.select_blocks(scores, 20, 5)], 86, driver, monkeypatch,
+    )  # fmt: skip
+    for kept, rows in ((4, 5), (61, 5), (20, 4), (20, 0)):
+        named["kept"][0], named["rows"][0] = kept, rows
+        with pytest.raises(
+            RuntimeError, match=f"{kept} blocks for every {rows} rows are no budget"
+        ):
+            runtime.run()
+        assert not runtime.launches
+    many = scores.new_zeros(1, 1, 1, triton_selection.PACKED_BLOCKS + 1)
+    named["kept"][0], named["rows"][0], runtime.tensors[0] = 2, 1, many
+    with pytest.raises(RuntimeError, match="must have at most 32768 blocks in a row, got 32769"):
+        runtime.run()
 
 
 def test_bad_tensors_are_refused(tmp_path, driver, monkeypatch):

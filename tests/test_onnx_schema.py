@@ -16,6 +16,7 @@ ATTRIBUTES = {
     "BlockStatistics": {"block_kv"},
     "BlockScores": {"scale", "variance_weight", "variance_power", "block_q", "rows", "score_type"},
     "SelectBlocks": {"kept", "rows"},
+    "SelectCounted": set(),
     "ListBlocks": set(),
 }
 
@@ -88,8 +89,9 @@ def test_nodes_of_the_selection_give_what_their_operators_give(registered, dtype
     statistics, _ = onnx_nodes.statistics_file(key, value, 32)
     scores, _ = onnx_nodes.scores_file(score_inputs(2, 3, 101, 5, 24, dtype), 0.2, 0.5, 1.0, 32, 8)
     chosen = onnx_nodes.select_file(torch.ones(2, 3, 4, 5), 6, 4)
+    counted, _ = onnx_nodes.counted_file(torch.ones(2, 3, 4, 5), 6, 4)
     lists = onnx_nodes.lists_file(torch.ones(2, 3, 4, 5, dtype=torch.bool))
-    for model in (statistics, scores, chosen, lists):
+    for model in (statistics, scores, chosen, counted, lists):
         model, said = bare(model)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         assert list(model.graph.output) == said

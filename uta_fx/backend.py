@@ -312,16 +312,17 @@ def _compile_sparse(
     gm: GraphModule, example_inputs: Sequence[Any], compile_inner: Compile, share: bool
 ) -> Callable[..., Any]:
     """Compile what ``sparsify`` has rewritten."""
-    trace_calls(gm, TokenIndex, share=False)
+    trace_calls(gm, TokenIndex, share=None)
     # apart, so that Inductor gathers a table once and not in each kernel that reads it
-    trace_calls(gm, GatherTokens, share=share)
+    trace_calls(gm, GatherTokens, share=1 if share else None)
+    alike = 2 if share else None
     if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
-        trace_calls(gm, ContinuedSite, share=share)
+        trace_calls(gm, ContinuedSite, share=alike)
         with kernels_compiled_beside(gm):
             compiled = compile_inner(gm, inputs)
         return with_state(compiled, inputs[len(example_inputs) :])
-    trace_calls(gm, SparseSite, share=share)
+    trace_calls(gm, SparseSite, share=alike)
     with kernels_compiled_beside(gm):
         return compile_inner(gm, example_inputs)
 

@@ -515,6 +515,14 @@ def bench_attention(
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; medians are printed.")] = 15,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to time beside dense attention, several times for several: operation,"
+            " in order, kernels, from lists, flex, reorder, statistics, scores, routing, listed or"
+            " tail; all by default."
+        ),
+    ] = None,
     output: JsonFile = None,
     plot: Annotated[
         Path | None,
@@ -536,6 +544,8 @@ def bench_attention(
     if plot is not None:
         require("matplotlib", extra="demo")
         _check_file(plot, "--plot")
+        if only and not {"operation", "in order", "flex"} & set(only):
+            raise ValueError("--plot draws operation, in order and flex: --only names none of them")
     rows = run(
         shape or DEFAULT_SHAPES,
         density or DENSITIES,
@@ -544,6 +554,7 @@ def bench_attention(
         device=str(target),
         dtype=of_inputs,
         rounds=rounds,
+        only=only or (),
         output=output,
     )
     if plot is not None:

@@ -44,6 +44,8 @@ PARTS = {
     "listed": "attention to the listed blocks",
     "tail": "attention to the representatives",
 }
+OUTPUTS = ("operation", "in order", "kernels", "from lists", "flex")
+TIMED = (*OUTPUTS, *PARTS)
 
 
 def run(
@@ -56,6 +58,7 @@ def run(
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 15,
     compile: bool = True,
+    only: Sequence[str] = (),
     output: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Check, time and print; a table grows as shapes are done.
@@ -70,6 +73,7 @@ def run(
         rounds: Timed rounds, at least 2; the median is reported.
         compile: Compile the whole operation and its parts; False runs them eagerly and leaves
             FlexAttention out.
+        only: Names of ``what`` to time beside dense attention; empty for all.
         output: JSON file to write; None for none.
 
     Returns:
@@ -87,15 +91,18 @@ def run(
         blocks already (where the policy does not ask where they lie); or a name in ``PARTS``.
 
     Raises:
-        ValueError: A name is not in ``SHAPES`` or ``INPUTS``; the policy or the tail has an
-            operator of its own.
+        ValueError: A name is not in ``SHAPES`` or ``INPUTS`` or nothing that is timed; the policy
+            or the tail has an operator of its own.
         ArithmeticError: A result disagrees with float64; nothing of that shape was timed.
     """
-    unknown = [name for name in shapes if name not in SHAPES]
-    if unknown:
-        raise ValueError(f"shapes must be among {', '.join(SHAPES)}, got {', '.join(unknown)}")
+    if unknown := set(shapes) - set(SHAPES):
+        raise ValueError(
+            f"shapes must be among {', '.join(SHAPES)}, got {', '.join(sorted(unknown))}"
+        )
     if inputs not in INPUTS:
         raise ValueError(f"inputs must be one of {', '.join(INPUTS)}, got {inputs!r}")
+    if unknown := set(only) - set(TIMED):
+        raise ValueError(f"only must be among {', '.join(TIMED)}, got {', '.join(sorted(unknown))}")
     config = config or uta_fx.Config()
     if isinstance(config.selection_policy(), SVG2) or config.tail_form().kind == "rectified":
         raise ValueError(
@@ -110,12 +117,13 @@ def run(
     for name in shapes:
         with torch.no_grad():
             query_key_value = INPUTS[inputs](SHAPES[name], device, dtype, 0)
-            case = _Case(SHAPES[name], query_key_value, config, device, rounds, compile)
+            case = _Case(SHAPES[name], query_key_value, config, device, rounds, compile, only)
             shape_rows = case.run(densities)
         for row in shape_rows:
             if row["what"] not in PARTS:
                 print(format_row(row, COLUMNS))
-        _print_parts(shape_rows)
+        if not only:
+            _print_parts(shape_rows)
         rows += shape_rows
         if output is not None:  # an interrupted run keeps what it has measured
             record = {"machine": machine, "inputs": inputs, "rows": rows}
@@ -149,14 +157,15 @@ class _Case:
         device: str,
         rounds: int,
         compile: bool,
+        only: Sequence[str],
     ) -> None:
         self.shape, self.inputs, self.config = shape, inputs, config
         self.device, self.rounds, self.compile = device, rounds, compile
+        self.only = only
         self.scale = shape.dim**-0.5
         self.ordered, self.inverse = reorder_tokens(*inputs, config, shape.grid)
         self.selection = pool_blocks(*self.ordered, config, self.scale, shape.grid)
         self.kept: dict[float, float] = {}
-        self.errors: dict[tuple[str, float | None], float] = {}
 
     def run(self, densities: Sequence[float]) -> list[dict[str, Any]]:
         """Check and time; rows of all candidates."""
@@ -167,10 +176,20 @@ class _Case:
         candidates |= self._parts_before_attention()
         for density in densities:
             candidates |= self._at_density(density)
+        if self.only:
+            wanted = set(self.only)
+            if "routing" in wanted:  # a difference of these
+                wanted |= {"before", "statistics", "scores"}
+            candidates = {
+                (name, density): call
+                for (name, density), call in candidates.items()
+                if name in wanted or name.startswith("dense")
+            }
         turn = TURN if torch.device(self.device).type == "cuda" else 0.0
         times = time_interleaved(candidates, self.rounds, self.device, turn=turn)
         memory = {name: self._memory(call) for name, call in candidates.items()}
-        return self._rows(times, memory)
+        errors = {name: self._error(name[0], call) for name, call in candidates.items()}
+        return self._rows(times, memory, errors)
 
     def _parts_before_attention(self) -> Candidates:
         config, grid = self.config, self.shape.grid
@@ -202,7 +221,6 @@ class _Case:
             return operator_arguments(selection, key, value, config)[3:9]
 
         whole = self._compiled(_operation(config, self.shape.grid))
-        self._note_error("operation", density, whole(*self.inputs))
         lists = list_arguments(arguments)
         no_tail = [x[:, :, :0] if i in range(4, 9) else x for i, x in enumerate(arguments)]
         no_list = [torch.zeros_like(x) if i == 3 else x for i, x in enumerate(arguments)]
@@ -218,19 +236,21 @@ class _Case:
             in_order = _operation(dataclasses.replace(config, reorder="none"), None)
             candidates["in order", density] = bind(self._compiled(in_order), *self.ordered)
         if self.compile and torch.device(self.device).type == "cuda":
-            flex = _flex_attention(lists)
-            output = flex()
-            if self.inverse is not None:
-                output = output.index_select(2, self.inverse)
-            self._note_error("flex", density, output)
-            candidates["flex", density] = flex
+            candidates["flex", density] = _flex_attention(lists)
         return candidates
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False) if self.compile else function
 
-    def _note_error(self, what: str, density: float, output: Tensor) -> None:
-        self.errors[what, density] = relative_error(output, *self.inputs, self.scale)
+    def _error(self, what: str, call: Callable[[], Any]) -> float | None:
+        """Of the output; None where there is none that could be compared."""
+        if what not in OUTPUTS:
+            return None
+        result = call()
+        output = result[0] if isinstance(result, tuple) else result
+        if what != "operation" and self.inverse is not None:
+            output = output.index_select(2, self.inverse)
+        return relative_error(output, *self.inputs, self.scale)
 
     def _memory(self, call: Callable[[], Any]) -> float | None:
         """The most that is allocated during a call beside its result, relative to q, k and v."""
@@ -248,13 +268,17 @@ class _Case:
         return peak / sum(x.numel() * x.element_size() for x in self.inputs)
 
     def _rows(
-        self, times: dict[Any, list[float]], memory: dict[Any, float | None]
+        self,
+        times: dict[Any, list[float]],
+        memory: dict[Any, float | None],
+        errors: dict[Any, float | None],
     ) -> list[dict[str, Any]]:
         medians = {name: statistics.median(samples) for name, samples in times.items()}
         best = min(medians[name] for name in medians if name[0].startswith("dense"))
         rows = []
         for (what, density), samples in times.items():
             ms = medians[what, density]
+            error = errors[what, density]
             if what == "before":  # the difference is what has no call of its own
                 what = "routing"
                 ms -= medians["statistics", None] + medians["scores", None]
@@ -274,7 +298,7 @@ class _Case:
                     "speedup": best / ms,
                     "tflops": None if share is None else share * self.shape.dense_flops / ms / 1e9,
                     "rate": None if share is None else share * best / ms,
-                    "error": self.errors.get((what, density)),
+                    "error": error,
                     "memory": memory[what if what != "routing" else "before", density],
                 }
             )

@@ -44,7 +44,7 @@ TAILS = {
 }
 COLUMNS = {
     "tail": "<38", "density": ">7.2f", "kernel": ">9.3f", "tail_ms": ">9.3f", "making": ">9.3f",
-    "share": ">7.1%", "flops": ">7.1%", "speedup": ">8.2f", "error": ">9.1e",
+    "fit": ">7.3f", "share": ">7.1%", "flops": ">7.1%", "speedup": ">8.2f", "error": ">9.1e",
 }  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def run(
     Returns:
         One entry for each tail and density: ``tail``, a name in ``TAILS``; ``density``; ``kernel``,
         milliseconds of the operator; ``tail_ms``, those above the same lists without a tail;
-        ``making``, of its representatives, out of block statistics that are there already;
+        ``making``, of its representatives, out of block statistics that are there already; ``fit``,
+        of ``uta::fit_tail`` in that, None where the tail is not fitted;
         ``share`` of ``tail_ms`` in ``kernel``, and ``flops``, that of the operations; ``speedup``
         of kernel and making over the fastest dense attention; ``error``: squared, relative to that.
 
@@ -162,6 +163,9 @@ class _Case:
             pooled = vars(self.selection.statistics).values()
             making = bind(self.making[name], exact, self.selection.query, *pooled)
             candidates["making", name, density] = making
+            if tail.fit:
+                fit = tail.fit_arguments(self.selection, exact, key, value)
+                candidates["fit", name, density] = bind(ops.fit_tail, *fit)
         return candidates
 
     def rows(self, densities: Sequence[float], ms: dict[Any, float]) -> list[dict[str, Any]]:
@@ -184,6 +188,7 @@ class _Case:
                         "kernel": kernel,
                         "tail_ms": more,
                         "making": making,
+                        "fit": ms.get(("fit", name, density)),
                         "share": more / kernel,
                         "flops": parts["tail"] / (parts["tail"] + parts["listed"]),
                         "speedup": best / (kernel + making),
