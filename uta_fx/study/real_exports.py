@@ -100,8 +100,11 @@ def _skyreels_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 
 def _anyflow_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     """A step between two times, of each frame."""
-    times = {"timestep": meta(1, latent[0]), "r_timestep": meta(1, latent[0])}
-    return wan_inputs(latent, grid) | times
+    frames, height, width = latent
+    return wan_inputs(latent, grid) | {
+        "hidden_states": meta(1, frames, 16, height, width),
+        "timestep": meta(1, frames), "r_timestep": meta(1, frames),
+    }
 
 
 def _ltx2_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
