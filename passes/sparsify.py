@@ -216,6 +216,10 @@ def rewrite(gm: GraphModule, sites: Sequence[tuple[Call, Site]], plan: Plan) -> 
     nodes = set(gm.graph.nodes)
     sides = _sides(gm, {site.grid for _, site in sites if site.sparse and site.grid is not None})
     computed = [node for node in gm.graph.nodes if node not in nodes]
+    for node in computed:
+        if recorded(node) is None:
+            target: Any = node.target
+            node.meta["val"] = target(*torch.fx.map_arg(node.args, recorded))
     in_order = {node for region in regions for node in region.calls}
     moved: dict[tuple[Node, Node], Node] = {}
     for region in regions:

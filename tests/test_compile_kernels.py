@@ -14,6 +14,7 @@ from uta_fx.kernels.launches import Launch, Pointer, launcher, note_launches
 
 MODEL = """
 import torch
+from uta_fx.tails import Tail
 
 
 class Joint(torch.nn.Module):
@@ -34,7 +35,7 @@ def run(dtype, device):
     model = Joint(dtype).to(device)
     shapes = (2, 30, 256), (2, 256, 5, 12, 15)
     inputs = [torch.randn(x, device=device, generator=generator).to(dtype) for x in shapes]
-    options = {"min_tokens": 64, "grid": (5, 12, 15), "strict": True}
+    options = {"min_tokens": 64, "grid": (5, 12, 15), "strict": True, "tail": Tail(fit=16)}
     with torch.no_grad():
         return torch.compile(model, backend="uta", options=options)(*inputs)
 """
@@ -101,6 +102,7 @@ run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
 names = {name for _, name, _ in before}
 assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
+assert {"_square_kernel", "_sample_kernel", "_solve_kernel"} <= names, names
 """
 )
 
@@ -199,6 +201,18 @@ def sparse_toy():
     return torch.compile(Toy(), backend="uta", options=options)
 
 
+class Video(torch.nn.Module):
+    """Attention over the tokens of a clip of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv3d(3, 16, 1)
+
+    def forward(self, clip):
+        q = self.patch(clip).flatten(2).transpose(1, 2)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As if there were one."""
@@ -233,6 +247,31 @@ def test_an_error_is_left_to_the_launch(on_gpu, monkeypatch):
     torch._dynamo.reset()
     assert torch.equal(sparse_toy()(x), expected)
     assert {"noted", "failed"} <= set(calls)
+
+
+@torch.no_grad()
+def test_under_symbols_kernels_are_those_of_the_first_size(on_gpu, monkeypatch):
+    """And the next size is the same graph: nobody asked a symbol for its value."""
+    noted = []
+
+    class Kernel:
+        def warmup(self, *args, **options):
+            raise RuntimeError("there is no GPU")
+
+    def launch(query, *args):
+        noted.append(query.shape)
+        if query.shape[2] % 16 == 0 and query.shape[2] > 200:  # guards, if these were symbols
+            launcher(Kernel(), (1,))(query, query.shape[2])
+
+    for op in ops.LAUNCHERS:
+        monkeypatch.setitem(ops.LAUNCHERS, op, launch)
+    torch._dynamo.utils.counters.clear()
+    options = {"min_tokens": 64, "block_q": 16, "block_kv": 16, "inner": "eager", "strict": True}
+    compiled = torch.compile(Video(), backend="uta", dynamic=True, options=options)
+    for size in ((4, 6, 10), (5, 7, 9)):
+        compiled(torch.randn(1, 3, *size))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (1, 1, 240, 16) in noted and all(type(x) is int for shape in noted for x in shape)
 
 
 def test_what_cannot_be_loaded_is_left_to_the_launch(monkeypatch):

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 
 from uta_fx.kernels import ops
 from uta_fx.kernels.launches import Launch, note_launches
+from uta_fx.passes.locate_video import expected
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ def kernels_compiled_beside(gm: GraphModule) -> Iterator[None]:
     what is not compiled is. An error here is logged: the launch tries again, and raises it.
 
     Args:
-        gm: With operators of ours; those whose sizes it does not know are left to their launch.
+        gm: With operators of ours. Sizes that are symbols are taken as they are in the run that is
+            traced; operators with sizes that only a run knows are left to their launch.
     """
     launches = launches_of(gm)
     if not launches:
@@ -62,13 +65,28 @@ def launches_of(gm: GraphModule) -> dict[tuple[Any, int], list[Launch]]:
             if launcher is None or index is None:
                 continue
             try:
-                noted = note_launches(launcher, args)
+                with FakeTensorMode():
+                    noted = note_launches(launcher, torch.fx.map_arg(node.args, _in_numbers))
             except Exception:
                 logger.debug("kernels of %s compile when launched", node.target, exc_info=True)
                 continue
             for launch in noted:
                 launches.setdefault((launch.kernel, index), []).append(launch)
     return launches
+
+
+def _in_numbers(node: Node) -> Any:
+    """What was recorded of a node, without symbols: a launcher that asks of one adds a guard."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return expected(value)
+    if not isinstance(value, Tensor):
+        return value
+    shape, strides = list(map(expected, value.shape)), list(map(expected, value.stride()))
+    offset = expected(value.storage_offset())
+    needed = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
+    whole = torch.empty(max(needed, offset), dtype=value.dtype, device=value.device)
+    return whole.as_strided(shape, strides, offset)
 
 
 def may_compile() -> bool:

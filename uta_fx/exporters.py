@@ -337,7 +337,7 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
 
     Args:
         name: ``"SparseAttention"``, or a node that selects its blocks: ``"BlockStatistics"``,
-            ``"BlockScores"``, ``"SelectBlocks"`` or ``"ListBlocks"``.
+            ``"BlockScores"``, ``"SelectBlocks"``, ``"SelectCounted"`` or ``"ListBlocks"``.
 
     Returns:
         ``onnx.defs.OpSchema``.

@@ -54,8 +54,9 @@ model was released for; the file passes the checks of onnx and is loaded by ONNX
 {latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
 that of `torch.compile(model, backend="uta")`, in norm. Latte's frames of 1,024 tokens are shorter
 than `min_tokens`, Sana-Video's attention over video is linear. Cosmos is without its padding mask,
-which torchvision would resize. The settings of EasyAnimate, Kandinsky 5 Lite, Latte, ConsisID and
-Allegro have not been compared with released files.
+which torchvision would resize. The settings of EasyAnimate, Kandinsky 5 Lite, Latte, ConsisID,
+Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V and CogVideoX 1.5 have not been compared with
+released files.
 
 | model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
@@ -94,6 +95,15 @@ def _skyreels_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     """Diffusion forcing: a time for each frame."""
     return wan_inputs(latent, grid) | {
         "timestep": meta(1, latent[0]), "enable_diffusion_forcing": True, "fps": [1],
+    }
+
+
+def _anyflow_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """A step between two times, of each frame."""
+    frames, height, width = latent
+    return wan_inputs(latent, grid) | {
+        "hidden_states": meta(1, frames, 16, height, width),
+        "timestep": meta(1, frames), "r_timestep": meta(1, frames),
     }
 
 
@@ -232,6 +242,51 @@ OTHERS = (
         inputs=lambda latent, grid: (
             wan_inputs(latent, grid) | {"hidden_states": meta(1, 36, *latent)}
         ),
+    ),
+    RealModel(
+        title="ChronoEdit 14B",
+        class_name="ChronoEditTransformer3DModel",
+        settings=WAN_I2V,
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"720p": Size(720, 1280, 29)},
+        inputs=_wan_image_inputs,
+    ),
+    RealModel(
+        title="AnyFlow 14B",
+        class_name="AnyFlowTransformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"480p": WAN_SIZES["480p"]},
+        inputs=_anyflow_inputs,
+    ),
+    RealModel(
+        title="HunyuanVideo I2V, token replace",
+        class_name="HunyuanVideoTransformer3DModel",
+        settings={"image_condition_type": "token_replace"},
+        stacks={
+            "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"720p": Size(720, 1280, 129)},
+        inputs=REAL_MODELS["hunyuanvideo"].inputs,
+    ),
+    RealModel(
+        title="CogVideoX 1.5 5B",
+        class_name="CogVideoXTransformer3DModel",
+        settings={
+            "num_attention_heads": 48, "num_layers": 42, "patch_size_t": 2, "patch_bias": False,
+            "use_rotary_positional_embeddings": True,
+        },
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(2, 2, 2),
+        sizes={"768p": Size(768, 1360, 85)},  # 81 frames, whose latents are made an even number
+        inputs=REAL_MODELS["cogvideox-5b"].inputs,
     ),
     RealModel(
         title="Wan VACE 14B",
@@ -438,7 +493,11 @@ def _cells(real: RealModel) -> tuple[str, ...]:
 def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     """Of the file in float16: its sparse sites, bytes and time."""
     if real.by_block:
-        return "-", "not written: `decide_branches` runs the model once"
+        tokens = math.prod(real.grid(size))
+        return "-", (
+            "not written: `decide_branches` runs the model once, with its mask of all pairs of"
+            f" tokens, more than {tokens**2 / 1e9:.0f} GB"
+        )
     model = _model(real, torch.float16)
     given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
