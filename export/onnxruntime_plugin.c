@@ -867,7 +867,7 @@ static void destroy_kernel(void *kernel) {
 /* ---- What ONNX Runtime asks about the operator ----------------------------------------------- */
 
 static const char *get_name(const CustomOp *op) { return TYPES[op->type].name; }
-static const char *get_provider(const CustomOp *op) { (void)op; return "CUDAExecutionProvider"; }
+static const char *get_provider(const CustomOp *op) { (void)op; return PROVIDER; }
 static size_t get_input_count(const CustomOp *op) { return strlen(TYPES[op->type].inputs); }
 static size_t get_output_count(const CustomOp *op) { return strlen(TYPES[op->type].outputs); }
 static int type_of(char letter, int dtype) {

@@ -89,6 +89,7 @@ def link_plugin(
     target: Path,
     *,
     driver: str = "libcuda.so.1",
+    provider: str = "CUDAExecutionProvider",
 ) -> None:
     """Compile the C source with these kernels in it.
 
@@ -97,6 +98,7 @@ def link_plugin(
         architecture: For which they were compiled.
         target: Library to write; replaced if it is there.
         driver: Library with the CUDA driver's functions, which is opened at the first launch.
+        provider: On which the nodes run; tests take the CPU's, beside a stand-in for the driver.
 
     Raises:
         RuntimeError: There is no C compiler, or it failed.
@@ -109,8 +111,8 @@ def link_plugin(
         library = folder / target.name
         command = [
             compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-            "-fvisibility=hidden", f"-I{folder}", f'-DDRIVER="{driver}"', str(SOURCE),
-            "-o", str(library), "-ldl", "-lm", "-lpthread",
+            "-fvisibility=hidden", f"-I{folder}", f'-DDRIVER="{driver}"',
+            f'-DPROVIDER="{provider}"', str(SOURCE), "-o", str(library), "-ldl", "-lm", "-lpthread",
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:

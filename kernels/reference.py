@@ -467,10 +467,10 @@ def fit_tail(
     weights = (logits - lse).exp()
     listed = exact.index_select(2, place // block_q)  # [B, H, R, Nk]
     of_keys = listed[..., None].expand(*listed.shape, block_kv).flatten(3)[..., : key.shape[2]]
-    of_listed = weights * of_keys
-    both = torch.cat([weights, of_listed], 2).to(value.dtype)  # one product reads the values once
-    output, exact_values = (both @ value).to(accumulator).chunk(2, 2)
-    exact_mass = of_listed.sum(-1, keepdim=True)
+    of_tail = weights.masked_fill(of_keys, 0.0)
+    both = torch.cat([weights, of_tail], 2).to(value.dtype)  # one product reads the values once
+    output, true_values = (both @ value).to(accumulator).chunk(2, 2)
+    true_mass = of_tail.sum(-1, keepdim=True)
 
     # variance of the logits, of the query block of each row as in ``pooled_variance``
     members = place[:, None] // block_q * block_q + torch.arange(block_q, device=query.device)
@@ -486,11 +486,11 @@ def fit_tail(
     values, mass = mass @ value_mean.to(accumulator), mass.sum(-1, keepdim=True)
     of_mass = of_slope = mass.new_ones((*mass.shape[:2], 1, 1))
     for _ in range(STEPS):
-        total = exact_mass + of_mass * mass
-        given = (exact_values + of_mass * values + of_slope * x) / total
-        u, along = (values - given * mass) / total, x / total
-        rest = output - given + (of_mass - 1) * u + (of_slope - 1) * along
-        of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, rest))
+        more = of_mass * mass - true_mass  # small where the tail is: so is what is left of o
+        rest = (output * more + true_values - of_mass * values - of_slope * x) / (1 + more)
+        u, along = (values - (output - rest) * mass) / (1 + more), x / (1 + more)
+        y = rest + (of_mass - 1) * u + (of_slope - 1) * along
+        of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, y))
     of_mass, of_slope = of_mass[..., 0, 0], of_slope[..., 0, 0]
     return of_mass, of_slope / of_mass
 

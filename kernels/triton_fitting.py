@@ -1,8 +1,8 @@
 """Triton kernels of ``uta::fit_tail``: a few rows attend to all keys, and two factors follow.
 
 The second of three kernels reads keys and values, and does so once: each program takes a part of
-one head's key blocks through a running softmax, apart for all of them and for those that a row
-lists, and the representatives of these blocks through another. What comes of the parts is joined by
+one head's key blocks through a running softmax, apart for all of them and for those in the tail of
+a row, and the representatives of these blocks through another. What comes of the parts is joined by
 the third, one program a head, which then solves for the factors. Softmax is base 2 inside.
 """
 # pyright: reportArgumentType=false
@@ -30,7 +30,6 @@ from uta_fx.kernels.triton_attention import (
 
 PROGRAMS = 192  # of the second kernel, about: all of them run at once on an H100, two to an SM
 MIN_KEYS = 1024  # of one of them: what it leaves for the third is 1.6 % of what it reads, at most
-SLOPE_ROWS = 16  # of the slope that the third kernel multiplies at a time
 SOLVE_OPTIONS = {"num_warps": 4}
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
@@ -40,8 +39,9 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 
 @triton.jit
 def _sampled_row(i, length, rows):
-    """Which of ``length`` query rows is row i of the sample."""
-    return (2 * i.to(tl.int64) + 1) * length // (2 * rows)
+    """Which of ``length`` query rows is row i of the sample: ``(2 i + 1) length // (2 rows)``."""
+    odd, parts = 2 * i + 1, 2 * rows  # no product beyond 32 bits
+    return (odd * (length // parts) + odd * (length % parts) // parts).to(tl.int64)
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def _sample_kernel(
     square_ptr,  # float32 [B, H, R, D], contiguous
     k_mean_ptr, k_var_ptr, v_mean_ptr,  # [B, H, Nk, D] and [B, H, Nk, Dv], contiguous
     size_ptr,  # float32 [B, H, Nk]
-    values_ptr,  # [B, H, P, 3, R, Dv], contiguous: of all keys, of listed ones, of the tail
-    masses_ptr,  # float32 [B, H, P, 4, R], contiguous: lse, listed share, tail's lse, damped share
+    values_ptr,  # [B, H, P, 3, R, Dv], contiguous: of all keys, of the tail, of representatives
+    masses_ptr,  # float32 [B, H, P, 4, R], contiguous: lse, tail's share; lse, damping of those
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
@@ -117,12 +117,12 @@ def _sample_kernel(
     v_base = v_ptr + batch * v_sb + head * v_sh
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     p_all = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)  # summed over keys in the end
-    p_listed = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    p_tail = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     of_all = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    of_listed = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
+    of_tail = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     for step in range(first_block * STEPS_OF_BLOCK, last_block * STEPS_OF_BLOCK):
         block = step // STEPS_OF_BLOCK
-        listed = tl.load(exact_rows + block, mask=inside_r, other=0) != 0  # [BLOCK_R]
+        listed = tl.load(exact_rows + block, mask=inside_r, other=0)  # [BLOCK_R]
         key = tl.cast(step, tl.int64) * BLOCK_N + n
         inside = key < length_kv
         if COUNTED:
@@ -141,9 +141,10 @@ def _sample_kernel(
         shrink = tl.exp2(row_max - base)[:, None]
         of_keys = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [BLOCK_R, DV_PADDED]
         p_all = p_all * shrink + p
-        p_listed = p_listed * shrink + tl.where(listed[:, None], p, 0.0)
+        in_tail = (listed == 0)[:, None]
+        p_tail = p_tail * shrink + tl.where(in_tail, p, 0.0)
         of_all = of_all * shrink + of_keys
-        of_listed = of_listed * shrink + tl.where(listed[:, None], of_keys, 0.0)
+        of_tail = of_tail * shrink + tl.where(in_tail, of_keys, 0.0)
         row_max = new_max
     total = tl.sum(p_all, 1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
@@ -153,10 +154,10 @@ def _sample_kernel(
     mask = inside_r[:, None] & inside_dv[None, :]
     dtype = values_ptr.dtype.element_ty
     tl.store(values_ptrs, (of_all * inverse[:, None]).to(dtype), mask=mask)
-    tl.store(values_ptrs + rows * DV, (of_listed * inverse[:, None]).to(dtype), mask=mask)
+    tl.store(values_ptrs + rows * DV, (of_tail * inverse[:, None]).to(dtype), mask=mask)
     masses_ptrs = masses_ptr + place * (4 * rows) + r
     tl.store(masses_ptrs, row_max + tl.log2(total), mask=inside_r)
-    tl.store(masses_ptrs + rows, tl.sum(p_listed, 1) * inverse, mask=inside_r)
+    tl.store(masses_ptrs + rows, tl.sum(p_tail, 1) * inverse, mask=inside_r)
 
     square_ptrs = square_ptr + (batch_head * rows + r)[:, None] * D + d[None, :]
     square = _load_rows(square_ptrs, inside_r, inside_d, True, PAD_D)  # [BLOCK_R, D_PADDED]
@@ -164,7 +165,7 @@ def _sample_kernel(
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     damped = tl.zeros([BLOCK_R], tl.float32)
-    of_tail = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
+    of_means = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     for start in tl.range(first_block, last_block, MEANS, num_stages=2):
         block = start + tl.arange(0, MEANS)
         inside = block < last_block
@@ -189,11 +190,11 @@ def _sample_kernel(
         shrink = tl.exp2(row_max - base)
         total = total * shrink + tl.sum(p, 1)
         damped = damped * shrink + tl.sum(p / (1.0 + sigma2), 1)
-        of_means = of_tail * shrink[:, None]
-        of_tail = tl.dot(p.to(v.dtype), v, of_means, input_precision=PRECISION)
+        of_means = of_means * shrink[:, None]
+        of_means = tl.dot(p.to(v.dtype), v, of_means, input_precision=PRECISION)
         row_max = new_max
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    tl.store(values_ptrs + 2 * rows * DV, (of_tail * inverse[:, None]).to(dtype), mask=mask)
+    tl.store(values_ptrs + 2 * rows * DV, (of_means * inverse[:, None]).to(dtype), mask=mask)
     tl.store(masses_ptrs + 2 * rows, row_max + tl.log2(total), mask=inside_r)
     tl.store(masses_ptrs + 3 * rows, damped * inverse, mask=inside_r)
 
@@ -220,38 +221,38 @@ def _solve_kernel(
     mask = inside_r[:, None] & inside_dv[None, :]
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    exact_mass = tl.zeros([BLOCK_R], tl.float32)
+    true_mass = tl.zeros([BLOCK_R], tl.float32)  # of the tail
     mass = tl.zeros([BLOCK_R], tl.float32)
     damped = tl.zeros([BLOCK_R], tl.float32)
     output = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    exact_values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
+    true_values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     for part in tl.range(0, parts, num_stages=STAGES):
         place = batch_head * parts + part
         masses_ptrs = masses_ptr + place * (4 * rows) + r
         lse = tl.load(masses_ptrs, mask=inside_r, other=-float("inf"))  # [BLOCK_R]
-        listed_share = tl.load(masses_ptrs + rows, mask=inside_r, other=0.0)
-        tail_lse = tl.load(masses_ptrs + 2 * rows, mask=inside_r, other=-float("inf"))
+        tail_share = tl.load(masses_ptrs + rows, mask=inside_r, other=0.0)
+        means_lse = tl.load(masses_ptrs + 2 * rows, mask=inside_r, other=-float("inf"))
         damped_share = tl.load(masses_ptrs + 3 * rows, mask=inside_r, other=0.0)
         values_ptrs = values_ptr + place * (3 * rows * DV) + r[:, None] * DV + dv[None, :]
         of_all = tl.load(values_ptrs, mask=mask, other=0.0)  # [BLOCK_R, DV_PADDED]
-        of_listed = tl.load(values_ptrs + rows * DV, mask=mask, other=0.0)
-        of_tail = tl.load(values_ptrs + 2 * rows * DV, mask=mask, other=0.0)
+        of_tail = tl.load(values_ptrs + rows * DV, mask=mask, other=0.0)
+        of_means = tl.load(values_ptrs + 2 * rows * DV, mask=mask, other=0.0)
         new_max = tl.maximum(row_max, lse)
         base = tl.where(new_max == -float("inf"), 0.0, new_max)
         shrink = tl.exp2(row_max - base)
-        weight, tail = tl.exp2(lse - base), tl.exp2(tail_lse - base)
+        weight, of_mass = tl.exp2(lse - base), tl.exp2(means_lse - base)
         total = total * shrink + weight
-        exact_mass = exact_mass * shrink + weight * listed_share
-        mass = mass * shrink + tail
-        damped = damped * shrink + tail * damped_share
+        true_mass = true_mass * shrink + weight * tail_share
+        mass = mass * shrink + of_mass
+        damped = damped * shrink + of_mass * damped_share
         output = output * shrink[:, None] + of_all.to(tl.float32) * weight[:, None]
-        exact_values = exact_values * shrink[:, None] + of_listed.to(tl.float32) * weight[:, None]
-        values = values * shrink[:, None] + of_tail.to(tl.float32) * tail[:, None]
+        true_values = true_values * shrink[:, None] + of_tail.to(tl.float32) * weight[:, None]
+        values = values * shrink[:, None] + of_means.to(tl.float32) * of_mass[:, None]
         row_max = new_max
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    exact_mass, mass = exact_mass * inverse, mass * inverse
-    output, exact_values = output * inverse[:, None], exact_values * inverse[:, None]
+    true_mass, mass = true_mass * inverse, mass * inverse
+    output, true_values = output * inverse[:, None], true_values * inverse[:, None]
     values = values * inverse[:, None]
 
     q_base = q_ptr + batch * q_sb + head * q_sh + _sampled_row(r, length, rows)[:, None] * q_sm
@@ -269,10 +270,11 @@ def _solve_kernel(
 
     of_mass, of_slope = 1.0, 1.0
     for _ in tl.static_range(STEPS):
-        share = (1.0 / (exact_mass + of_mass * mass))[:, None]
-        given = (exact_values + of_mass * values + of_slope * along) * share
-        u, x = (values - given * mass[:, None]) * share, along * share
-        y = output - given + (of_mass - 1.0) * u + (of_slope - 1.0) * x
+        more = (of_mass * mass - true_mass)[:, None]
+        share = 1.0 / (1.0 + more)
+        rest = (output * more + true_values - of_mass * values - of_slope * along) * share
+        u, x = (values - (output - rest) * mass[:, None]) * share, along * share
+        y = rest + (of_mass - 1.0) * u + (of_slope - 1.0) * x
         uu, ux, xx = tl.sum(u * u, 1), tl.sum(u * x, 1), tl.sum(x * x, 1)
         uy, xy = tl.sum(u * y, 1), tl.sum(x * y, 1)
         largest = tl.abs(uu) + tl.abs(ux) + tl.abs(xx) + tl.abs(uy) + tl.abs(xy)
@@ -310,7 +312,7 @@ _TILES = {
     (4, 32): Tile(block_m=16, block_n=64, num_warps=4, num_stages=3),
     (4, 16): Tile(block_m=16, block_n=64, num_warps=4, num_stages=3),
 }
-_MEANS = {2: 32, 4: 16}  # by bytes of an element: representatives of a step
+_ROWS = {2: 32, 4: 16}  # by bytes of an element: representatives, or rows of the slope, of a step
 
 
 def fit_tail(
@@ -350,7 +352,8 @@ def fit_tail(
         launcher(_solve_kernel, (batch * heads,))(
             query, slope.contiguous(), values, masses, mass, gain,
             *query.stride()[:3], heads, query.shape[2], rows, values.shape[2], scale,
-            BLOCK_R=MAX_FIT_ROWS, SLOPE_ROWS=SLOPE_ROWS, STAGES=4 if query.itemsize == 2 else 2,
+            BLOCK_R=MAX_FIT_ROWS, SLOPE_ROWS=_ROWS[query.itemsize],
+            STAGES=4 if query.itemsize == 2 else 2,
             D=dim, D_PADDED=triton.next_power_of_2(dim),
             DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v),
             PRECISION=dot_precision(query.dtype), **SOLVE_OPTIONS,
@@ -397,9 +400,9 @@ def attend_sampled_rows(
 
     Returns:
         Of each of P parts of the keys, in the dtype of ``value`` ``[B, H, P, 3, R, Dv]``: what the
-        rows see there, what of it comes from listed blocks, and the mean value of the tail. And
-        float32 ``[B, H, P, 4, R]``: log-sum-exp, the share of listed blocks in it, log-sum-exp of
-        the tail, and how much of the slope is left after damping; both of base 2.
+        rows see there, what of it comes from their tails, and the mean value of representatives.
+        And float32 ``[B, H, P, 4, R]``: log-sum-exp, the tail's share in it, the log-sum-exp of
+        representatives, and how much of the slope is left after damping; both of base 2.
     """
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = value.shape[-2:]
@@ -429,7 +432,7 @@ def attend_sampled_rows(
             heads, length_q, length_kv, rows, per_program,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
             BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_R=tile.block_m, BLOCK_N=tile.block_n,
-            MEANS=_MEANS[query.itemsize], D=dim, D_PADDED=padded,
+            MEANS=_ROWS[query.itemsize], D=dim, D_PADDED=padded,
             DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v), COUNTED=key_counts.shape[2] > 0,
             PRECISION=precision,
             # squares are float32 whatever the dtype; three products of TF32 are nearly as exact

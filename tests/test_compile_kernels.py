@@ -14,6 +14,7 @@ from uta_fx.kernels.launches import Launch, Pointer, launcher, note_launches
 
 MODEL = """
 import torch
+from uta_fx.tails import Tail
 
 
 class Joint(torch.nn.Module):
@@ -34,7 +35,7 @@ def run(dtype, device):
     model = Joint(dtype).to(device)
     shapes = (2, 30, 256), (2, 256, 5, 12, 15)
     inputs = [torch.randn(x, device=device, generator=generator).to(dtype) for x in shapes]
-    options = {"min_tokens": 64, "grid": (5, 12, 15), "strict": True}
+    options = {"min_tokens": 64, "grid": (5, 12, 15), "strict": True, "tail": Tail(fit=16)}
     with torch.no_grad():
         return torch.compile(model, backend="uta", options=options)(*inputs)
 """
@@ -101,6 +102,7 @@ run(torch.bfloat16, "cpu")
 assert before == launched, before ^ launched
 names = {name for _, name, _ in before}
 assert {"_statistics_kernel", "_scores_kernel", "_paired_kernel", "_tail_kernel"} <= names, names
+assert {"_square_kernel", "_sample_kernel", "_solve_kernel"} <= names, names
 """
 )
 

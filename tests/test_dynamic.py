@@ -197,6 +197,9 @@ def test_operators_take_symbolic_lengths(symbolic):
                 size, x.new_zeros(1, 2, blocks, 16), 0.25, 16, 16,
             ),
         ]  # fmt: skip
+        counted = x.new_empty(1, 2, 0, dtype=torch.int32)
+        fit = (exact, counted, mean, variance, value_mean, size, covariance, 0.25, 0.5, 8, 16, 16)
+        assert [y.shape for y in ops.fit_tail(x, x, x, *fit)] == [(1, 2), (1, 2)]
         labels, centroids, _ = ops.kmeans(x, x.new_zeros(1, 2, 7, 16), 1)
         whole = x.new_zeros(1, 2, blocks * 16, 16)
         outputs.append(

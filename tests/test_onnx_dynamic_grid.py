@@ -14,6 +14,7 @@ from uta_fx import Config, export_onnx
 from uta_fx.order import COMPUTED_ORDERS, computed_index, token_index
 from uta_fx.policies.base import share_of
 from uta_fx.study.models import MODELS
+from uta_fx.tails import Tail
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -36,7 +37,9 @@ def test_a_share_is_rounded_up_in_whole_numbers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"policy": "topk", "tail": "first_order"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"policy": "topk", "tail": Tail(kind="first_order", fit=8)}]
+)
 def test_one_file_serves_every_grid(tmp_path, settings):
     """Ragged and whole blocks; the allowance is that of the files of one grid."""
     entry = next(entry for entry in MODELS if entry.name == "Wan")

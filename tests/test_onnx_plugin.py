@@ -103,7 +103,7 @@ FILES = {
     "attention-86": (86, lambda: onnx_functions.node_model(Case().inputs())[0]),
     "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
     "selection-90": (90, selection_file),
-    "counted-90": (90, counted_model),
+    "counted-100": (100, counted_model),
 }
 
 

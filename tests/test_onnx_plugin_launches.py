@@ -2,21 +2,30 @@
 
 import ctypes
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import SCORED, Case, score_inputs
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("triton")
 
-import onnx_nodes  # need onnx, Triton
-import plugin_runtime
+import onnx_nodes  # noqa: E402  # need onnx, Triton
+import plugin_runtime  # noqa: E402
 
-from uta_fx.export import onnx_functions, onnxruntime_kernels, onnxruntime_plugin
-from uta_fx.kernels import (
+from uta_fx.export import (  # noqa: E402
+    onnx_functions,
+    onnxruntime_kernels,
+    onnxruntime_plugin,
+)
+from uta_fx.kernels import (  # noqa: E402
     gluon_attention,
     gluon_scores,
     gluon_statistics,
@@ -27,6 +36,8 @@ from uta_fx.kernels import (
     triton_statistics,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = ROOT / ".venv" / "onnxruntime-1.22"
 LIMITS = {90: 227 * 1024, 86: 99 * 1024}
 KERNELS = {
     triton_attention: ("_mark_listed_kernel", "_tail_kernel", "_listed_kernel"),
@@ -367,6 +378,84 @@ def test_launches_of_a_counted_selection_are_the_operator_s(
         lambda: [triton_selection.select_blocks(scores, kept, rows)], 86, driver, monkeypatch,
     )  # fmt: skip
     assert_launches(runtime, compiled, expected)
+
+
+RUN = """
+import ctypes, json, sys
+import numpy, onnxruntime
+
+driver, *files = sys.argv[1:]
+sizes, launched = [ctypes.c_uint32] * 4, []
+kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *sizes, ctypes.c_void_p)
+hook = kind(lambda name, *rest: launched.append(name.decode()))
+hooked = ctypes.c_void_p.in_dll(ctypes.CDLL(driver), "launched")
+hooked.value = ctypes.cast(hook, ctypes.c_void_p).value
+for file in files:
+    launched.clear()
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(f"{file}.so")
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(f"{file}.onnx", options, providers=providers)
+    outputs = session.run(None, dict(numpy.load(f"{file}.npz")))
+    print(json.dumps([onnxruntime.__version__, launched, [x.shape for x in outputs]]))
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, OLDEST / "bin" / "python"], ids=["now", "1.22"])
+def test_onnx_runtime_itself_runs_every_node(tmp_path, python, driver, monkeypatch):
+    """Its own table of functions has at their places what the library takes; nothing is computed.
+
+    The library is the one for CUDA but for the name of the provider. Workspace ONNX Runtime 1.22
+    gives on a GPU alone: where there is no stream it ends the process.
+    """
+    is_oldest = python != sys.executable
+    if is_oldest and not (OLDEST / ".ready").is_file():
+        pytest.skip(f"needs ONNX Runtime 1.22: make {(OLDEST / '.ready').relative_to(ROOT)}")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime_kernels.triton, "compile", Compiler())
+    scores, exact = torch.zeros(1, 2, 300, 320), torch.zeros(2, 3, 7, 300) > 0
+    of_scores = score_inputs(2, 3, 300, 7, 24, torch.float32)
+    files = [
+        onnx_functions.node_model(Case(tail="none").inputs()),
+        onnx_nodes.scores_file(of_scores, 0.25, 0.5, 1.0, 32, 4),
+        (onnx_nodes.select_file(scores, 80, 1), {"scores": scores}),
+        onnx_nodes.counted_file(scores, 80, 1),
+        (onnx_nodes.lists_file(exact), {"exact": exact}),
+    ]
+    if not is_oldest:
+        files += [
+            onnx_functions.node_model(replace(HOPPER, dtype=torch.float16).inputs()),
+            onnx_nodes.statistics_file(*torch.zeros(2, 2, 3, 300, 128).half(), 64),
+            onnx_nodes.counted_file(scores, 20000, 300),
+        ]
+    expected, paths = [], []
+    for index, (model, inputs) in enumerate(files):
+        paths.append(tmp_path / f"{index}")
+        variants = onnxruntime_plugin.variants_of(model, 90)
+        compiled = onnxruntime_plugin.compile_variants(variants, 90)
+        onnxruntime_plugin.link_plugin(
+            compiled, 90, paths[-1].with_suffix(".so"), driver=str(driver),
+            provider="CPUExecutionProvider",
+        )  # fmt: skip
+        onnx.save(model, paths[-1].with_suffix(".onnx"))
+        np.savez(paths[-1].with_suffix(".npz"), **{name: x.numpy() for name, x in inputs.items()})
+        ((_, _, kernels),) = compiled
+        in_row = int(inputs.get("rows", [0])[0]) == 1
+        names = [
+            kernel.name
+            for place, kernel in kernels.items()
+            if "rows" not in inputs or (place == "IN_ROW") == in_row
+        ]
+        sizes = [
+            [dim.dim_value for dim in x.type.tensor_type.shape.dim] for x in model.graph.output
+        ]
+        expected.append([names, sizes])
+    command = [python, "-c", RUN, driver, *paths]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    versions, *got = zip(*map(json.loads, result.stdout.splitlines()), strict=True)
+    assert [list(x) for x in zip(*got, strict=True)] == expected
+    assert not is_oldest or versions[0].startswith("1.22.")
 
 
 def test_budgets_that_do_not_fit_are_refused(tmp_path, driver, monkeypatch):

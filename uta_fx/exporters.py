@@ -18,6 +18,7 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
+from uta_fx.export.dynamic_shapes import check_dynamic_shapes
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import opened
 from uta_fx.order import COMPUTED_ORDERS
@@ -85,11 +86,11 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or a package that the model needs is missing.
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``opset`` or ``dynamic_shapes`` is of another type.
         ValueError: ``path`` cannot be written, ``model`` has no weights, an argument is out of
             range or cannot be copied, ``dense_until`` is set, ``strict`` and a site stays dense, a
-            dimension cannot be dynamic, the model is not one graph, or an operation has no
-            translation.
+            dimension is not there or cannot be dynamic, the model is not one graph, or an operation
+            has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -336,7 +337,7 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
 
     Args:
         name: ``"SparseAttention"``, or a node that selects its blocks: ``"BlockStatistics"``,
-            ``"BlockScores"``, ``"SelectBlocks"`` or ``"ListBlocks"``.
+            ``"BlockScores"``, ``"SelectBlocks"``, ``"SelectCounted"`` or ``"ListBlocks"``.
 
     Returns:
         ``onnx.defs.OpSchema``.
@@ -372,6 +373,8 @@ def check_place(target: Path, suffix: str | None = None, why: str = "") -> None:
 def _opset(model: Any, opset: int | None) -> int:
     if opset is None:
         return 22 if any(x.dtype == torch.bfloat16 for x in _parameters(model)) else 18
+    if not isinstance(opset, int):
+        raise TypeError(f"opset must be a whole number or None, got {opset!r}")
     latest = require("onnx.defs", extra="onnx").onnx_opset_version()
     if not 18 <= opset <= latest:
         raise ValueError(f"opset must be at least 18 and at most {latest}, got {opset}")
@@ -427,6 +430,7 @@ def sparse_program(
     if any(x.is_meta for x in model.parameters()):
         raise ValueError("model must have weights, got one on the meta device")
     with torch.no_grad(), opened(model, args, kwargs or {}) as given:
+        check_dynamic_shapes(model, given.args, given.kwargs, dynamic_shapes)
         with naming_missing_packages():
             asked = find_branches(model, given.args, given.kwargs) if decide_branches else ()
         branches = tuple(branch for branch in asked if not branch.is_number)
@@ -489,7 +493,7 @@ def _why_not_traced(said: str, dynamic_shapes: Any) -> str:
             " is a number there cannot be dynamic: leave it out, and export one file for each size;"
             " one of size 1 in the example inputs always is a number: give it size 2"
         )
-    if "`dynamic_shapes`" in reason:
+    if "`dynamic_shapes" in reason or reason.startswith("Static shape constraint"):
         return f"dynamic_shapes must fit the arguments: {reason}"
     alone = " and no dynamic_shapes" if dynamic_shapes is not None else ""
     return (

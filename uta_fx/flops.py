@@ -101,6 +101,7 @@ def _sparse_parts(
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
+        torch.ops.uta.fit_tail: functools.partial(_fit, parts),
         torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, config.density),
         torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
         torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
@@ -143,6 +144,33 @@ def _scores(
     products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
     rows = batch * heads * -(-length // group)
     return _add(parts, "scores", products * 2 * rows * key_mean[2] * dim)
+
+
+def _fit(
+    parts: Counter[str],
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    exact: Shape,
+    key_counts: Shape,
+    key_mean: Shape,
+    key_variance: Shape,
+    value_mean: Shape,
+    log_size: Shape,
+    slope: Shape,
+    scale: float,
+    variance_weight: float,
+    rows: int,
+    block_q: int,
+    block_kv: int,
+    *,
+    out_shape: Any,
+) -> int:
+    """A row costs ``2 (D + Dv)`` a key, ``2 (2 D + Dv)`` a representative, ``2 D Dv`` the slope."""
+    batch, heads, length, dim = key
+    dim_v, blocks = value[-1], key_mean[2]
+    row = 2 * length * (dim + dim_v) + 2 * blocks * (2 * dim + dim_v) + 2 * dim * dim_v
+    return _add(parts, "tail", batch * heads * rows * row)
 
 
 def _attention(

@@ -52,10 +52,11 @@ class Tail:
             memory for each head).
         fit: Of ``first_order`` and ``gaussian`` with a slope for each head: so many query rows of
             each head, evenly spaced, are attended to exactly, and the mass of the tail and its
-            slope are multiplied by what fits these best (``uta::fit_tail``); 0 for neither, 16 at
-            most, which are enough (``docs/measured.md``). Keys and values are read once for that,
-            in three launches on a GPU, which meanwhile take under 1 % of the memory of query, key
-            and value where there are many tokens (0.8 % at Wan 1.3B's 480p, 0.1 % at 14B's 720p).
+            slope are multiplied by what fits these best (``uta::fit_tail``). None: 16 there, which
+            are enough and the most (``docs/measured.md``); 0 for neither. Keys and values are read
+            once for that, in three launches on a GPU, which meanwhile take under 1 % of the memory
+            of query, key and value where there are many tokens (0.8 % at Wan 1.3B's 480p, 0.1 % at
+            14B's 720p).
         keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
             share goes to the exact keys, as in the published code; False leaves it out, as the
             paper writes.
@@ -68,7 +69,7 @@ class Tail:
     bins: int = 8
     variance_weight: float = 0.5
     slope: str = "head"
-    fit: int = 0
+    fit: int | None = None
     keep_rejected: bool = True
 
     def __post_init__(self) -> None:
@@ -78,11 +79,14 @@ class Tail:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {self.slope!r}")
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
-        if not isinstance(self.fit, int) or not 0 <= self.fit <= ops.MAX_FIT_ROWS:
+        if self.fit is not None and (
+            not isinstance(self.fit, int) or not 0 <= self.fit <= ops.MAX_FIT_ROWS
+        ):
             raise ValueError(
-                f"fit must be a number of rows from 0 to {ops.MAX_FIT_ROWS}, got {self.fit!r}"
+                f"fit must be a number of rows from 0 to {ops.MAX_FIT_ROWS}, or None,"
+                f" got {self.fit!r}"
             )
-        if self.fit and (self.kind not in ("first_order", "gaussian") or self.slope != "head"):
+        if self.fit and not self._may_fit:
             raise ValueError(
                 "fit concerns the tails first_order and gaussian with slope='head' alone,"
                 f" got {self.fit} for {self.kind} with slope={self.slope!r}"
@@ -93,6 +97,17 @@ class Tail:
             )
         if not self.variance_weight >= 0:
             raise ValueError(f"variance_weight must not be negative, got {self.variance_weight}")
+
+    @property
+    def _may_fit(self) -> bool:
+        return self.kind in ("first_order", "gaussian") and self.slope == "head"
+
+    @property
+    def fit_rows(self) -> int:
+        """Rows that mass and slope are fitted to; 0 for none."""
+        if self.fit is None:
+            return ops.MAX_FIT_ROWS if self._may_fit else 0
+        return self.fit
 
     @property
     def mass_weight(self) -> float:
@@ -137,7 +152,7 @@ class Tail:
             slope = statistics.covariance[:, :, None]
         else:
             slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
-        if self.fit:
+        if self.fit_rows:
             mass, gain = ops.fit_tail(*self.fit_arguments(selection, exact, key, value))
             blocks = blocks._replace(log_size=blocks.log_size + mass.log()[..., None])
             slope = slope * gain[..., None, None, None]
@@ -156,7 +171,7 @@ class Tail:
             selection.query, key, value, exact, counts,
             statistics.key_mean, statistics.key_variance, statistics.value_mean,
             statistics.log_size, statistics.covariance,
-            selection.scale, self.mass_weight, self.fit, selection.block_q, selection.block_kv,
+            selection.scale, self.mass_weight, self.fit_rows, selection.block_q, selection.block_kv,
         )  # fmt: skip
 
     def rectification(self, selection: Selection, exact: Tensor) -> Rectification:

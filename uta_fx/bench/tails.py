@@ -37,9 +37,10 @@ TAILS = {
     "bins": Tail(kind="bins"),
     "block": Tail(kind="block"),
     "first_order": Tail(kind="first_order"),
+    "first_order, not fitted": Tail(kind="first_order", fit=0),
     "first_order, slope of each query block": Tail(kind="first_order", slope="query_block"),
     "gaussian": Tail(kind="gaussian"),
-    "gaussian, fitted to 16 rows": Tail(kind="gaussian", fit=16),
+    "gaussian, not fitted": Tail(kind="gaussian", fit=0),
     "gaussian, slope of each query block": Tail(kind="gaussian", slope="query_block"),
 }
 COLUMNS = {
@@ -163,7 +164,7 @@ class _Case:
             pooled = vars(self.selection.statistics).values()
             making = bind(self.making[name], exact, self.selection.query, *pooled)
             candidates["making", name, density] = making
-            if tail.fit:
+            if tail.fit_rows:
                 fit = tail.fit_arguments(self.selection, exact, key, value)
                 candidates["fit", name, density] = bind(ops.fit_tail, *fit)
         return candidates

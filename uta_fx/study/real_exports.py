@@ -438,7 +438,11 @@ def _cells(real: RealModel) -> tuple[str, ...]:
 def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     """Of the file in float16: its sparse sites, bytes and time."""
     if real.by_block:
-        return "-", "not written: `decide_branches` runs the model once"
+        tokens = math.prod(real.grid(size))
+        return "-", (
+            "not written: `decide_branches` runs the model once, with its mask of all pairs of"
+            f" tokens, more than {tokens**2 / 1e9:.0f} GB"
+        )
     model = _model(real, torch.float16)
     given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
