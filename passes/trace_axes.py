@@ -58,7 +58,7 @@ class Source:
         node: The node whose output first has them.
         length: How many.
         sides: Lengths of the axes that were flattened into it, outermost first; ``(length,)``
-            where it was not flattened, or where an inner one has positions of several origins.
+            where it was not flattened, or where an inner one is a flattened one and more.
         opaque: Whether the node is an operation through which axes cannot be followed.
     """
 
@@ -194,8 +194,11 @@ class Trace:
         if len(merged) < 2:
             return merged[0] if merged else self.leaf(node, 0, 1)
         total = math.prod(map(length, merged))
-        # rows that are joined of several origins, as text of each frame and a frame, are no grid
-        joined = any(len(axis) > 1 for axis in merged[1:])
+        # frames with text of their own are no grid
+        joined = any(
+            len(axis) > 1 and any(len(self._sides((run,))) > 1 for run in axis)
+            for axis in merged[1:]
+        )
         sides = (total,) if joined else tuple(s for axis in merged for s in self._sides(axis))
         source = Source(node, total, sides)
         flat = self._source(tuple(map(_key, merged)), source)
