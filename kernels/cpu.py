@@ -452,11 +452,6 @@ def _head_statistics(key: Tensor, value: Tensor, block_kv: int) -> tuple[Tensor,
 
 def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
     """Compute ``reference.fit_tail`` for CPU tensors, in float32; as there."""
-    (batch, heads), tensors, numbers = args[0].shape[:2], args[:10], args[10:]
-    of_heads = []
-    for b, h in itertools.product(range(batch), range(heads)):
-        head = (x[b : b + 1, h : h + 1] for x in tensors)
-        head = (x.float() if x.is_floating_point() else x for x in head)
-        of_heads.append(reference.fit_tail(*head, *numbers))
-    mass, gain = (torch.cat(results).view(batch, heads) for results in zip(*of_heads, strict=True))
-    return mass, gain
+    tensors, numbers = args[:10], args[10:]
+    wide = (x.float() if x.is_floating_point() else x for x in tensors)
+    return reference.fit_tail(*wide, *numbers)

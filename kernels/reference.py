@@ -466,8 +466,8 @@ def fit_tail(
     lse = logits.logsumexp(-1, keepdim=True)
     weights = (logits - lse).exp()
     listed = exact.index_select(2, place // block_q)  # [B, H, R, Nk]
-    of_keys = listed[..., None].expand(*listed.shape, block_kv).flatten(3)[..., : key.shape[2]]
-    of_tail = weights.masked_fill(of_keys, 0.0)
+    in_tail = ~listed[..., None].expand(*listed.shape, block_kv).flatten(3)[..., : key.shape[2]]
+    of_tail = weights * in_tail
     both = torch.cat([weights, of_tail], 2).to(value.dtype)  # one product reads the values once
     output, true_values = (both @ value).to(accumulator).chunk(2, 2)
     true_mass = of_tail.sum(-1, keepdim=True)
@@ -476,8 +476,8 @@ def fit_tail(
     members = place[:, None] // block_q * block_q + torch.arange(block_q, device=query.device)
     squares = query.index_select(2, members.clamp(max=length - 1).flatten()).to(accumulator)
     squares = (squares * scale).square().unflatten(2, (-1, block_q))  # [B, H, R, block_q, D]
-    outside = (members >= length)[..., None]
-    squares = squares.masked_fill(outside, 0.0).sum(3) / (~outside).sum(1)
+    inside = (members < length)[..., None]
+    squares = (squares * inside).sum(3) / inside.sum(1)
     sigma2 = squares @ key_variance.to(accumulator).mT
     scaled = sample.to(accumulator) * scale
     mass = scaled @ key_mean.to(accumulator).mT + log_size[:, :, None] - lse

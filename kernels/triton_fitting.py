@@ -21,15 +21,13 @@ from uta_fx.kernels.ops import MAX_FIT_ROWS
 from uta_fx.kernels.triton_attention import (
     LOG2_E,
     Tile,
-    _last_contiguous,
-    _load_rows,
     dot_precision,
     fit_tile,
     shared_limit,
 )
 
-PROGRAMS = 192  # of the second kernel, about: all of them run at once on an H100, two to an SM
-MIN_KEYS = 1024  # of one of them: what it leaves for the third is 1.6 % of what it reads, at most
+PROGRAMS = 192  # of the second kernel, at most: on an H100 all of them run at once
+MIN_KEYS = 1024  # of one of them: what it leaves is 1.6 % of query, key and value of so many tokens
 SOLVE_OPTIONS = {"num_warps": 4}
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
@@ -95,8 +93,6 @@ def _sample_kernel(
     Everything is relative to what the program sees. Where that is nothing, values and shares are
     zero and the log-sum-exp is -inf.
     """
-    PAD_D: tl.constexpr = D != D_PADDED
-    PAD_DV: tl.constexpr = DV != DV_PADDED
     STEPS_OF_BLOCK: tl.constexpr = BLOCK_KV // BLOCK_N
     part = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)  # 64-bit before it is multiplied by a stride
@@ -106,7 +102,8 @@ def _sample_kernel(
     inside_r, inside_d, inside_dv = r < rows, d < D, dv < DV
     row = _sampled_row(r, length_q, rows)
     q_ptrs = q_ptr + batch * q_sb + head * q_sh + row[:, None] * q_sm + d[None, :]
-    q = _load_rows(q_ptrs, inside_r, inside_d, True, PAD_D)  # [BLOCK_R, D_PADDED]
+    q_mask = inside_r[:, None] & inside_d[None, :]
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)  # [BLOCK_R, D_PADDED]
     blocks = tl.cdiv(length_kv, BLOCK_KV)
     blocks_q = tl.cdiv(length_q, BLOCK_Q)
     exact_rows = exact_ptr + (batch_head * blocks_q + row // BLOCK_Q) * blocks  # [BLOCK_R]
@@ -130,8 +127,9 @@ def _sample_kernel(
             inside = inside & (key < tl.cast(block, tl.int64) * BLOCK_KV + count)
         k_ptrs = k_base + key[:, None] * k_sn + d[None, :]
         v_ptrs = v_base + key[:, None] * v_sn + dv[None, :]
-        k = _load_rows(k_ptrs, inside, inside_d, True, PAD_D)  # [BLOCK_N, D_PADDED]
-        v = _load_rows(v_ptrs, inside, inside_dv, True, PAD_DV)  # [BLOCK_N, DV_PADDED]
+        k_mask, v_mask = inside[:, None] & inside_d[None, :], inside[:, None] & inside_dv[None, :]
+        k = tl.load(k_ptrs, mask=k_mask, other=0.0)  # [BLOCK_N, D_PADDED]
+        v = tl.load(v_ptrs, mask=v_mask, other=0.0)  # [BLOCK_N, DV_PADDED]
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         logits = tl.where(inside[None, :], logits, -float("inf"))  # [BLOCK_R, BLOCK_N]
         new_max = tl.maximum(row_max, tl.max(logits, 1))
@@ -160,7 +158,7 @@ def _sample_kernel(
     tl.store(masses_ptrs + rows, tl.sum(p_tail, 1) * inverse, mask=inside_r)
 
     square_ptrs = square_ptr + (batch_head * rows + r)[:, None] * D + d[None, :]
-    square = _load_rows(square_ptrs, inside_r, inside_d, True, PAD_D)  # [BLOCK_R, D_PADDED]
+    square = tl.load(square_ptrs, mask=q_mask, other=0.0)  # [BLOCK_R, D_PADDED]
     size_base = size_ptr + batch * size_sb + head * size_sh
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -171,9 +169,10 @@ def _sample_kernel(
         inside = block < last_block
         place_k = (batch_head * blocks + block)[:, None] * D + d[None, :]
         place_v = (batch_head * blocks + block)[:, None] * DV + dv[None, :]
-        k = _load_rows(k_mean_ptr + place_k, inside, inside_d, True, PAD_D)  # [MEANS, D_PADDED]
-        variance = _load_rows(k_var_ptr + place_k, inside, inside_d, True, PAD_D)
-        v = _load_rows(v_mean_ptr + place_v, inside, inside_dv, True, PAD_DV)
+        k_mask, v_mask = inside[:, None] & inside_d[None, :], inside[:, None] & inside_dv[None, :]
+        k = tl.load(k_mean_ptr + place_k, mask=k_mask, other=0.0)  # [MEANS, D_PADDED]
+        variance = tl.load(k_var_ptr + place_k, mask=k_mask, other=0.0)
+        v = tl.load(v_mean_ptr + place_v, mask=v_mask, other=0.0)  # [MEANS, DV_PADDED]
         size_ptrs = size_base + block.to(tl.int64) * size_sn
         bias = tl.load(size_ptrs, mask=inside, other=-float("inf")) * LOG2_E  # [MEANS]
         listed_ptrs = exact_rows[:, None] + block[None, :]
@@ -341,7 +340,7 @@ def fit_tail(
     """
     batch, heads, _, dim = query.shape
     dim_v = value.shape[-1]
-    query = _last_contiguous(query)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     sample = (
         query, key, value, exact, key_counts, key_mean, key_variance, value_mean, log_size,
         scale, variance_weight, rows, block_q, block_kv,
@@ -382,7 +381,7 @@ def attend_sampled_rows(
     """Launch the kernels that look at keys and values, each program at a part of one head's.
 
     Args:
-        query: As in ``reference.fit_tail``, with a contiguous last dimension.
+        query: As in ``reference.fit_tail``, with a contiguous last dimension as key and value.
         key: See there, as all that follow.
         value: See there.
         exact: See there.
@@ -414,7 +413,6 @@ def attend_sampled_rows(
     precision = dot_precision(query.dtype)
     limit = shared_limit(query)
     tile = tile or fit_tile(_TILES, query.dtype, max(dim, dim_v), block_q, block_kv, 1, 2, limit)
-    key, value = _last_contiguous(key), _last_contiguous(value)
     square = query.new_empty((batch, heads, rows, dim), dtype=torch.float32)
     values = value.new_empty((batch, heads, parts, 3, rows, dim_v))
     masses = query.new_empty((batch, heads, parts, 4, rows), dtype=torch.float32)

@@ -7,6 +7,7 @@ Names of operators choose among them. Nothing is compared here; the tests do tha
 
 import sys
 
+import test_fitting
 import torch
 from cases import SCORED, Case, score_inputs, with_mask
 
@@ -74,6 +75,14 @@ def selection():
             ops.list_blocks(mask)
 
 
+def fits():
+    for dim in DIMS:
+        for length in LENGTHS:
+            for dtype in (torch.bfloat16, torch.float32):
+                case = test_fitting.Case(length_q=length, length_kv=length, dim=dim, dim_v=dim)
+                ops.fit_tail(*case.inputs(dtype, "cuda"))
+
+
 def operators_of_their_own():
     """Clusters of keys, and attention that is rectified."""
     query, key, value = torch.randn(3, 1, 2, 480, 64, device="cuda", dtype=torch.bfloat16)
@@ -84,7 +93,7 @@ def operators_of_their_own():
 
 CASES = {
     case.__name__: case
-    for case in (masked, listed, plain, statistics, scores, selection, operators_of_their_own)
+    for case in (masked, listed, plain, statistics, scores, selection, fits, operators_of_their_own)
 }
 
 if __name__ == "__main__":

@@ -73,16 +73,15 @@ def launch(dim, dim_v, block_q):
     triton_scores.block_scores(q, tail[0], slope[0], tail[2], 0.1, 0.5, 1.0, block_q, 2)
     triton_kmeans.kmeans(q, empty(10, dim, dtype=torch.float32), 1)
     exact, slope_32 = empty(blocks_q, blocks, dtype=torch.bool), slope[1][:, :, 0].float()
-    triton_fitting.fit_tail(
-        q, k, v, exact, empty(0, dtype=torch.int32), tail[0], slope[0], tail[1], tail[2], slope_32,
-        0.1, 0.5, 16, block_q, 64,
-    )
+    fit = [tail[0], slope[0], tail[1], tail[2], slope_32, 0.1, 0.5, 16, block_q, 64]
+    triton_fitting.fit_tail(q, k, v, exact, empty(0, dtype=torch.int32), *fit)
     if (architecture, dim) != (90, 128):  # the same kernels, with a little more
         return
     triton_attention.clustered_attention(
         q, whole_k, whole_v, *lists, empty(blocks, dtype=torch.int32),
         *(x[:, :, :0] for x in (*tail, *slope)), *numbers,
     )
+    triton_fitting.fit_tail(q, whole_k, whole_v, exact, empty(blocks, dtype=torch.int32), *fit)
     triton_attention.rectified_attention(
         q, k, v, *lists, empty(20, dim), empty(20, dim_v), empty(20, dtype=torch.float32),
         empty(blocks_q, dtype=torch.float32), empty(blocks_q, dim_v, dtype=torch.float32),

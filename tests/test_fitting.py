@@ -306,6 +306,17 @@ def test_bits_do_not_depend_on_how_tensors_lie(kernels, layout, monkeypatch):
     assert all(map(torch.equal, kernels.fit_tail(*args), expected))
 
 
+@pytest.mark.parametrize("dim", [0, 1])  # samples, and heads
+def test_inputs_may_have_more_elements_than_32_bits_count(kernels, dim):
+    from test_triton import far_apart  # needs Triton
+
+    args = Case(batch=2, length_q=34, length_kv=48, block_kv=16, counted=True).inputs(torch.float16)
+    expected = kernels.fit_tail(*args)
+    args[:10] = far_apart(args[:10], dim)
+    assert all(x.stride(dim) >= 2**31 for x in args[:10])
+    assert all(map(torch.equal, kernels.fit_tail(*args), expected))
+
+
 def test_padding_of_clusters_cannot_matter(kernels):
     args = CASES["clusters"].inputs(torch.float32)
     expected = kernels.fit_tail(*args)
