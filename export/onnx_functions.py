@@ -398,8 +398,9 @@ BlockScores <scale, variance_weight, variance_power, block_q, rows, score_type>
         biased = Add (products, size_head)
         half_weight = Mul (half, weight)
         lift = Mul (sigma2, half_weight)
-        logits = Add (biased, lift)
-        p = Softmax <axis = -1> (logits)
+        log_p = LogSoftmax <axis = -1> (biased)
+        log_mass = Add (log_p, lift)
+        p = Exp (log_mass)
         WEIGHTED
         all_groups = Concat <axis = 0> (weighted, missing_scores)
         by_block = Reshape (all_groups, block_shape)
@@ -597,8 +598,9 @@ def schemas() -> dict[str, OpSchema]:
             ),
             make_schema(
                 "BlockScores",
-                "Attention of mean query rows on mean keys, times a power of the variance of the"
-                " logit inside the key block; of the groups of a query block the root mean square.",
+                "Attention of mean query rows on mean keys, raised by half the variance of the"
+                " logit inside the key block, times a power of it; of the groups of a query block"
+                " the root mean square.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key_mean": ("T", "[B, H, Nk, D]"),
@@ -608,7 +610,7 @@ def schemas() -> dict[str, OpSchema]:
                 {"scores": ("S", "[B, H, Nq, Nk]")},
                 {
                     "scale": (float, "multiplies the logits"),
-                    "variance_weight": (float, "share of half the logit variance in the logit"),
+                    "variance_weight": (float, "share of half the logit variance in the mass"),
                     "variance_power": (float, "exponent of the variance in the score"),
                     "block_q": (int, "query rows in a block"),
                     "rows": (int, "query rows in a group"),

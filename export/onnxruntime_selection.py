@@ -98,7 +98,7 @@ class ScoresVariant(NamedTuple):
     blocks: int  # of keys, or OPEN
     block_q: int
     rows: int  # of a group
-    weighted: bool  # the variance takes part in the logits
+    weighted: bool  # the variance takes part in the mass
     power: int  # its place in ``_POWERS``, or beyond
 
     @property
@@ -141,10 +141,10 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
     if (
         architecture == HOPPER
         and gluon_scores is not None
-        and gluon_scores.takes_sizes(dtype, variant.dim, *numbers)
+        and gluon_scores.takes_sizes(dtype, variant.dim, *numbers[1:])
     ):
         function = gluon_scores._scores_kernel
-        options = gluon_scores.score_options(variant.dim, power, variant.block_q, variant.rows)
+        options = gluon_scores.score_options(variant.dim, *numbers)
         rows = gluon_scores.rows_of_program(variant.dim, variant.rows)
     else:
         function, limit = triton_scores._scores_kernel, SHARED_KB[architecture] * 1024

@@ -353,8 +353,9 @@ def block_scores(
             logits = (blocks[b, h, piece] @ key_mean[b, h].float().mT).add_(log_size[b, h])
             sigma2 = of_squares[b, h, piece] @ key_variance[b, h].float().mT  # [N, of_block, Nk]
             if variance_weight:
-                logits.add_(sigma2, alpha=variance_weight / 2)
-            error = logits.softmax(-1)
+                error = logits.log_softmax(-1).add_(sigma2, alpha=variance_weight / 2).exp_()
+            else:
+                error = logits.softmax(-1)
             if variance_power:
                 error.mul_(sigma2 if variance_power == 1 else sigma2.pow_(variance_power))
             scores[b, h, piece] = error.square_().mean(1).sqrt_()

@@ -127,7 +127,9 @@ def _log_sums(
 @gluon.jit
 def _add_up(
     memory, q_tile, square_tile, norm, scores_base, first_block, blocks_q, blocks, scale_log2,
+    half_weight_log2,  # variance_weight / 2 * log2(e)
     PER_BLOCK: gl.constexpr,  # groups of a query block
+    WEIGHTED: gl.constexpr,  # the variance takes part in the mass
     HALF: gl.constexpr,  # the power of the variance is a half, not one
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -154,10 +156,15 @@ def _add_up(
         size = column_ring.index(slot).load(gl.SliceLayout(1, LAYOUT))  # [TILE]
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(empty.index(slot))
-        # over the blocks' sizes
-        weights = exp2(logits * scale_log2 - norm[None, :])  # [TILE, GROUPS]
-        sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
-        mbarrier.arrive(empty.index(other))
+        logits = logits * scale_log2 - norm[None, :]  # over the blocks' sizes
+        if WEIGHTED:
+            sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
+            mbarrier.arrive(empty.index(other))
+            weights = exp2(logits + half_weight_log2 * sigma2)  # [TILE, GROUPS]
+        else:
+            weights = exp2(logits)
+            sigma2 = warpgroup_mma_wait(0, deps=[sigma2])
+            mbarrier.arrive(empty.index(other))
         scores = weights * sigma2
         squares = scores * (weights if HALF else scores)
         by_block = gl.sum(gl.reshape(squares, [TILE, MANY, PER_BLOCK]), 2)  # [TILE, MANY]
@@ -175,11 +182,11 @@ def _add_up(
 @gluon.jit
 def _score(
     memory, given, q_tile, square_tile, first,
-    BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr,
+    BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, WEIGHTED: gl.constexpr, HALF: gl.constexpr,
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Store the scores of GROUPS * ROWS query rows from ``first`` on."""
-    q_base, q_sm, scores_base, length_q, blocks_q, blocks, scale, scale_log2 = given
+    q_base, q_sm, scores_base, length_q, blocks_q, blocks, scale, scale_log2, weight = given
     D: gl.constexpr = q_tile.shape[1]
     _pool_queries(q_tile, square_tile, q_base, q_sm, first, length_q, scale, D, ROWS, GROUPS)
     norm = _log_sums(memory, q_tile, blocks, scale_log2, TILE, GROUPS, SLOTS)
@@ -190,7 +197,7 @@ def _score(
     norm = gl.where(row < length_q, norm, float("inf"))
     _add_up(
         memory, q_tile, square_tile, norm, scores_base, first // BLOCK_Q, blocks_q, blocks,
-        scale_log2, BLOCK_Q // ROWS, HALF, TILE, GROUPS, SLOTS,
+        scale_log2, weight, BLOCK_Q // ROWS, WEIGHTED, HALF, TILE, GROUPS, SLOTS,
     )  # fmt: skip
 
 
@@ -201,8 +208,9 @@ def _scores_kernel(
     q_sb, q_sh, q_sm,
     size_sb, size_sh,
     heads, length_q, blocks_q, blocks,
-    scale, scale_log2,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, HALF: gl.constexpr,
+    scale, scale_log2, half_weight_log2,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, ROWS: gl.constexpr,
+    WEIGHTED: gl.constexpr, HALF: gl.constexpr,
     TILE: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Score 2 * GROUPS * ROWS query rows against every key block."""
@@ -230,17 +238,19 @@ def _scores_kernel(
     given = (
         q_ptr + batch.to(gl.int64) * q_sb + head.to(gl.int64) * q_sh, q_sm,
         scores_ptr + batch_head.to(gl.int64) * blocks_q * blocks,
-        length_q, blocks_q, blocks, scale, scale_log2,
+        length_q, blocks_q, blocks, scale, scale_log2, half_weight_log2,
     )  # fmt: skip
     size_base = size_ptr + batch.to(gl.int64) * size_sb + head.to(gl.int64) * size_sh
     rest = first + GROUPS * ROWS
     gl.warp_specialize(
         [
             (_score, (
-                memory, given, q_a, square_a, first, BLOCK_Q, ROWS, HALF, TILE, GROUPS, SLOTS,
+                memory, given, q_a, square_a, first,
+                BLOCK_Q, ROWS, WEIGHTED, HALF, TILE, GROUPS, SLOTS,
             )),
             (_score, (
-                memory, given, q_b, square_b, rest, BLOCK_Q, ROWS, HALF, TILE, GROUPS, SLOTS,
+                memory, given, q_b, square_b, rest,
+                BLOCK_Q, ROWS, WEIGHTED, HALF, TILE, GROUPS, SLOTS,
             )),
             (_copy, (
                 mean_desc, var_desc, size_base, ring, column_ring, full, empty,
@@ -256,38 +266,29 @@ def takes(
     query: Tensor,
     key_mean: Tensor,
     key_variance: Tensor,
-    variance_weight: float,
     variance_power: float,
     block_q: int,
     rows: int,
 ) -> bool:
     """Whether ``block_scores`` serves these; last dimensions are contiguous.
 
-    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128, the default weight
-    of the variance and a power in ``POWERS``, and no more than ``GROUPS`` groups in a query block.
+    It wants a GPU of compute capability 9.0, 16 bits, a head dim of 64 or 128, a power of the
+    variance in ``POWERS``, and no more than ``GROUPS`` groups in a query block.
     """
     return (
         on_hopper(query)
-        and takes_sizes(
-            query.dtype, query.shape[-1], variance_weight, variance_power, block_q, rows
-        )
+        and takes_sizes(query.dtype, query.shape[-1], variance_power, block_q, rows)
         and all(is_addressable(x) for x in (key_mean, key_variance))
     )
 
 
 def takes_sizes(
-    dtype: torch.dtype,
-    dim: int,
-    variance_weight: float,
-    variance_power: float,
-    block_q: int,
-    rows: int,
+    dtype: torch.dtype, dim: int, variance_power: float, block_q: int, rows: int
 ) -> bool:
     """What ``takes`` wants of a dtype, a head dim and numbers."""
     return (
         dtype in (torch.bfloat16, torch.float16)
         and dim in HEAD_DIMS
-        and variance_weight == 0
         and variance_power in POWERS
         and GROUPS[dim] % (block_q // rows) == 0
     )
@@ -298,10 +299,13 @@ def rows_of_program(dim: int, rows: int) -> int:
     return 2 * GROUPS[dim] * rows
 
 
-def score_options(dim: int, variance_power: float, block_q: int, rows: int) -> dict[str, int]:
+def score_options(
+    dim: int, variance_weight: float, variance_power: float, block_q: int, rows: int
+) -> dict[str, int]:
     """Constants and compiler options of the kernel."""
     return {
-        "D": dim, "BLOCK_Q": block_q, "ROWS": rows, "HALF": variance_power == 0.5,
+        "D": dim, "BLOCK_Q": block_q, "ROWS": rows,
+        "WEIGHTED": variance_weight != 0, "HALF": variance_power == 0.5,
         "TILE": TILE, "GROUPS": GROUPS[dim], "SLOTS": SLOTS, "REGISTERS": GROUP_REGISTERS[dim],
         "num_warps": 4, "maxnreg": MAX_REGISTERS[dim],
     }  # fmt: skip
@@ -313,6 +317,7 @@ def block_scores(
     key_variance: Tensor,
     log_size: Tensor,
     scale: float,
+    variance_weight: float,
     variance_power: float,
     block_q: int,
     rows: int,
@@ -328,7 +333,8 @@ def block_scores(
     launcher(_scores_kernel, (triton.cdiv(length_q, rows_of_program(dim, rows)), batch * heads))(
         tensor_map(key_mean, TILE), tensor_map(key_variance, TILE), query, log_size, scores,
         *query.stride()[:3], *log_size.stride()[:2],
-        heads, length_q, blocks_q, blocks, scale, scale * LOG2_E.value,
-        **score_options(dim, variance_power, block_q, rows),
+        heads, length_q, blocks_q, blocks,
+        scale, scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
+        **score_options(dim, variance_weight, variance_power, block_q, rows),
     )  # fmt: skip
     return scores

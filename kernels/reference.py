@@ -256,11 +256,14 @@ def block_scores(
     Group g holds ``rows`` consecutive query rows; q_g is their mean, and so is that of squares.
 
         sigma2_gb = sum_c mean over rows i of group g of (s q_ic)^2 key_variance_bc
-        p_g       = softmax_b(s q_g.key_mean_b + log_size_b + variance_weight * sigma2_gb / 2)
-        score_nb  = sqrt(mean over groups g of query block n of (p_gb sigma2_gb^variance_power)^2)
+        p_g       = softmax_b(s q_g.key_mean_b + log_size_b)
+        error_gb  = p_gb exp(variance_weight * sigma2_gb / 2) sigma2_gb^variance_power
+        score_nb  = sqrt(mean over groups g of query block n of error_gb^2)
 
     With power 1 this is the expected error of aggregating block b (``low_delta``), with power 0
     the attention that b is estimated to hold. Its square adds up over rows, as squared errors do.
+    The softmax's sum leaves the variances out, so that one product less is needed: whoever weighs
+    them says what they are relative to.
 
     Args:
         query: ``[B, H, Lq, D]``.
@@ -268,7 +271,7 @@ def block_scores(
         key_variance: ``[B, H, Nk, D]``.
         log_size: float32 ``[B, H, Nk]``, natural log of the tokens in each block.
         scale: s.
-        variance_weight: As in ``sparse_attention``.
+        variance_weight: Share of ``sigma2 / 2`` that raises the mass of a block, at least 0.
         variance_power: Exponent of sigma2 in the score, at least 0.
         block_q: Query rows in a block; the last one may be ragged.
         rows: Query rows in a group, which divide ``block_q``; the last group may be ragged.
@@ -281,8 +284,8 @@ def block_scores(
     groups = torch.cat([x.mean(3) for x in split_blocks(scaled, rows)], 2)
     sigma2 = pooled_variance(query, key_variance, scale, rows)
     logits = groups @ key_mean.to(accumulator).transpose(-1, -2)
-    logits = logits + log_size[..., None, :].to(accumulator) + variance_weight / 2 * sigma2
-    scores = logits.softmax(-1)
+    logits = logits + log_size[..., None, :].to(accumulator)
+    scores = (logits.log_softmax(-1) + variance_weight / 2 * sigma2).exp()
     if variance_power:
         scores = scores * (sigma2 if variance_power == 1 else sigma2**variance_power)
     blocks = split_blocks(scores.square(), block_q // rows)

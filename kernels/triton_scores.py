@@ -53,7 +53,7 @@ def _scores_kernel(
     BLOCK_M: tl.constexpr,  # groups that are scored together: whole query blocks, or a part of one
     BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # the variance takes part in the logits
+    WEIGHTED: tl.constexpr,  # the variance takes part in the mass
     POWER: tl.constexpr,  # "none", "one", "half", or "any": the value of power
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,10 +96,6 @@ def _scores_kernel(
             )
             logits = tl.dot(q, tl.trans(mean), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             logits = logits * scale_log2 + (size * LOG2_E)[None, :]
-            if WEIGHTED:
-                variance = _load_blocks(var_base, var_sn, start, blocks, BLOCK_N, D, D_PADDED)
-                sigma2 = tl.dot(q_square, tl.trans(variance), input_precision=PRECISION)
-                logits += sigma2 * half_weight_log2
             new_max = tl.maximum(row_max, tl.max(logits, 1))
             row_sum = row_sum * tl.exp2(row_max - new_max)
             row_sum += tl.sum(tl.exp2(logits - new_max[:, None]), 1)
@@ -184,12 +180,13 @@ def block_scores(
         for x in (query, key_mean, key_variance, log_size)
     )
     if tile is None and gluon_scores is not None and gluon_scores.takes(
-        query, key_mean, key_variance, variance_weight, variance_power, block_q, rows
+        query, key_mean, key_variance, variance_power, block_q, rows
     ):  # fmt: skip
         with torch.cuda.device_of(query):
             return gluon_scores.block_scores(
-                query, key_mean, key_variance, log_size, scale, variance_power, block_q, rows
-            )
+                query, key_mean, key_variance, log_size, scale, variance_weight, variance_power,
+                block_q, rows,
+            )  # fmt: skip
     scores = query.new_empty((batch, heads, blocks_q, blocks), dtype=score_dtype(query.dtype))
     tile = tile or score_tile(query.dtype, dim, blocks, shared_limit(query))
     of_program = rows_of_program(tile, block_q, rows)

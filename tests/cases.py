@@ -63,7 +63,7 @@ class Case:
 SCORED = {  # dtype; D, length, Nk; weight, power, block_q, rows
     "hopper": (torch.bfloat16, 128, 1000, 48, 0.0, 1.0, 64, 16),
     "hopper_64": (torch.float16, 64, 300, 5, 0.0, 1.0, 64, 8),
-    "variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
+    "hopper_variance_in_the_mass": (torch.bfloat16, 128, 1000, 48, 0.5, 1.0, 64, 16),
     "hopper_half_power": (torch.float16, 128, 300, 7, 0.0, 0.5, 64, 16),
     "any_power": (torch.float16, 96, 300, 7, 0.0, 0.3, 32, 1),
     "no_power": (torch.bfloat16, 64, 300, 32, 0.0, 0.0, 64, 16),

@@ -298,34 +298,48 @@ def test_statistics_are_over_true_tokens(length):
     torch.testing.assert_close(statistics.value_mean[:, :, 0], v[:, :, :32].mean(2))
 
 
+@pytest.mark.parametrize("budget", ["row", "site"])
 @pytest.mark.parametrize("value_power", [0.0, 1.0])
 @pytest.mark.parametrize(("power", "variance_weight"), [(1.0, 0.0), (0.5, 1.0)])
-def test_low_delta_keeps_the_largest_expected_errors(power, variance_weight, value_power):
-    """Its rule, stated pair by pair of rows and block by block in float64."""
+def test_low_delta_keeps_the_largest_expected_errors(power, variance_weight, value_power, budget):
+    """Its rule, stated pair by pair of rows and block by block in float64.
+
+    The second head's logits vary more. What variances add is relative to their mean in a head, over
+    the first row of every query block: that decides what heads get of one budget.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 100, 16, generator=generator).unbind()
-    config = Config(density=0.4, budget="row", block_q=16, block_kv=16)
+    k[:, 1] *= 2
+    config = Config(density=0.4, budget=budget, block_q=16, block_kv=16)
     policy = LowDelta(power=power, variance_weight=variance_weight, value_power=value_power)
     exact = policy.select(pool_blocks(q, k, v, config, scale=None))
-    for head, block in itertools.product(range(2), range(7)):
+    scores = torch.zeros(1, 2, 7, 7, dtype=torch.float64)
+    for head in range(2):
         pairs = [
             (keys.double(), values.double())
             for keys, values in zip(k[0, head].split(16), v[0, head].split(16), strict=True)
         ]
-        scores = torch.zeros(7, dtype=torch.float64)
-        rows = q[0, head, 16 * block : 16 * (block + 1)].double() / 4
-        for query in rows.split(2):
-            mass, error = [], []
-            for keys, values in pairs:
-                sigma2 = (query**2 * keys.var(0, correction=0)).sum(1).mean()
-                logit = query.mean(0) @ keys.mean(0) + math.log(len(keys))
-                logit += variance_weight * sigma2 / 2
-                spread = values.var(0, correction=0).sum().sqrt()
-                mass.append(logit.exp())
-                error.append(sigma2**power * spread**value_power)
-            scores += (torch.stack(mass) / sum(mass) * torch.stack(error)) ** 2
-        kept = exact[0, head, block].nonzero().flatten().tolist()
-        assert len(kept) == 3 and sorted(scores.topk(3).indices.tolist()) == kept
+        queries = q[0, head].double() / 4
+
+        def variance(query, keys):
+            return (query**2 * keys.var(0, correction=0)).sum(1).mean()
+
+        center = sum(variance(queries[::16], keys) for keys, _ in pairs) / len(pairs)
+        for block, rows in enumerate(queries.split(16)):
+            for query in rows.split(2):
+                mass, error = [], []
+                for keys, values in pairs:
+                    sigma2 = variance(query, keys)
+                    logit = query.mean(0) @ keys.mean(0) + math.log(len(keys))
+                    lift = (variance_weight * (sigma2 - center) / 2).exp()
+                    spread = values.var(0, correction=0).sum().sqrt()
+                    mass.append(logit.exp())
+                    error.append(lift * sigma2**power * spread**value_power)
+                share = torch.stack(mass) / sum(mass)
+                scores[0, head, block] += (share * torch.stack(error)) ** 2
+            scores[0, head, block] /= len(rows.split(2))
+    assert torch.equal(exact, spend_budget(scores.sqrt(), 0.4, budget))
+    assert budget == "row" or exact[0, 0].sum() != exact[0, 1].sum()
 
 
 @pytest.mark.parametrize("policy", [LowDelta(power=0.5), TopK()])

@@ -136,8 +136,8 @@ SHAPE = (1, 2, 192, 16)
 @pytest.mark.parametrize(
     ("config", "products"),
     [
-        ({"policy": LowDelta(variance_weight=0.5)}, 2),
-        ({"policy": LowDelta(power=0.0, rows=1)}, 2),
+        ({"policy": LowDelta(power=0.0, variance_weight=0.0)}, 1),
+        ({"policy": LowDelta(variance_weight=0.5, power=0.0, rows=1)}, 3),
         ({"policy": TopK()}, 1 / 16),  # means of 16 queries
     ],
 )

@@ -34,9 +34,10 @@ dim = int(sys.argv[2])
 tile = f"tensordesc<bf16[1, 1, 64, {dim}],{MAP_LAYOUT!r}>"
 if sys.argv[1] in ("scores", "half"):
     module, function = gluon_scores, gluon_scores._scores_kernel
-    constants = module.score_options(dim, 0.5 if sys.argv[1] == "half" else 1.0, 64, 2)
+    weight, power = (0.0, 0.5) if sys.argv[1] == "half" else (0.3, 1.0)
+    constants = module.score_options(dim, weight, power, 64, 2)
     types = {"q_ptr": "*bf16", "scores_ptr": "*bf16", "mean_desc": tile, "var_desc": tile}
-    types |= {"scale": "fp32", "scale_log2": "fp32"}
+    types |= {"scale": "fp32", "scale_log2": "fp32", "half_weight_log2": "fp32"}
 else:
     module, function = gluon_statistics, gluon_statistics._statistics_kernel
     constants = module.statistics_options(dim)
@@ -68,7 +69,7 @@ def test_it_compiles_for_hopper_without_one(kernel, dim, tmp_path):
 
 def test_only_what_it_serves_is_taken():
     x = torch.zeros(1, 2, 128, 128, dtype=torch.float16, device=DEVICE)
-    plain = {"variance_weight": 0.0, "variance_power": 1.0, "block_q": 64, "rows": 2}
+    plain = {"variance_power": 1.0, "block_q": 64, "rows": 2}
 
     def takes(query=x, mean=x, **change):
         return gluon_scores.takes(query, mean, mean, **(plain | change))
@@ -76,7 +77,7 @@ def test_only_what_it_serves_is_taken():
     assert takes() == takes(x[..., :64], x[..., :64]) == takes(rows=16) == on_hopper()
     assert takes(variance_power=0.5) == on_hopper()
     assert not takes(x.float()) and not takes(x[..., :32], x[..., :32])
-    assert not takes(variance_weight=0.5) and not takes(variance_power=0.75)
+    assert not takes(variance_power=0.75)
     assert not takes(mean=x[:, :1].expand(x.shape))
 
     assert gluon_statistics.takes(x, x, 64) == on_hopper()
@@ -89,6 +90,8 @@ CASE = ScoresCase(dim=128, length_q=700, blocks=77, block_q=64, variance_weight=
 CASES = {
     "everything": CASE,
     "half_power": dataclasses.replace(CASE, power=0.5),
+    "variance_in_the_mass": dataclasses.replace(CASE, variance_weight=0.7),
+    "half_power_with_it": dataclasses.replace(CASE, variance_weight=0.7, power=0.5),
     "one_token": dataclasses.replace(CASE, length_q=1, blocks=1),
     "whole_tiles": dataclasses.replace(CASE, length_q=1024, blocks=128),
     "the_second_half_is_empty": dataclasses.replace(CASE, length_q=250, blocks=64),
@@ -107,7 +110,7 @@ CASES = {
 @pytest.mark.parametrize("dim", [64, 128])
 def test_scores_are_as_accurate_as_their_parts(dim, case, dtype):
     args = dataclasses.replace(case, dim=dim).inputs(dtype)
-    assert gluon_scores.takes(*args[:3], *args[5:])
+    assert gluon_scores.takes(*args[:3], *args[6:])
     assert_scores_are_accurate(args)
 
 
@@ -135,7 +138,7 @@ def test_strided_and_poisoned_inputs_give_the_same_bits(dim):
     args = dataclasses.replace(CASE, dim=dim).inputs(torch.bfloat16)
     expected = triton_scores.block_scores(*args)
     args[:3], args[3] = [placed(x) for x in args[:3]], poisoned(args[3])
-    assert gluon_scores.takes(*args[:3], *args[5:])
+    assert gluon_scores.takes(*args[:3], *args[6:])
     assert torch.equal(triton_scores.block_scores(*args), expected)
 
     key, value = statistics_inputs(700, dim, dim, torch.bfloat16)

@@ -280,8 +280,8 @@ def test_block_scores_are_root_mean_squares_over_true_rows(power, rows):
         for group in groups:
             sigma2 = torch.einsum("bhic,bhnc->bhin", (group * 0.2) ** 2, variance).mean(2)
             logits = torch.einsum("bhc,bhnc->bhn", group.mean(2) * 0.2, mean)
-            share = (logits + log_size + sigma2 / 2).softmax(-1)
-            squares.append((share * sigma2**power) ** 2)
+            mass = (logits + log_size).softmax(-1) * (sigma2 / 2).exp()
+            squares.append((mass * sigma2**power) ** 2)
         torch.testing.assert_close(scores[:, :, block], torch.stack(squares).mean(0).sqrt())
 
 

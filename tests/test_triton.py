@@ -327,15 +327,16 @@ SCORES_CASES = {
 def assert_scores_are_accurate(args):
     """Scores err relatively by what their parts do.
 
-    A score is the root mean square of products p * sigma2^power, none negative, so that its
-    relative error is at most that of the worst product. A group's mean query and its mean of
-    (s q)^2 are rounded to the query's dtype: half a unit of sigma2, and half a unit of the absolute
-    products that a logit is the sum of; both move p by twice what they move a logit (numerator and
-    denominator). All else happens in float32: a logit x is rounded a few times, 2^-24 of itself
-    each, which counts twice likewise, and a sum over D or Nk terms errs by at most 2^-24 for each.
-    In 16 bits the score is rounded to bfloat16, by half a unit of itself, or by a whole one in
-    Triton's interpreter, which cuts bits off; where a query block is scored in parts (at a head dim
-    beyond 128, of 128 groups) so is a sum of squares in between, which the root halves.
+    A score is the root mean square of products p * exp(w sigma2 / 2) * sigma2^power, none negative,
+    so that its relative error is at most that of the worst product. A group's mean query and its
+    mean of (s q)^2 are rounded to the query's dtype: half a unit of sigma2, and half a unit of the
+    absolute products that a logit is the sum of, which moves p by twice what it moves a logit
+    (numerator and denominator). All else happens in float32: a logit x is rounded a few times,
+    2^-24 of itself each, which counts twice likewise, and a sum over D or Nk terms errs by at most
+    2^-24 for each. In 16 bits the score is rounded to bfloat16, by half a unit of itself, or by a
+    whole one in Triton's interpreter, which cuts bits off; where a query block is scored in parts
+    (at a head dim beyond 128, of 128 groups) so is a sum of squares in between, which the root
+    halves.
     """
     scores = triton_scores.block_scores(*args)
     exact = reference.block_scores(*double(args))
@@ -346,7 +347,7 @@ def assert_scores_are_accurate(args):
     logits = products + log_size[:, :, None] + weight / 2 * sigma2
     half_unit = torch.finfo(args[0].dtype).eps / 2
     terms = query.shape[-1] + mean.shape[-2] + rows + 8
-    allowed = half_unit * (power + weight * sigma2.max().item() + 2 * products.max().item())
+    allowed = half_unit * (power + weight / 2 * sigma2.max().item() + 2 * products.max().item())
     allowed += 2**-24 * (8 * logits.max().item() + terms)
     if args[0].dtype != torch.float32:
         cut = torch.finfo(torch.bfloat16).eps / (2 if scores.is_cuda else 1)

@@ -137,11 +137,10 @@ def _scores(
 ) -> int:
     """``2 B H G Nk D`` for each product, with G groups of query rows: two passes over the means.
 
-    The variances enter the first pass where they are part of the mass, the second also where they
-    are part of the score.
+    The variances enter the second pass where they are part of the mass or the score.
     """
     batch, heads, length, dim = query
-    products = 2 + (variance_weight != 0) + (variance_weight != 0 or variance_power != 0)
+    products = 2 + (variance_weight != 0 or variance_power != 0)
     rows = batch * heads * -(-length // group)
     return _add(parts, "scores", products * 2 * rows * key_mean[2] * dim)
 

@@ -117,10 +117,11 @@ def check_scores(arguments: Sequence[Any]) -> None:
     """Compare sampled rows of scores with float64.
 
     The mean query of a group and its mean of ``(s q)^2`` are rounded to the query's dtype: half a
-    unit of sigma2, once as a factor of the score and once as its part in the logit, by the largest
-    sigma2, and of the products that a logit is the sum of, which counts twice. The rest is float32:
-    a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each term.
-    Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of themselves.
+    unit of sigma2, once as a factor of the score and once as the logarithm of another, by the
+    largest sigma2, and of the products that a logit is the sum of, which counts twice. The rest is
+    float32: a logit is rounded a few times, which counts twice, and a sum errs by 2^-24 for each
+    term. Scores of queries in 16 bits are rounded to bfloat16 in the end: half a unit of
+    themselves.
 
     Raises:
         ArithmeticError: A score is further away.
@@ -138,7 +139,8 @@ def check_scores(arguments: Sequence[Any]) -> None:
     groups = torch.cat([x.mean(3) for x in reference.split_blocks(rows_q * scale, group)], 2)
     products = groups.abs() @ mean.abs().mT
     logits = products + log_size[:, :, None] + weight / 2 * sigma2
-    unit = torch.finfo(query.dtype).eps / 2 * (power + weight * sigma2.max() + 2 * products.max())
+    lift = weight / 2 * sigma2.max()
+    unit = torch.finfo(query.dtype).eps / 2 * (power + lift + 2 * products.max())
     unit += 2**-24 * (8 * logits.max() + mean.shape[3] + mean.shape[2] + 8)
     if scores.dtype == torch.bfloat16:
         unit = (1 + unit) * (1 + torch.finfo(scores.dtype).eps / 2) - 1
