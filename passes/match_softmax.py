@@ -125,11 +125,8 @@ def _softmax(node: Node, objections: list[str]) -> tuple[Node, int, float]:
     There another base may stand for e.
     """
     if name_of(node) in ("softmax", "softmin"):
-        dim = argument(node, 1, "dim")
-        if not isinstance(dim, int):
-            objections.append(f"its softmax is over dimension {dim}")
         sign = 1.0 if name_of(node) == "softmax" else -1.0
-        return argument(node, 0, "input"), dim if isinstance(dim, int) else -1, sign
+        return argument(node, 0, "input"), _dimension(node, objections), sign
     if (divided := _divided(node)) is not None:
         exponentials, dim = divided
         logits, base = _exponent(exponentials) or (exponentials, 1.0)
@@ -137,7 +134,7 @@ def _softmax(node: Node, objections: list[str]) -> tuple[Node, int, float]:
     exponent, base = _exponent(node) or (node, 1.0)
     inner = _uncast(exponent)
     if name_of(node) == "exp" and name_of(inner) == "log_softmax":
-        return argument(inner, 0, "input"), argument(inner, 1, "dim"), 1.0
+        return argument(inner, 0, "input"), _dimension(inner, objections), 1.0
     if name_of(node) == "exp" and name_of(inner) == "sub":
         logits = argument(inner, 0, "input")
         reduced = _reduced(argument(inner, 1, "other"), "logsumexp")
@@ -145,6 +142,14 @@ def _softmax(node: Node, objections: list[str]) -> tuple[Node, int, float]:
             return logits, reduced[1], 1.0
     objections[:] = ["its weights are not exponentials divided by their sum"]
     return inner, -1, base
+
+
+def _dimension(softmax: Node, objections: list[str]) -> int:
+    dim = argument(softmax, 1, "dim")
+    if isinstance(dim, int):
+        return dim
+    objections.append("its softmax does not say over which dimension it is")
+    return -1
 
 
 def _exponent(node: Node) -> tuple[Node, float] | None:
@@ -411,11 +416,11 @@ def _read_logits(
             if filled is None:
                 objections.append(f"{name} changes the logits")
                 break
-            if mask is not None or scales or scale <= 0:
+            if mask is not None or scales or scale * base <= 0:
                 objections.append("its mask is scaled" if mask is None else "it has two masks")
                 break
             a, mask, value, inverted = filled
-            if not value * scale <= HIDING:
+            if not value * scale * base <= HIDING:
                 objections.append(f"its logits are filled with {value}, which hides no key")
         elif not (name == "add" and isinstance(b, (int, float))) and not (
             name == "sub"

@@ -58,7 +58,7 @@ class Source:
         node: The node whose output first has them.
         length: How many.
         sides: Lengths of the axes that were flattened into it, outermost first; ``(length,)``
-            where it was not flattened.
+            where it was not flattened, or where an inner one is a flattened one and more.
         opaque: Whether the node is an operation through which axes cannot be followed.
     """
 
@@ -193,8 +193,14 @@ class Trace:
         merged = tuple(axis for axis in axes if not same(length(axis), 1))
         if len(merged) < 2:
             return merged[0] if merged else self.leaf(node, 0, 1)
-        sides = tuple(side for axis in merged for side in self._sides(axis))
-        source = Source(node, math.prod(map(length, merged)), sides)
+        total = math.prod(map(length, merged))
+        # frames with text of their own are no grid
+        joined = any(
+            len(axis) > 1 and any(len(self._sides((run,))) > 1 for run in axis)
+            for axis in merged[1:]
+        )
+        sides = (total,) if joined else tuple(s for axis in merged for s in self._sides(axis))
+        source = Source(node, total, sides)
         flat = self._source(tuple(map(_key, merged)), source)
         self._flattened[self._numbers[tuple(map(_key, merged))]] = merged
         return flat

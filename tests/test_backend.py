@@ -347,6 +347,29 @@ def test_two_sides_seen_as_one_are_no_other_grid(sides, reason):
     assert site.reason == reason and (site.grid == (4, 8, 8)) == site.sparse
 
 
+class Interleaved(nn.Module):
+    """Each frame is followed by text of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch, self.qkv = nn.Conv3d(3, 32, 1), nn.Linear(32, 96)
+
+    def forward(self, video, text):
+        frames = self.patch(video).flatten(3).permute(0, 2, 3, 1)  # [B, F, H W, C]
+        x = torch.cat([frames, text], 2).flatten(1, 2)
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_frames_with_text_between_them_are_no_grid():
+    """Text keys are exact for all, or the site is dense."""
+    inputs = torch.zeros(1, 3, 4, 5, 8), torch.zeros(1, 4, 3, 32)
+    (site,) = uta_fx.explain(Interleaved(), *inputs, config=Config(min_tokens=64)).sites
+    assert (site.grid, site.sparse) == (None, False)
+    assert site.reason.startswith("the graph does not show how its 172 tokens lie in frames")
+
+
 @torch.no_grad()
 def test_an_explicit_scale_is_kept():
     """Also a scale of zero, which is a value and not an absence."""

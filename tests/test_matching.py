@@ -513,6 +513,17 @@ def filled_by_the_logits(q, k, v):
     return logits.masked_fill(few, -torch.inf).softmax(-1) @ v
 
 
+def filled_below_the_least(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    mask = torch.arange(LENGTH) >= 100
+    return F.softmin((q @ k.mT).masked_fill(mask[None], -1e5), dim=-1) @ v
+
+
+def over_no_dimension(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.log_softmax(q @ k.mT, _stacklevel=5).exp() @ v
+
+
 def filled_twice(q, k, v):
     q, k, v = map(heads, (q, k, v))
     mask = torch.zeros(LENGTH, dtype=torch.bool)
@@ -709,6 +720,8 @@ def written_to(q, k, v):
         (filled, "its attention mask differs from query to query"),
         (filled_with_a_bias, "looks like attention, but its logits are filled with -2.0, which"),
         (filled_by_the_logits, "looks like attention, but its mask is computed from its logits"),
+        (filled_below_the_least, "looks like attention, but its mask is scaled"),
+        (over_no_dimension, "looks like attention, but its softmax does not say over which dim"),
         (filled_twice, "looks like attention, but it has two masks"),
         (filled_and_negated, "looks like attention, but its mask is scaled"),
         (one_of_two_logits, "looks like attention, but where changes the logits"),
