@@ -22,6 +22,7 @@ from onnx.defs import OpSchema
 from torch import Tensor
 
 from uta_fx import __version__
+from uta_fx.kernels import reference
 
 DOMAIN, VERSION = "uta", 1
 VERSION_KEY = "uta_fx.version"  # of the library, in a file's metadata
@@ -490,6 +491,194 @@ ListBlocks (exact) => (block_ids, block_counts)
 """
 """Running counts say where a block goes; what is not listed goes to one column too many."""
 
+_FIT_TAIL = """
+<domain: "uta", opset_import: ["" : OPSET]>
+FitTail <scale, variance_weight, rows, block_q, block_kv>
+    (query, key, value, exact, key_counts, key_mean, key_variance, value_mean, log_size, slope)
+    => (mass, gain)
+{
+    first = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    two = Constant <value_int = 2> ()
+    row_axis = Constant <value_ints = [2]> ()
+    last_axis = Constant <value_ints = [-1]> ()
+    one_by_one = Constant <value_ints = [1, 1]> ()
+    zero_float = Constant <value_float = 0.0> ()
+    one_float = Constant <value_float = 1.0> ()
+    half = Constant <value_float = 0.5> ()
+    infinity = Constant <value_float = inf> ()
+    minus_infinity = Constant <value_float = -inf> ()
+    row_count = Constant <value_int: int = @rows> ()
+    rows_of_block = Constant <value_int: int = @block_q> ()
+    keys_of_block = Constant <value_int: int = @block_kv> ()
+    scale_number = Constant <value_float: float = @scale> ()
+    weight = Constant <value_float: float = @variance_weight> ()
+    lead = Shape <start = 0, end = 2> (query)
+    query_size = Shape <start = 2, end = 3> (query)
+    length_q = Squeeze (query_size)
+    key_size = Shape <start = 2, end = 3> (key)
+    length_kv = Squeeze (key_size)
+
+    i = Range (first, row_count, one)
+    twice = Mul (i, two)
+    odd = Add (twice, one)
+    of_length = Mul (odd, length_q)
+    parts = Mul (row_count, two)
+    row = Div (of_length, parts)
+    query_block = Div (row, rows_of_block)
+    sample = Gather <axis = 2> (query, row)
+    sample_float = Cast <to = 1> (sample)
+    q = Mul (sample_float, scale_number)
+
+    key_number = Range (first, length_kv, one)
+    key_block = Div (key_number, keys_of_block)
+    key_place = Mod (key_number, keys_of_block)
+    blocks = Shape <start = 2, end = 3> (key_mean)
+    counted = Shape <start = 2, end = 3> (key_counts)
+    not_counted = Sub (blocks, counted)
+    whole_shape = Concat <axis = 0> (lead, not_counted)
+    whole = Expand (keys_of_block, whole_shape)
+    wide_counts = Cast <to = 7> (key_counts)
+    counts = Concat <axis = 2> (wide_counts, whole)
+    count = Gather <axis = 2> (counts, key_block)
+    counts_key = Less (key_place, count)
+    inside = Unsqueeze (counts_key, row_axis)
+    key_float = Cast <to = 1> (key)
+    key_by_channel = Transpose <perm = [0, 1, 3, 2]> (key_float)
+    products = MatMul (q, key_by_channel)
+    logits = Where (inside, products, minus_infinity)
+    highest = ReduceMax <keepdims = 1> (logits, last_axis)
+    below = Sub (logits, highest)
+    powers = Exp (below)
+    total = ReduceSum <keepdims = 1> (powers, last_axis)
+    log_total = Log (total)
+    lse = Add (highest, log_total)
+    weights = Div (powers, total)
+    listed = Gather <axis = 2> (exact, query_block)
+    not_listed = Not (listed)
+    block_in_tail = Cast <to = 1> (not_listed)
+    in_tail = Gather <axis = 3> (block_in_tail, key_block)
+    of_tail = Mul (weights, in_tail)
+    true_mass = ReduceSum <keepdims = 1> (of_tail, last_axis)
+    value_float = Cast <to = 1> (value)
+    output = MatMul (weights, value_float)
+    true_values = MatMul (of_tail, value_float)
+
+    block_row = Range (first, rows_of_block, one)
+    first_row = Mul (query_block, rows_of_block)
+    first_row_column = Unsqueeze (first_row, last_axis)
+    members = Add (first_row_column, block_row)
+    last_row = Sub (length_q, one)
+    members_there = Min (members, last_row)
+    is_there = Less (members, length_q)
+    there_row = Cast <to = 1> (is_there)
+    there = Unsqueeze (there_row, last_axis)
+    neighbours = Gather <axis = 2> (query, members_there)
+    neighbours_float = Cast <to = 1> (neighbours)
+    neighbours_scaled = Mul (neighbours_float, scale_number)
+    neighbours_inside = Mul (neighbours_scaled, there)
+    neighbour_axis = Constant <value_ints = [-2]> ()
+    square_total = ReduceSumSquare <keepdims = 0> (neighbours_inside, neighbour_axis)
+    true_rows = ReduceSum <keepdims = 0> (there, neighbour_axis)
+    squares = Div (square_total, true_rows)
+    variance_float = Cast <to = 1> (key_variance)
+    variance_by_channel = Transpose <perm = [0, 1, 3, 2]> (variance_float)
+    sigma2 = MatMul (squares, variance_by_channel)
+    mean_float = Cast <to = 1> (key_mean)
+    mean_by_channel = Transpose <perm = [0, 1, 3, 2]> (mean_float)
+    mean_products = MatMul (q, mean_by_channel)
+    size_row = Unsqueeze (log_size, row_axis)
+    sized = Add (mean_products, size_row)
+    relative = Sub (sized, lse)
+    half_weight = Mul (half, weight)
+    lift = Mul (sigma2, half_weight)
+    mass_logits = Add (relative, lift)
+    all_masses = Exp (mass_logits)
+    masses = Where (listed, zero_float, all_masses)
+    damping = Add (sigma2, one_float)
+    damped = Div (masses, damping)
+    damped_total = ReduceSum <keepdims = 1> (damped, last_axis)
+    slope_products = MatMul (q, slope)
+    along = Mul (damped_total, slope_products)
+    value_mean_float = Cast <to = 1> (value_mean)
+    values = MatMul (masses, value_mean_float)
+    mass_of_tail = ReduceSum <keepdims = 1> (masses, last_axis)
+
+    ridged = Constant <value_float = RIDGED> ()
+    largest_determinant = Mul (ridged, ridged)
+    tiny = Constant <value_float = TINY> ()
+    least = Constant <value_float = LEAST> ()
+    most = Constant <value_float = MOST> ()
+    two_axes = Constant <value_ints = [-2, -1]> ()
+    factor_shape = Concat <axis = 0> (lead, one_by_one)
+    of_mass_0 = Expand (one_float, factor_shape)
+    of_slope_0 = Expand (one_float, factor_shape)
+STEPS
+    gain_factor = Div (of_slope_LAST, of_mass_LAST)
+    mass = Squeeze (of_mass_LAST, two_axes)
+    gain = Squeeze (gain_factor, two_axes)
+}
+"""
+"""Rows attend to all keys in one product; blocks that are not counted hold ``block_kv`` keys."""
+
+_FIT_STEP = """
+    given_mass_N = Mul (of_mass_P, mass_of_tail)
+    more_N = Sub (given_mass_N, true_mass)
+    share_N = Add (more_N, one_float)
+    of_more_N = Mul (output, more_N)
+    with_tail_N = Add (of_more_N, true_values)
+    of_values_N = Mul (of_mass_P, values)
+    without_values_N = Sub (with_tail_N, of_values_N)
+    of_along_N = Mul (of_slope_P, along)
+    left_N = Sub (without_values_N, of_along_N)
+    rest_N = Div (left_N, share_N)
+    given_N = Sub (output, rest_N)
+    of_given_N = Mul (given_N, mass_of_tail)
+    to_values_N = Sub (values, of_given_N)
+    u_N = Div (to_values_N, share_N)
+    x_N = Div (along, share_N)
+    mass_beyond_N = Sub (of_mass_P, one_float)
+    u_beyond_N = Mul (mass_beyond_N, u_N)
+    slope_beyond_N = Sub (of_slope_P, one_float)
+    x_beyond_N = Mul (slope_beyond_N, x_N)
+    y_without_slope_N = Add (rest_N, u_beyond_N)
+    y_N = Add (y_without_slope_N, x_beyond_N)
+PRODUCTS
+    abs_1_N = Add (abs_uu_N, abs_ux_N)
+    abs_2_N = Add (abs_1_N, abs_xx_N)
+    abs_3_N = Add (abs_2_N, abs_uy_N)
+    largest_N = Add (abs_3_N, abs_xy_N)
+    finite_N = Less (largest_N, infinity)
+SUMS
+    root_u_N = Sqrt (uu_N)
+    size_u_N = Max (root_u_N, tiny)
+    root_x_N = Sqrt (xx_N)
+    size_x_N = Max (root_x_N, tiny)
+    along_u_N = Div (uy_N, size_u_N)
+    along_x_N = Div (xy_N, size_x_N)
+    both_sizes_N = Mul (size_u_N, size_x_N)
+    both_N = Div (ux_N, both_sizes_N)
+    both_square_N = Mul (both_N, both_N)
+    determinant_N = Sub (largest_determinant, both_square_N)
+    ridged_u_N = Mul (ridged, along_u_N)
+    both_x_N = Mul (both_N, along_x_N)
+    right_u_N = Sub (ridged_u_N, both_x_N)
+    left_u_N = Mul (determinant_N, size_u_N)
+    change_u_N = Div (right_u_N, left_u_N)
+    of_u_N = Add (change_u_N, one_float)
+    ridged_x_N = Mul (ridged, along_x_N)
+    both_u_N = Mul (both_N, along_u_N)
+    right_x_N = Sub (ridged_x_N, both_u_N)
+    left_x_N = Mul (determinant_N, size_x_N)
+    change_x_N = Div (right_x_N, left_x_N)
+    of_x_N = Add (change_x_N, one_float)
+    of_mass_N = Clip (of_u_N, least, most)
+    x_for_mass_N = Div (of_x_N, of_mass_N)
+    x_gain_N = Clip (x_for_mass_N, zero_float, most)
+    of_slope_N = Mul (of_mass_N, x_gain_N)
+"""
+"""Step N after step P; of a product that is not finite the whole row does not count."""
+
 
 def sparse_attention_function(opset: int) -> onnx.FunctionProto:
     """What a ``SparseAttention`` node computes, in standard operations of that opset."""
@@ -548,6 +737,36 @@ def _selecting(header: str, numbers: str, opset: int) -> onnx.FunctionProto:
 def list_blocks_function(opset: int) -> onnx.FunctionProto:
     """What a ``ListBlocks`` node computes, in standard operations of that opset."""
     return onnx.parser.parse_function(_LIST_BLOCKS.replace("OPSET", str(opset)))
+
+
+def fit_tail_function(opset: int) -> onnx.FunctionProto:
+    """What a ``FitTail`` node computes, in standard operations of that opset."""
+    products, sums = [], []
+    for a, b in ("uu", "ux", "xx", "uy", "xy"):
+        products += [
+            f"    pair_{a}{b}_N = Mul ({a}_N, {b}_N)",
+            f"    of_row_{a}{b}_N = ReduceSum <keepdims = 1> (pair_{a}{b}_N, last_axis)",
+            f"    abs_{a}{b}_N = Abs (of_row_{a}{b}_N)",
+        ]
+        sums += [
+            f"    counts_{a}{b}_N = Where (finite_N, of_row_{a}{b}_N, zero_float)",
+            f"    {a}{b}_N = ReduceSum <keepdims = 1> (counts_{a}{b}_N, row_axis)",
+        ]
+    step = _FIT_STEP.strip("\n").replace("PRODUCTS", "\n".join(products))
+    step = step.replace("SUMS", "\n".join(sums))
+    steps = [
+        step.replace("_N", f"_{number}").replace("_P", f"_{number - 1}")
+        for number in range(1, reference.STEPS + 1)
+    ]
+    text = _FIT_TAIL.replace("STEPS", "\n".join(steps)).replace("LAST", str(reference.STEPS))
+    for name, number in {
+        "RIDGED": 1 + reference.RIDGE,
+        "TINY": torch.finfo(torch.float32).tiny ** 0.5,
+        "LEAST": 1 / reference.LIMIT,
+        "MOST": reference.LIMIT,
+    }.items():
+        text = text.replace(name, f"{float(number)!r}")
+    return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
 def schemas() -> dict[str, OpSchema]:
@@ -647,6 +866,35 @@ def schemas() -> dict[str, OpSchema]:
                     "block_counts": ("I", "[B, H, Nq], how many of a row's ids count"),
                 },
                 {},
+            ),
+            make_schema(
+                "FitTail",
+                "By how much the mass of the representatives and the slope of a tail should be"
+                " larger: a few query rows of each head attend to all keys, and a regression on"
+                " them says it.",
+                {
+                    "query": ("T", "[B, H, Lq, D]"),
+                    "key": ("T", "[B, H, Lk, D]"),
+                    "value": ("T", "[B, H, Lk, Dv]"),
+                    "exact": ("M", "[B, H, Nq, Nk], the blocks that are kept"),
+                    "key_counts": ("I", "[B, H, C], how many keys of each block count, C Nk; or 0"),
+                    "key_mean": ("T", "[B, H, Nk, D]"),
+                    "key_variance": ("T", "[B, H, Nk, D], of each channel"),
+                    "value_mean": ("T", "[B, H, Nk, Dv]"),
+                    "log_size": ("F", "[B, H, Nk], log of how many keys are in each block"),
+                    "slope": ("F", "[B, H, D, Dv]"),
+                },
+                {
+                    "mass": ("F", "[B, H], a factor of the mass"),
+                    "gain": ("F", "[B, H], a factor of the slope"),
+                },
+                {
+                    "scale": (float, "multiplies the logits"),
+                    "variance_weight": (float, "share of half the logit variance in the logit"),
+                    "rows": (int, "R, how many query rows: row i is (2 i + 1) Lq / (2 R)"),
+                    "block_q": (int, "query rows in a block"),
+                    "block_kv": (int, "keys in a block; the last may be ragged"),
+                },
             ),
         )
     }

@@ -40,6 +40,7 @@ from uta_fx.export.onnx_functions import (
     VERSION_KEY,
     block_scores_function,
     block_statistics_function,
+    fit_tail_function,
     list_blocks_function,
     schemas,
     select_blocks_function,
@@ -62,6 +63,7 @@ KEPT = (
     "SelectBlocks",
     "SelectCounted",
     "ListBlocks",
+    "FitTail",
 )
 """Nodes of our domain in a file, beside their functions."""
 
@@ -426,6 +428,29 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def list_blocks(exact: Any) -> Any:
         return nodes["ListBlocks"](exact)
 
+    def fit_tail(
+        query: Any,
+        key: Any,
+        value: Any,
+        exact: Any,
+        key_counts: Any,
+        key_mean: Any,
+        key_variance: Any,
+        value_mean: Any,
+        log_size: Any,
+        slope: Any,
+        scale: float,
+        variance_weight: float,
+        rows: int,
+        block_q: int,
+        block_kv: int,
+    ) -> Any:
+        return nodes["FitTail"](
+            query, key, value, exact, key_counts, key_mean, key_variance, value_mean, log_size,
+            slope, scale=scale, variance_weight=variance_weight, rows=rows, block_q=block_q,
+            block_kv=block_kv,
+        )  # fmt: skip
+
     def squeeze(x: Any, dim: int) -> Any:
         """Where a dimension is not 1 PyTorch leaves it, and ONNX does not."""
         if x.shape[dim] != 1:
@@ -519,6 +544,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.uta.block_scores.default: block_scores,
         torch.ops.uta.select_blocks.default: select_blocks,
         torch.ops.uta.list_blocks.default: list_blocks,
+        torch.ops.uta.fit_tail.default: fit_tail,
     }
 
 
@@ -560,6 +586,7 @@ def selection_functions(model: ir.Model, opset: int) -> list[onnx.FunctionProto]
         "SelectBlocks": select_blocks_function(opset),
         "SelectCounted": select_counted_function(opset),
         "ListBlocks": list_blocks_function(opset),
+        "FitTail": fit_tail_function(opset),
     }
     return [function for name, function in functions.items() if nodes_of(model, name)]
 

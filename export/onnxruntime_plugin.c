@@ -183,6 +183,7 @@ enum { MAP_ARGUMENTS = 9 };
   X(k_mean_ptr) X(k_var_ptr) X(v_mean_ptr) X(v_var_ptr) X(sums_ptr) X(total_ptr)                  \
   X(length) X(blocks_per_program) X(parts) X(size)                                                \
   X(mean_sb) X(mean_sh) X(mean_sn) X(var_sb) X(var_sh) X(var_sn) X(size_sb) X(size_sh)            \
+  X(exact_ptr) X(square_ptr) X(values_ptr) X(masses_ptr) X(mass_ptr) X(gain_ptr)                  \
   MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
   MAP(X, tail_k_desc) MAP(X, tail_v_desc) MAP(X, slope_desc) MAP(X, mean_desc) MAP(X, var_desc)
 #define NAME_ARGUMENT(name) ARG_##name,
@@ -215,13 +216,15 @@ typedef struct Kernel {
 
 /* types of nodes, and the kernels of each in the order in which they run */
 enum {
-  SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, SELECT_COUNTED, LIST_BLOCKS
+  SPARSE_ATTENTION, BLOCK_STATISTICS, BLOCK_SCORES, SELECT_BLOCKS, SELECT_COUNTED, LIST_BLOCKS,
+  FIT_TAIL
 };
 enum { MARK, TAIL, LISTED, ORDER, TURNS, VARIANCE, PAIRED };
 enum { POOL, SUM };
 enum { SCORE };
 enum { IN_ROW, FIRST, NEXT, KEEP = NEXT + 5 }; /* alone, or one after the other */
 enum { LIST };
+enum { SQUARE, SAMPLE, SOLVE };
 enum { KERNELS = 8, KEY_SIZE = 11 };
 
 /* for which nodes and shapes the kernels were compiled: the numbers that a node must have too */
@@ -810,6 +813,67 @@ static Status *list_blocks(Run *run) {
   return launch(run, LIST, divide_up(rows, VARIANTS[run->variant].kernels[LIST].blocks), 1);
 }
 
+/* ---- FitTail --------------------------------------------------------------------------------- */
+
+/* As triton_fitting.fit_tail. */
+static Status *fit_tail(Run *run) {
+  enum { EXACT = 3, KEY_COUNTS, KEY_MEAN, KEY_VARIANCE, VALUE_MEAN, LOG_SIZE, SLOPE };
+  const Node *node = run->node;
+  const Tensor *x = run->x;
+  const int64_t *sizes = x[QUERY].sizes;
+  int64_t batch_heads = sizes[0] * sizes[1], length_q = sizes[2], dim = sizes[3];
+  int64_t length_kv = x[KEY].sizes[2], dim_v = x[VALUE].sizes[3];
+  const int key[KEY_SIZE] = {
+      node->dtype, (int)dim, (int)dim_v, (int)node->block_q, (int)node->block_kv,
+      x[KEY_COUNTS].sizes[2] > 0};
+  TRY(find_variant(run, FIT_TAIL, key));
+  if (length_q * length_kv == 0)
+    return fail(STATUS_INVALID_ARGUMENT, "uta::FitTail: inputs 0 and 1 must have tokens");
+  int64_t blocks = divide_up(length_kv, node->block_kv);
+  if (x[EXACT].sizes[3] != blocks)
+    return fail(STATUS_INVALID_ARGUMENT,
+                "uta::FitTail: input %d must have a column for each of %lld key blocks, got %lld",
+                EXACT, (long long)blocks, (long long)x[EXACT].sizes[3]);
+  TRY(make_output(run, 0, 2, sizes));
+  TRY(make_output(run, 1, 2, sizes));
+  if (batch_heads == 0) return NULL;
+  TRY(begin(run));
+  int64_t parts = smaller(FIT_PROGRAMS / batch_heads, blocks * node->block_kv / FIT_KEYS);
+  int64_t per_program = divide_up(blocks, larger(parts, 1));
+  parts = divide_up(blocks, per_program);
+  int64_t element = node->dtype == TYPE_FLOAT ? 4 : 2, rows = node->rows;
+  size_t bytes = 0, square = reserve(&bytes, batch_heads * rows * dim * 4);
+  size_t seen = reserve(&bytes, batch_heads * parts * 3 * rows * dim_v * element);
+  size_t masses = reserve(&bytes, batch_heads * parts * 4 * rows * 4);
+  TRY(take_workspace(run, bytes));
+  Value *values = run->values;
+  static const int pointers[] = {ARG_q_ptr, ARG_k_ptr, ARG_v_ptr, ARG_exact_ptr, ARG_counts_ptr,
+                                 ARG_k_mean_ptr, ARG_k_var_ptr, ARG_v_mean_ptr, ARG_size_ptr,
+                                 ARG_slope_ptr};
+  for (int i = 0; i <= SLOPE; ++i) values[pointers[i]].pointer = (uint64_t)x[i].data;
+  values[ARG_square_ptr].pointer = (uint64_t)run->memory + square;
+  values[ARG_values_ptr].pointer = (uint64_t)run->memory + seen;
+  values[ARG_masses_ptr].pointer = (uint64_t)run->memory + masses;
+  values[ARG_mass_ptr].pointer = (uint64_t)run->outputs[0].data;
+  values[ARG_gain_ptr].pointer = (uint64_t)run->outputs[1].data;
+  STRIDES(x[QUERY], 4, ARG_q_sb, ARG_q_sh, ARG_q_sm);
+  STRIDES(x[KEY], 4, ARG_k_sb, ARG_k_sh, ARG_k_sn);
+  STRIDES(x[VALUE], 4, ARG_v_sb, ARG_v_sh, ARG_v_sn);
+  STRIDES(x[LOG_SIZE], 3, ARG_size_sb, ARG_size_sh);
+  values[ARG_heads].integer = sizes[1];
+  values[ARG_length].integer = values[ARG_length_q].integer = length_q;
+  values[ARG_length_kv].integer = length_kv;
+  values[ARG_rows].integer = rows;
+  values[ARG_blocks_per_program].integer = per_program;
+  values[ARG_parts].integer = parts;
+  values[ARG_scale].number = node->scale;
+  values[ARG_scale_log2].number = node->scale * M_LOG2E;
+  values[ARG_half_weight_log2].number = node->variance_weight / 2.0 * M_LOG2E;
+  TRY(launch(run, SQUARE, rows, batch_heads));
+  TRY(launch(run, SAMPLE, parts, batch_heads));
+  return launch(run, SOLVE, batch_heads, 1);
+}
+
 /* ---- All of them ----------------------------------------------------------------------------- */
 
 #define FLOAT(name) {#name, 0, offsetof(Node, name)}
@@ -828,6 +892,9 @@ static const NodeType TYPES[] = {
                        select_blocks},
     [SELECT_COUNTED] = {"SelectCounted", "TNN", "M", {4, 1, 1}, {{0}}, select_counted},
     [LIST_BLOCKS] = {"ListBlocks", "M", "II", {4}, {{0}}, list_blocks},
+    [FIT_TAIL] = {"FitTail", "TTTMITTTFF", "FF", {4, 4, 4, 4, 3, 4, 4, 4, 3, 4},
+                  {FLOAT(scale), FLOAT(variance_weight), INTEGER(rows), INTEGER(block_q),
+                   INTEGER(block_kv)}, fit_tail},
 };
 
 static Status *compute(void *state, void *context) {

@@ -24,6 +24,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
+from uta_fx.export.onnxruntime_fitting import compile_fit, fit_variants
 from uta_fx.export.onnxruntime_kernels import OPEN, SHARED_KB, Kernel, NodeOfFile
 from uta_fx.export.onnxruntime_selection import (
     compile_lists,
@@ -36,7 +37,7 @@ from uta_fx.export.onnxruntime_selection import (
     statistics_variants,
 )
 from uta_fx.export.replace_file import folder_beside
-from uta_fx.kernels import triton_attention
+from uta_fx.kernels import triton_attention, triton_fitting
 from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_selection import PACKED_BLOCKS, SIZES
 from uta_fx.kernels.triton_statistics import PROGRAMS
@@ -54,6 +55,7 @@ NODES: dict[
     "SelectBlocks": (selection_variants, compile_selection),
     "SelectCounted": (selection_variants, compile_selection),
     "ListBlocks": (lists_variants, compile_lists),
+    "FitTail": (fit_variants, compile_fit),
 }
 """By type of node: what a node asks of the kernels, and the kernels compiled for it."""
 
@@ -245,6 +247,7 @@ def _write_variants(
         "VARIANT_COUNT": len(compiled), "OPERATOR_COUNT": len(operators),
         "SELECTED_ROWS": SIZES.rows, "SELECTING": SIZES.programs,
         "OPEN": OPEN, "PACKED_BLOCKS": PACKED_BLOCKS,
+        "FIT_PROGRAMS": triton_fitting.PROGRAMS, "FIT_KEYS": triton_fitting.MIN_KEYS,
         "PROGRAMS": PROGRAMS, "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
     } | {
         # without Gluon no kernel asks for them

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
 from uta_fx.export.sort_selected import sort_selected
-from uta_fx.kernels import reference
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -66,7 +64,6 @@ def sparsify_program(
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     _list_masked_blocks(sparse)
-    _spell_out_fits(sparse)
     return sparse, sites
 
 
@@ -86,28 +83,6 @@ def _list_masked_blocks(program: ExportedProgram) -> None:
             made.meta = node.meta | {"val": fake}
         node.target = torch.ops.uta.sparse_attention.default
         node.args = (query, key, value, *parts, *rest)
-    program.graph_module.recompile()
-
-
-def _spell_out_fits(program: ExportedProgram) -> None:
-    """``uta::fit_tail`` in operations that every exporter has.
-
-    What is around stays as it was traced: another trace of the whole program could lay tensors out
-    otherwise than a view in it expects.
-    """
-    graph = program.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.uta.fit_tail.default):
-        fakes = torch.fx.map_arg(node.args, lambda x: x.meta["val"])
-        with torch.no_grad():
-            spelled = make_fx(reference.fit_tail)(*fakes).graph
-        inputs = spelled.find_nodes(op="placeholder")
-        given = dict(zip(inputs, node.args, strict=True))
-        with graph.inserting_before(node):
-            factors = graph.graph_copy(spelled, given)
-        for part in list(node.users):  # getitem
-            part.replace_all_uses_with(factors[part.args[1]])
-            graph.erase_node(part)
-        graph.erase_node(node)
     program.graph_module.recompile()
 
 

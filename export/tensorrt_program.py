@@ -29,7 +29,8 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
 
     ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold, operators that
     return a constant that constant, ``uta::rectified_attention`` ``uta::sparse_attention``, and
-    ``uta::block_statistics``, ``uta::select_blocks`` and ``uta::list_blocks`` plain PyTorch.
+    ``uta::block_statistics``, ``uta::select_blocks``, ``uta::list_blocks`` and ``uta::fit_tail``
+    plain PyTorch.
     Everything else stays as it is.
 
     Args:
@@ -43,6 +44,7 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     table[torch.ops.uta.rectified_attention.default] = _rectified_attention
     table[torch.ops.uta.select_blocks.default] = _select_blocks
     table[torch.ops.uta.list_blocks.default] = _list_blocks
+    table[torch.ops.uta.fit_tail.default] = reference.fit_tail
     table.update({operator: _written(function) for operator, function in CONSTANTS.items()})
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps

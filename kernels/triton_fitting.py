@@ -10,6 +10,8 @@ the third, one program a head, which then solves for the factors. Softmax is bas
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -351,13 +353,58 @@ def fit_tail(
         launcher(_solve_kernel, (batch * heads,))(
             query, slope.contiguous(), values, masses, mass, gain,
             *query.stride()[:3], heads, query.shape[2], rows, values.shape[2], scale,
-            BLOCK_R=MAX_FIT_ROWS, SLOPE_ROWS=_ROWS[query.itemsize],
-            STAGES=4 if query.itemsize == 2 else 2,
-            D=dim, D_PADDED=triton.next_power_of_2(dim),
-            DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v),
-            PRECISION=dot_precision(query.dtype), **SOLVE_OPTIONS,
+            **solve_options(query.dtype, dim, dim_v),
         )  # fmt: skip
     return mass, gain
+
+
+def square_options(dim: int, block_q: int) -> dict[str, Any]:
+    """Constants and compiler's options of the first kernel."""
+    return {"BLOCK_Q": block_q, "D": dim, "D_PADDED": triton.next_power_of_2(dim), "num_warps": 4}
+
+
+def sample_options(
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    block_q: int,
+    block_kv: int,
+    counted: bool,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Those of the second kernel, for queries of that dtype."""
+    precision = dot_precision(dtype)
+    return {
+        "BLOCK_Q": block_q, "BLOCK_KV": block_kv, "BLOCK_R": tile.block_m,
+        "BLOCK_N": tile.block_n, "MEANS": _ROWS[dtype.itemsize], "COUNTED": counted,
+        **_dims(dim, dim_v), "PRECISION": precision,
+        # squares are float32 whatever the dtype; three products of TF32 are nearly as exact
+        "SQUARE_PRECISION": "tf32x3" if dtype.itemsize == 2 else precision,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
+def sample_tile(
+    dtype: torch.dtype, dim: int, dim_v: int, block_q: int, block_kv: int, limit: int
+) -> Tile:
+    """The tuned tile of the second kernel within so many bytes of shared memory."""
+    return fit_tile(_TILES, dtype, max(dim, dim_v), block_q, block_kv, 1, 2, limit)
+
+
+def solve_options(dtype: torch.dtype, dim: int, dim_v: int) -> dict[str, Any]:
+    """Those of the third kernel."""
+    return {
+        "BLOCK_R": MAX_FIT_ROWS, "SLOPE_ROWS": _ROWS[dtype.itemsize],
+        "STAGES": 4 if dtype.itemsize == 2 else 2, **_dims(dim, dim_v),
+        "PRECISION": dot_precision(dtype), **SOLVE_OPTIONS,
+    }  # fmt: skip
+
+
+def _dims(dim: int, dim_v: int) -> dict[str, Any]:
+    return {
+        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
+        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
+    }  # fmt: skip
 
 
 def attend_sampled_rows(
@@ -409,17 +456,15 @@ def attend_sampled_rows(
     parts = max(1, min(PROGRAMS // (batch * heads), blocks * block_kv // MIN_KEYS))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
-    padded = triton.next_power_of_2(dim)
-    precision = dot_precision(query.dtype)
-    limit = shared_limit(query)
-    tile = tile or fit_tile(_TILES, query.dtype, max(dim, dim_v), block_q, block_kv, 1, 2, limit)
+    sizes = (query.dtype, dim, dim_v, block_q, block_kv)
+    tile = tile or sample_tile(*sizes, shared_limit(query))
     square = query.new_empty((batch, heads, rows, dim), dtype=torch.float32)
     values = value.new_empty((batch, heads, parts, 3, rows, dim_v))
     masses = query.new_empty((batch, heads, parts, 4, rows), dtype=torch.float32)
     with torch.cuda.device_of(query):
         launcher(_square_kernel, (rows, batch * heads))(
             query, square, *query.stride()[:3], heads, length_q, rows, scale,
-            BLOCK_Q=block_q, D=dim, D_PADDED=padded, num_warps=4,
+            **square_options(dim, block_q),
         )  # fmt: skip
         launcher(_sample_kernel, (parts, batch * heads))(
             query, key, value,
@@ -429,12 +474,6 @@ def attend_sampled_rows(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_size.stride(),
             heads, length_q, length_kv, rows, per_program,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
-            BLOCK_Q=block_q, BLOCK_KV=block_kv, BLOCK_R=tile.block_m, BLOCK_N=tile.block_n,
-            MEANS=_ROWS[query.itemsize], D=dim, D_PADDED=padded,
-            DV=dim_v, DV_PADDED=triton.next_power_of_2(dim_v), COUNTED=key_counts.shape[2] > 0,
-            PRECISION=precision,
-            # squares are float32 whatever the dtype; three products of TF32 are nearly as exact
-            SQUARE_PRECISION="tf32x3" if query.itemsize == 2 else precision,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **sample_options(*sizes, key_counts.shape[2] > 0, tile),
         )  # fmt: skip
     return values, masses

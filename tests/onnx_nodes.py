@@ -91,3 +91,13 @@ def select_file(scores, kept, rows):
     function = onnx_functions.select_blocks_function(18)
     exact = torch.empty(scores.shape, dtype=torch.bool)
     return node_file(function, {"scores": scores}, {"kept": kept, "rows": rows}, [exact])
+
+
+def fit_file(args):
+    """Of ``FitTail``, by the arguments of ``uta::fit_tail``; and what to feed it."""
+    schema = onnx_functions.schemas()["FitTail"]
+    named = dict(zip([x.name for x in schema.inputs], args[:10], strict=True))
+    names = ("scale", "variance_weight", "rows", "block_q", "block_kv")
+    attributes = dict(zip(names, args[10:], strict=True))
+    factors = [torch.empty(args[0].shape[:2]) for _ in range(2)]
+    return node_file(onnx_functions.fit_tail_function(18), named, attributes, factors), named

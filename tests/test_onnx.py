@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, double
+from test_fitting import CASES as FITS
+from test_fitting import assert_fit_is_accurate
 from torch import nn
 
 from uta_fx import Config, export_onnx, onnxruntime_session
@@ -124,6 +126,41 @@ def test_the_function_of_scores_is_the_operator(power):
         function = onnx_functions.block_scores_function(18, known)
         (scores,) = run_node(function, inputs, attributes, [exact])
         torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ragged",
+        "whole_blocks",
+        "one_token",
+        "fewer_tokens_than_rows",
+        "everything_exact",
+        "head_dims_of_their_own",
+        "clusters",
+        "negative_scale",
+    ],
+)
+def test_the_function_of_a_fit_is_the_operator(name, dtype):
+    """As accurate as a kernel is: sums are float32, and so is the scale."""
+    args = FITS[name].inputs(dtype, "cpu")
+    args[10] = torch.tensor(args[10]).item()
+    model, named = onnx_nodes.fit_file(args)
+    onnx.checker.check_model(model, full_check=True)
+    found = run(model.SerializeToString(), arrays_of(named))
+    assert_fit_is_accurate(args, [torch.from_numpy(x) for x in found])
+
+
+def test_rows_that_are_not_finite_do_not_count_in_the_function_of_a_fit():
+    """Nor make the factors anything but numbers."""
+    args = FITS["ragged"].inputs(torch.float32, "cpu")
+    model, named = onnx_nodes.fit_file(args)
+    args[0][:, :, 4] = torch.nan  # the first row of the sample
+    found = [torch.from_numpy(x) for x in run(model.SerializeToString(), arrays_of(named))]
+    assert all(x.isfinite().all() and (x != 1).all() for x in found)
+    for got, expected in zip(found, reference.fit_tail(*args), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_file_rounds_scores_as_the_operator(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SCORED, Case, score_inputs
+from test_fitting import CASES as FITS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("triton")
@@ -31,6 +32,7 @@ from uta_fx.kernels import (  # noqa: E402
     gluon_statistics,
     gluon_tail,
     triton_attention,
+    triton_fitting,
     triton_scores,
     triton_selection,
     triton_statistics,
@@ -54,6 +56,7 @@ KERNELS = {
         "_keep_kernel",
         "_keep_in_row_kernel",
     ),
+    triton_fitting: ("_square_kernel", "_sample_kernel", "_solve_kernel"),
 }
 UNREAD = {  # what a kernel does not read where a constant of it is false
     "TAIL": ("tail_", "slope_desc", "size_", "sigma2_"),
@@ -168,7 +171,7 @@ def prepare_node(path, model, inputs, operator, architecture, driver, monkeypatc
     monkeypatch.setattr(gluon_attention, "on_hopper", lambda x: architecture == 90)
     for module in (gluon_scores, gluon_statistics):
         monkeypatch.setattr(module, "on_hopper", lambda x: architecture == 90)
-    for module in (triton_attention, triton_scores):
+    for module in (triton_attention, triton_fitting, triton_scores):
         monkeypatch.setattr(module, "shared_limit", lambda x: LIMITS[architecture])
     compiler = Compiler()
     monkeypatch.setattr(onnxruntime_kernels.triton, "compile", compiler)
@@ -380,6 +383,53 @@ def test_launches_of_a_counted_selection_are_the_operator_s(
     assert_launches(runtime, compiled, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "name", ["ragged", "one_token", "wide_head_dims", "several_parts", "clusters", "many_heads"]
+)
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_launches_of_a_fit_are_the_operator_s(
+    tmp_path, architecture, name, known, dtype, driver, monkeypatch
+):
+    """One library for every size but head dims; as many programs as the operator's."""
+    many = replace(FITS["several_parts"], heads=50, length_q=40, dim=16, dim_v=16)
+    case = replace((FITS | {"many_heads": many})[name], scale=-0.25)
+    args = case.inputs(dtype, "cpu")
+    model, named = onnx_nodes.fit_file(args)
+    if not known:
+        onnx_nodes.with_open_sizes(model, known=[case.dim, case.dim_v])
+    results = []
+
+    def fit():
+        results.extend(triton_fitting.fit_tail(*args))
+        return results
+
+    runtime, compiled, expected = prepare_node(
+        tmp_path / "plugin.so", model, named, fit, architecture, driver, monkeypatch
+    )
+    assert [name for name, *_ in expected] == list(KERNELS[triton_fitting])
+    assert_launches(runtime, compiled, expected)
+
+
+def test_a_fit_that_kernels_cannot_serve_is_refused(tmp_path, driver, monkeypatch):
+    """More rows than a tile before there is a library, a mask of other blocks in a run."""
+    args = FITS["ragged"].inputs(torch.float32, "cpu")
+    model, named = onnx_nodes.fit_file([*args[:12], 17, *args[13:]])
+    (node,) = model.graph.node
+    with pytest.raises(ValueError, match="got none with kernels"):
+        onnxruntime_plugin.variants_of(model, 90)
+    next(x for x in node.attribute if x.name == "rows").i = 16
+    runtime, *_ = prepare_node(
+        tmp_path / "plugin.so", model, named, lambda: triton_fitting.fit_tail(*args), 90, driver,
+        monkeypatch,
+    )  # fmt: skip
+    runtime.tensors[3] = runtime.tensors[3][..., 1:].contiguous()
+    with pytest.raises(RuntimeError, match="a column for each of 5 key blocks, got 4"):
+        runtime.run()
+    assert not runtime.launches and not runtime.scratch
+
+
 RUN = """
 import ctypes, json, sys
 import numpy, onnxruntime
@@ -427,6 +477,7 @@ def test_onnx_runtime_itself_runs_every_node(tmp_path, python, driver, monkeypat
             onnx_functions.node_model(replace(HOPPER, dtype=torch.float16).inputs()),
             onnx_nodes.statistics_file(*torch.zeros(2, 2, 3, 300, 128).half(), 64),
             onnx_nodes.counted_file(scores, 20000, 300),
+            onnx_nodes.fit_file(FITS["clusters"].inputs(torch.float16, "cpu")),
         ]
     expected, paths = [], []
     for index, (model, inputs) in enumerate(files):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import Case, score_inputs
+from test_fitting import CASES as FITS
 
 onnx = pytest.importorskip("onnx")
 
@@ -18,6 +19,7 @@ ATTRIBUTES = {
     "SelectBlocks": {"kept", "rows"},
     "SelectCounted": set(),
     "ListBlocks": set(),
+    "FitTail": {"scale", "variance_weight", "rows", "block_q", "block_kv"},
 }
 
 
@@ -91,7 +93,9 @@ def test_nodes_of_the_selection_give_what_their_operators_give(registered, dtype
     chosen = onnx_nodes.select_file(torch.ones(2, 3, 4, 5), 6, 4)
     counted, _ = onnx_nodes.counted_file(torch.ones(2, 3, 4, 5), 6, 4)
     lists = onnx_nodes.lists_file(torch.ones(2, 3, 4, 5, dtype=torch.bool))
-    for model in (statistics, scores, chosen, counted, lists):
+    fit, _ = onnx_nodes.fit_file(FITS["head_dims_of_their_own"].inputs(dtype, "cpu"))
+    of_clusters, _ = onnx_nodes.fit_file(FITS["clusters"].inputs(dtype, "cpu"))
+    for model in (statistics, scores, chosen, counted, lists, fit, of_clusters):
         model, said = bare(model)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         assert list(model.graph.output) == said

@@ -1,0 +1,100 @@
+"""Which kernels ONNX Runtime's plugin runs for a ``FitTail`` node: those of ``triton_fitting``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from uta_fx.export.onnxruntime_kernels import (
+    DTYPES,
+    SHARED_KB,
+    Kernel,
+    NodeOfFile,
+    compile_kernel,
+    number_type,
+)
+from uta_fx.kernels import triton_fitting
+from uta_fx.kernels.ops import MAX_FIT_ROWS
+
+_POINTERS = {
+    "exact_ptr": "*u8", "counts_ptr": "*i32", "square_ptr": "*fp32", "size_ptr": "*fp32",
+    "slope_ptr": "*fp32", "masses_ptr": "*fp32", "mass_ptr": "*fp32", "gain_ptr": "*fp32",
+}  # fmt: skip
+
+
+class FitVariant(NamedTuple):
+    """For which ``FitTail`` nodes kernels are compiled; the key as in the C source."""
+
+    dtype: int
+    dim: int
+    dim_v: int
+    block_q: int
+    block_kv: int
+    counted: bool  # key blocks say how many keys they hold
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What a node must have too."""
+        return tuple(map(int, self))
+
+
+def fit_variants(node: NodeOfFile, architecture: int) -> list[FitVariant]:
+    """The one of a ``FitTail`` node.
+
+    Raises:
+        ValueError: A size that a kernel needs is not known, or there are more rows than it takes.
+    """
+    rows = node.attributes["rows"]
+    if not 1 <= rows <= MAX_FIT_ROWS:
+        raise ValueError(f"node {node.name}: rows must lie in [1, {MAX_FIT_ROWS}], got {rows}")
+    return [
+        FitVariant(
+            dtype=node.dtype(0),
+            dim=node.known(0, 3),
+            dim_v=node.known(2, 3),
+            block_q=node.attributes["block_q"],
+            block_kv=node.attributes["block_kv"],
+            counted=not node.is_empty(4, 2),
+        )
+    ]
+
+
+def compile_fit(variant: FitVariant, architecture: int) -> dict[str, Kernel]:
+    """The kernels of a variant by their place in the C source, in the order in which they run.
+
+    Raises:
+        RuntimeError: Triton could not compile one of them.
+    """
+    dtype, name = DTYPES[variant.dtype]
+    sizes = (dtype, variant.dim, variant.dim_v, variant.block_q, variant.block_kv)
+    tile = triton_fitting.sample_tile(*sizes, SHARED_KB[architecture] * 1024)
+    kernels = {
+        "SQUARE": (
+            triton_fitting._square_kernel,
+            triton_fitting.square_options(variant.dim, variant.block_q),
+        ),
+        "SAMPLE": (
+            triton_fitting._sample_kernel,
+            triton_fitting.sample_options(*sizes, variant.counted, tile) | {"size_sn": 1},
+        ),
+        "SOLVE": (triton_fitting._solve_kernel, triton_fitting.solve_options(*sizes[:3])),
+    }
+    divisible = set()
+    for tensor, dim in (("q", variant.dim), ("k", variant.dim), ("v", variant.dim_v)):
+        if dim % 16 == 0:
+            divisible |= {f"{tensor}_s{place}" for place in "bhmn"}
+    return {
+        place: compile_kernel(
+            function, architecture, options,
+            types={x: _parameter_type(x, name) for x in function.arg_names},
+            divisible=divisible | {x for x in function.arg_names if x.endswith("_ptr")},
+        )
+        for place, (function, options) in kernels.items()
+    }  # fmt: skip
+
+
+def _parameter_type(name: str, dtype: str) -> str:
+    if name.endswith("_ptr"):
+        return _POINTERS.get(name, f"*{dtype}")
+    if name in ("scale", "scale_log2", "half_weight_log2"):
+        return "fp32"
+    return number_type(name)
