@@ -551,8 +551,6 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     below = Sub (logits, highest)
     powers = Exp (below)
     total = ReduceSum <keepdims = 1> (powers, last_axis)
-    log_total = Log (total)
-    lse = Add (highest, log_total)
     weights = Div (powers, total)
     listed = Gather <axis = 2> (exact, query_block)
     not_listed = Not (listed)
@@ -589,11 +587,12 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     mean_products = MatMul (q, mean_by_channel)
     size_row = Unsqueeze (log_size, row_axis)
     sized = Add (mean_products, size_row)
-    relative = Sub (sized, lse)
+    relative = Sub (sized, highest)
     half_weight = Mul (half, weight)
     lift = Mul (sigma2, half_weight)
     mass_logits = Add (relative, lift)
-    all_masses = Exp (mass_logits)
+    mass_powers = Exp (mass_logits)
+    all_masses = Div (mass_powers, total)
     masses = Where (listed, zero_float, all_masses)
     damping = Add (sigma2, one_float)
     damped = Div (masses, damping)
@@ -619,7 +618,7 @@ STEPS
     gain = Squeeze (gain_factor, two_axes)
 }
 """
-"""Rows attend to all keys in one product; blocks that are not counted hold ``block_kv`` keys."""
+"""Blocks whose keys are not counted hold ``block_kv``; what lies beyond the last key is cut off."""
 
 _FIT_STEP = """
     given_mass_N = Mul (of_mass_P, mass_of_tail)
@@ -877,7 +876,10 @@ def schemas() -> dict[str, OpSchema]:
                     "key": ("T", "[B, H, Lk, D]"),
                     "value": ("T", "[B, H, Lk, Dv]"),
                     "exact": ("M", "[B, H, Nq, Nk], the blocks that are kept"),
-                    "key_counts": ("I", "[B, H, C], how many keys of each block count, C Nk; or 0"),
+                    "key_counts": (
+                        "I",
+                        "[B, H, C], how many keys of a block count; C Nk, or 0 where all do",
+                    ),
                     "key_mean": ("T", "[B, H, Nk, D]"),
                     "key_variance": ("T", "[B, H, Nk, D], of each channel"),
                     "value_mean": ("T", "[B, H, Nk, Dv]"),

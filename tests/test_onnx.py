@@ -139,7 +139,6 @@ def test_the_function_of_scores_is_the_operator(power):
         "everything_exact",
         "head_dims_of_their_own",
         "clusters",
-        "negative_scale",
     ],
 )
 def test_the_function_of_a_fit_is_the_operator(name, dtype):

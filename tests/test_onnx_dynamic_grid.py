@@ -56,7 +56,8 @@ def test_one_file_serves_every_grid(tmp_path, settings):
         variants = {name: len(x) for name, x in variants_of(written, 90).items()}
         assert variants.pop("BlockScores", None) == (None if settings else 1)
         # ragged blocks and whole ones
-        assert variants == {"SparseAttention": 2, "SelectCounted": 1, "ListBlocks": 1}
+        served = {"SelectCounted": 1, "ListBlocks": 1, "FitTail": 1}
+        assert variants == {"SparseAttention": 2, **served}
     metadata = {x.key: x.value for x in written.metadata_props}
     sides = [site["grid"] for site in json.loads(metadata["uta_fx.sites"]) if site["sparse"]]
     assert sides and all(isinstance(side, str) for grid in sides for side in grid)

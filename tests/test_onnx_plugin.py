@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SCORED, Case, double, score_inputs
+from test_fitting import CASES as FITS
 from torch import nn
 
 import uta_fx
@@ -95,6 +96,11 @@ def statistics_model():
     return onnx_nodes.statistics_file(*torch.zeros(2, 1, 2, 300, 64).half(), 64)[0]
 
 
+def fit_model():
+    args = replace(FITS["ragged"], dim=128, dim_v=128).inputs(torch.bfloat16, "cpu")
+    return onnx_nodes.with_open_sizes(onnx_nodes.fit_file(args)[0], known=[128])
+
+
 FILES = {
     "statistics-90": (90, statistics_model),
     "lists-120": (120, lambda: onnx_nodes.lists_file(torch.zeros(1, 2, 5, 12) > 0)),
@@ -104,6 +110,8 @@ FILES = {
     "attention-90": (90, lambda: onnx_functions.node_model(HOPPER.inputs())[0]),
     "selection-90": (90, selection_file),
     "counted-100": (100, counted_model),
+    "fit-90": (90, fit_model),
+    "fit-86": (86, lambda: onnx_nodes.fit_file(FITS["clusters"].inputs(torch.float32, "cpu"))[0]),
 }
 
 
@@ -223,7 +231,8 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     assert opset == (22 if dtype == torch.bfloat16 else 18)  # ONNX Runtime 1.22 reads up to 22
     variants = onnxruntime_plugin.variants_of(model, 90)
     # at head dim 16 there is no kernel for Hopper, which alone does the statistics
-    assert list(variants) == ["SparseAttention", "BlockScores", "SelectBlocks", "ListBlocks"]
+    served = ["SparseAttention", "BlockScores", "SelectBlocks", "ListBlocks", "FitTail"]
+    assert list(variants) == served
     (variant,) = variants["SparseAttention"]
     assert variant == onnxruntime_attention.AttentionVariant(
         dtype=onnx_functions.ELEMENT_TYPES[dtype], dim=16, dim_v=16, block_q=32, block_kv=32,
@@ -235,6 +244,8 @@ def test_an_exported_file_says_what_a_plugin_needs(tmp_path, dtype):
     assert (of_scores.dtype, of_scores.dim, of_scores.blocks) == (variant.dtype, 16, 12)
     (selection,) = variants["SelectBlocks"]
     assert (selection.dtype, selection.blocks) == (scores, 12)
+    (fit,) = variants["FitTail"]
+    assert fit == (variant.dtype, 16, 16, 32, 32, False)
 
 
 def test_bad_input_to_the_builder(tmp_path):
@@ -511,6 +522,26 @@ def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
 
 @pytest.mark.gpu
 @needs_cuda_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", ["ragged", "head_dims_of_their_own", "several_parts", "clusters"])
+def test_the_plugin_fits_as_the_operator(tmp_path, name, known, dtype, caplog):
+    """Bit for bit, twice, for the scale of the file."""
+    case, path = FITS[name], tmp_path / "model.onnx"
+    args = case.inputs(dtype, "cpu")
+    args[10] = 0.25
+    model, named = onnx_nodes.fit_file(args)
+    if not known:
+        onnx_nodes.with_open_sizes(model, known=[case.dim, case.dim_v])
+    onnx.save(model, path)
+    expected = uta_fx.kernels.ops.fit_tail(*(x.cuda() if torch.is_tensor(x) else x for x in args))
+    mass, gain = results = [torch.empty_like(x) for x in expected]
+    bound = open_node(path, named, {"mass": mass, "gain": gain}, caplog)
+    assert_gives_twice(bound, results, expected)
+
+
+@pytest.mark.gpu
+@needs_cuda_runtime
 @pytest.mark.parametrize("name", SCORED)
 def test_the_plugin_scores_as_the_operator(tmp_path, name, caplog):
     """Bit for bit, twice; where the operator takes the kernel for Hopper, so does the plugin."""
@@ -555,7 +586,8 @@ def test_a_whole_file_runs_by_the_plugin(tmp_path, caplog):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
     hopper = torch.cuda.get_device_capability() == (9, 0)
     statistics = "BlockStatistics, " if hopper else ""
-    assert f"SparseAttention, {statistics}BlockScores, SelectBlocks, ListBlocks run" in caplog.text
+    assert f"SparseAttention, {statistics}BlockScores, SelectBlocks, ListBlocks, " in caplog.text
+    assert "ListBlocks, FitTail run by" in caplog.text
     on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
     (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))
     error = np.linalg.norm(got.astype(np.float64) - expected)
@@ -577,7 +609,8 @@ def test_a_file_for_every_grid_runs_by_the_plugin(tmp_path, budget, caplog):
         session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"])
     hopper = torch.cuda.get_device_capability() == (9, 0)
     statistics = "BlockStatistics, " if hopper else ""
-    assert f"SparseAttention, {statistics}BlockScores, SelectCounted, ListBlocks" in caplog.text
+    assert f"SparseAttention, {statistics}BlockScores, SelectCounted, ListBlocks, " in caplog.text
+    assert "ListBlocks, FitTail run by" in caplog.text
     on_cpu = uta_fx.onnxruntime_session(path, ["CPUExecutionProvider"])
     for clip in (torch.randn(1, 3, 8, 32, 48).half(), torch.randn(1, 3, 5, 30, 46).half()):
         (got,), (expected,) = (x.run(None, {"clip": clip.numpy()}) for x in (session, on_cpu))

@@ -336,8 +336,9 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
     know a node by itself do: ``onnx.defs.register_schema(uta_fx.onnx_schema())``.
 
     Args:
-        name: ``"SparseAttention"``, or a node that selects its blocks: ``"BlockStatistics"``,
-            ``"BlockScores"``, ``"SelectBlocks"``, ``"SelectCounted"`` or ``"ListBlocks"``.
+        name: ``"SparseAttention"``, a node that selects its blocks (``"BlockStatistics"``,
+            ``"BlockScores"``, ``"SelectBlocks"``, ``"SelectCounted"`` or ``"ListBlocks"``), or
+            ``"FitTail"``.
 
     Returns:
         ``onnx.defs.OpSchema``.
