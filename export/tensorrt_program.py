@@ -30,8 +30,7 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold, operators that
     return a constant that constant, ``uta::rectified_attention`` ``uta::sparse_attention``, and
     ``uta::block_statistics``, ``uta::select_blocks``, ``uta::list_blocks`` and ``uta::fit_tail``
-    plain PyTorch.
-    Everything else stays as it is.
+    plain PyTorch. Everything else stays as it is.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 from uta_fx import Config
 from uta_fx.backend import plan_of
 from uta_fx.export.program import sparsify_program
-from uta_fx.tails import Tail
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
 
@@ -27,8 +26,7 @@ def test_a_wan_program_keeps_its_result_and_holds_the_operator():
     ).eval()  # fmt: skip
     args = (torch.randn(1, 3, 4, 16, 24), torch.full((1,), 500.0), torch.randn(1, 9, 16))
     program = torch.export.export(model, args, {"return_dict": False})
-    config = Config(density=1.0, tail=Tail(fit=0), **SMALL)  # a fit gathers its rows
-    sparse, sites = sparsify_program(program, plan_of(config))
+    sparse, sites = sparsify_program(program, plan_of(Config(density=1.0, **SMALL)))
     assert [(site.kind, site.sparse) for site in sites] == [("self", True), ("cross", False)] * 2
     assert [site.name for site in sites[:2]] == ["blocks.0.attn1", "blocks.0.attn2"]
     assert sites[0].grid == (4, 8, 12)
