@@ -74,8 +74,7 @@ class LowDelta:
         factor = selection.statistics.value_variance ** (self.value_power / 2)
         if self.variance_weight:
             factor = factor * (-self.variance_weight / 2 * _mean_variance(selection)).exp()
-        # in 16 bits where the scores are: eagerly, a copy of them in float32 is a tenth of the inputs
-        scores = scores * factor[:, :, None].to(scores.dtype)
+        scores = (scores * factor[:, :, None]).to(scores.dtype)
         return spend_budget(scores, selection.density, selection.budget)
 
 
