@@ -392,7 +392,7 @@ def sample_tile(
 
 
 def solve_options(dtype: torch.dtype, dim: int, dim_v: int) -> dict[str, Any]:
-    """Those of the third kernel."""
+    """Constants and compiler's options of the third kernel."""
     return {
         "BLOCK_R": MAX_FIT_ROWS, "SLOPE_ROWS": _ROWS[dtype.itemsize],
         "STAGES": 4 if dtype.itemsize == 2 else 2, **_dims(dim, dim_v),

@@ -383,8 +383,7 @@ def test_launches_of_a_counted_selection_are_the_operator_s(
     assert_launches(runtime, compiled, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("dtype", "known"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize(
     "name", ["ragged", "one_token", "wide_head_dims", "several_parts", "clusters", "many_heads"]
 )
