@@ -21,12 +21,12 @@ from uta_fx.export.onnxruntime_kernels import (
     NodeOfFile,
     compile_kernel,
     map_type,
-    number_type,
+    parameter_type,
 )
 from uta_fx.kernels import triton_attention
 from uta_fx.kernels.triton_attention import (
     ID_CHUNK,
-    dot_precision,
+    dim_options,
     fit_tile,
     gluon_attention,
     gluon_tail,
@@ -187,11 +187,8 @@ def _compile_listed(variant: AttentionVariant, architecture: int) -> Kernel:
 
 
 def _dims(variant: AttentionVariant) -> dict[str, Any]:
-    return {
-        "D": variant.dim, "D_PADDED": triton.next_power_of_2(variant.dim),
-        "DV": variant.dim_v, "DV_PADDED": triton.next_power_of_2(variant.dim_v),
-        "SIGN": variant.sign, "PRECISION": dot_precision(DTYPES[variant.dtype][0]), "o_sd": 1,
-    }  # fmt: skip
+    options = dim_options(DTYPES[variant.dtype][0], variant.dim, variant.dim_v)
+    return options | {"SIGN": variant.sign, "o_sd": 1}
 
 
 def _compile(
@@ -207,10 +204,11 @@ def _compile(
     names = _NAMES.get(function.__name__, {})
     maps = [name for name in function.arg_names if name.endswith("_desc")]
     types = _map_types(maps, variant, options) if maps else {}
+    dtype = DTYPES[variant.dtype][1]
     return compile_kernel(
         function, architecture, options, names=names, programs=programs, blocks=blocks,
         types={
-            name: types.get(name) or _parameter_type(names.get(name, name), variant)
+            name: types.get(name) or parameter_type(names.get(name, name), dtype, _POINTERS)
             for name in function.arg_names
         },
         divisible={
@@ -219,14 +217,6 @@ def _compile(
             if name not in unaligned and _is_divisible(names.get(name, name), variant)
         },
     )  # fmt: skip
-
-
-def _parameter_type(name: str, variant: AttentionVariant) -> str:
-    if name.endswith("_ptr"):
-        return "*" + _POINTERS.get(name.removesuffix("_ptr"), DTYPES[variant.dtype][1])
-    if name in ("scale", "scale_log2", "half_weight_log2"):
-        return "fp32"
-    return number_type(name)
 
 
 def _map_types(

@@ -10,14 +10,14 @@ from uta_fx.export.onnxruntime_kernels import (
     Kernel,
     NodeOfFile,
     compile_kernel,
-    number_type,
+    parameter_type,
 )
 from uta_fx.kernels import triton_fitting
 from uta_fx.kernels.ops import MAX_FIT_ROWS
 
 _POINTERS = {
-    "exact_ptr": "*u8", "counts_ptr": "*i32", "square_ptr": "*fp32", "size_ptr": "*fp32",
-    "slope_ptr": "*fp32", "masses_ptr": "*fp32", "mass_ptr": "*fp32", "gain_ptr": "*fp32",
+    "exact": "u8", "counts": "i32", "square": "fp32", "size": "fp32",
+    "slope": "fp32", "masses": "fp32", "mass": "fp32", "gain": "fp32",
 }  # fmt: skip
 
 
@@ -85,16 +85,8 @@ def compile_fit(variant: FitVariant, architecture: int) -> dict[str, Kernel]:
     return {
         place: compile_kernel(
             function, architecture, options,
-            types={x: _parameter_type(x, name) for x in function.arg_names},
+            types={x: parameter_type(x, name, _POINTERS) for x in function.arg_names},
             divisible=divisible | {x for x in function.arg_names if x.endswith("_ptr")},
         )
         for place, (function, options) in kernels.items()
     }  # fmt: skip
-
-
-def _parameter_type(name: str, dtype: str) -> str:
-    if name.endswith("_ptr"):
-        return _POINTERS.get(name, f"*{dtype}")
-    if name in ("scale", "scale_log2", "half_weight_log2"):
-        return "fp32"
-    return number_type(name)

@@ -37,8 +37,18 @@ def map_type(dtype: str, rows: int, dim: int) -> str:
     return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{gluon_attention.MAP_LAYOUT!r}>"
 
 
-def number_type(name: str) -> str:
-    """Triton's type of a size or a stride: those of samples and heads may not fit 32 bits."""
+def parameter_type(name: str, dtype: str, pointers: Mapping[str, str]) -> str:
+    """Triton's type of a parameter that is no tensor map.
+
+    Args:
+        name: Of the parameter. Strides of samples and heads may not fit 32 bits.
+        dtype: Triton's, of the node's tensors.
+        pointers: Those of tensors of another dtype, by their names without ``_ptr``.
+    """
+    if name.endswith("_ptr"):
+        return "*" + pointers.get(name.removesuffix("_ptr"), dtype)
+    if name in ("scale", "scale_log2", "half_weight_log2", "power"):
+        return "fp32"
     return "i64" if name.endswith(("_sb", "_sh")) else "i32"
 
 

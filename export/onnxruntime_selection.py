@@ -16,7 +16,7 @@ from uta_fx.export.onnxruntime_kernels import (
     NodeOfFile,
     compile_kernel,
     map_type,
-    number_type,
+    parameter_type,
 )
 from uta_fx.kernels import triton_scores, triton_selection, triton_statistics
 from uta_fx.kernels.triton_attention import gluon_attention
@@ -153,21 +153,19 @@ def compile_scores(variant: ScoresVariant, architecture: int) -> dict[str, Kerne
         options = triton_scores.score_options(dtype, variant.dim, *numbers, tile)
         rows = triton_scores.rows_of_program(tile, variant.block_q, variant.rows)
     wide = "fp32" if variant.dtype == TensorProto.FLOAT else "bf16"
-    types = {"size_ptr": "*fp32", "scores_ptr": f"*{wide}", "power": "fp32", "scale": "fp32"}
-    types |= {"scale_log2": "fp32", "half_weight_log2": "fp32"}
+    pointers = {"size": "fp32", "scores": wide}
+    types = {
+        x: map_type(name, gluon_scores.TILE, variant.dim)
+        if x.endswith("_desc")
+        else parameter_type(x, name, pointers)
+        for x in function.arg_names
+    }
     divisible = {"q_ptr", "mean_ptr", "var_ptr", "size_ptr", "scores_ptr"}
     if variant.dim % 16 == 0:
         divisible |= {"q_sb", "q_sh", "q_sm", "mean_sb", "mean_sh", "mean_sn"}
         divisible |= {"var_sb", "var_sh", "var_sn"}
     if variant.blocks % 16 == 0:
         divisible |= {"blocks", "size_sb", "size_sh"}
-    for parameter in function.arg_names:
-        if parameter.endswith("_desc"):
-            types[parameter] = map_type(name, gluon_scores.TILE, variant.dim)
-        elif parameter.endswith("_ptr"):
-            types.setdefault(parameter, f"*{name}")
-        else:
-            types.setdefault(parameter, number_type(parameter))
     kernel = compile_kernel(
         function, architecture, options, types=types, divisible=divisible, blocks=rows
     )

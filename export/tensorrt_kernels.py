@@ -20,7 +20,13 @@ from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.export.tensorrt_ops import PLUGINS
 from uta_fx.kernels import triton_attention, triton_scores, triton_tensorrt
 from uta_fx.kernels.reference import score_dtype
-from uta_fx.kernels.triton_attention import ID_CHUNK, LOG2_E, dot_precision, fit_tile
+from uta_fx.kernels.triton_attention import (
+    ID_CHUNK,
+    LOG2_E,
+    dim_options,
+    dot_precision,
+    fit_tile,
+)
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _SMALL_SHARED = 48 * 1024  # bytes that any launch may use without asking for them
@@ -80,7 +86,7 @@ def attend_tail_layer(
         "SCALE": abs(scale), "HALF_WEIGHT_LOG2": variance_weight / 2 * LOG2_E.value,
         "BLOCK_Q": block_q, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PER_BLOCK": bool(per_block), "HAS_VARIANCE": bool(has_variance),
-        "HAS_SLOPE": bool(has_slope), **_scale(scale), **_dims(dim, dim_v, dtype),
+        "HAS_SLOPE": bool(has_slope), **_scale(scale), **dim_options(dtype, dim, dim_v),
     }  # fmt: skip
     grid = (-(-length_q // block_q) * (block_q // tile.block_m), batch * heads)
     return Layer(triton_tensorrt.attend_tail_entry, constants, grid, _options(tile))
@@ -99,7 +105,8 @@ def attend_listed_layer(
         "HEADS": heads, "LENGTH_Q": length_q, "LENGTH_KV": length_kv, "BLOCKS_Q": blocks_q,
         "MAX_BLOCKS": max_blocks, "BLOCK_Q": block_q, "BLOCK_KV": block_kv,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "EVEN": length_kv % block_kv == 0,
-        "RESUME": bool(resume), "CHUNK": ID_CHUNK, **_scale(scale), **_dims(dim, dim_v, dtype),
+        "RESUME": bool(resume), "CHUNK": ID_CHUNK, **_scale(scale),
+        **dim_options(dtype, dim, dim_v),
     }  # fmt: skip
     grid = (blocks_q * (block_q // tile.block_m), batch * heads)
     return Layer(triton_tensorrt.attend_listed_entry, constants, grid, _options(tile))
@@ -205,13 +212,6 @@ def _without_scratch(ptx: str, pointers: int) -> str:
     assert not any(f"{found[1]}_param_{pointers + i}" in rest for i in range(2))
     kept = ",".join(parameters[:pointers])
     return f"{ptx[: found.start(2)]}{kept}\n{ptx[found.end(2) :]}"
-
-
-def _dims(dim: int, dim_v: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
-        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v), "PRECISION": dot_precision(dtype),
-    }  # fmt: skip
 
 
 def _scale(scale: float) -> dict[str, Any]:

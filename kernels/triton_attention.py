@@ -422,13 +422,8 @@ def sparse_attention(
     representatives = tail_key.shape[-2]
     limit = shared_limit(query)
     sizes = (query.dtype, max(dim, dim_v), block_q)
-    query, key, value = (_last_contiguous(x) for x in (query, key, value))
-    dims = {
-        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
-        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
-        "SIGN": (scale > 0) - (scale < 0),
-        "PRECISION": dot_precision(query.dtype),
-    }  # fmt: skip
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
+    dims = dim_options(query.dtype, dim, dim_v) | {"SIGN": (scale > 0) - (scale < 0)}
     scale_log2 = (abs(scale) or 1.0) * LOG2_E.value
     per_block = representatives > 0 and tail_key.dim() == 4
     nothing_listed = block_ids is not None and block_ids.shape[-1] == 0
@@ -444,7 +439,7 @@ def sparse_attention(
     with torch.cuda.device_of(query):
         if exact is None:
             assert block_ids is not None and block_counts is not None
-            block_ids, block_counts = _last_contiguous(block_ids), _last_contiguous(block_counts)
+            block_ids, block_counts = last_contiguous(block_ids), last_contiguous(block_counts)
             mapped = blocks_kv if per_block or paired else 0
             listed = query.new_zeros((batch, heads, blocks_q, mapped), dtype=torch.uint8)
             if mapped:
@@ -459,7 +454,7 @@ def sparse_attention(
         paired_tail = None
         if representatives:
             tail_key, tail_value, tail_log_size, tail_variance, tail_slope = (
-                _last_contiguous(x)
+                last_contiguous(x)
                 for x in (tail_key, tail_value, tail_log_size, tail_variance, tail_slope)
             )
             if paired and not tail_tile:
@@ -597,6 +592,14 @@ def fit_tile(
     )
 
 
+def dim_options(dtype: torch.dtype, dim: int, dim_v: int) -> dict[str, Any]:
+    """Constants of a kernel that follow from the two head dims and the dtype of its tensors."""
+    return {
+        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
+        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v), "PRECISION": dot_precision(dtype),
+    }  # fmt: skip
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s ``input_precision``; float32 follows ``torch.set_float32_matmul_precision``."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
@@ -620,5 +623,6 @@ def _block_strides(tail: Tensor) -> tuple[int, ...]:
     return (*strides[:2], 0, strides[2]) if len(strides) == 3 else strides
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(x: Tensor) -> Tensor:
+    """The same numbers, those of a row side by side, as kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()

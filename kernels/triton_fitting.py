@@ -23,8 +23,9 @@ from uta_fx.kernels.ops import MAX_FIT_ROWS
 from uta_fx.kernels.triton_attention import (
     LOG2_E,
     Tile,
-    dot_precision,
+    dim_options,
     fit_tile,
+    last_contiguous,
     shared_limit,
 )
 
@@ -342,7 +343,7 @@ def fit_tail(
     """
     batch, heads, _, dim = query.shape
     dim_v = value.shape[-1]
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
     sample = (
         query, key, value, exact, key_counts, key_mean, key_variance, value_mean, log_size,
         scale, variance_weight, rows, block_q, block_kv,
@@ -373,13 +374,13 @@ def sample_options(
     tile: Tile,
 ) -> dict[str, Any]:
     """Those of the second kernel, for queries of that dtype."""
-    precision = dot_precision(dtype)
+    dims = dim_options(dtype, dim, dim_v)
     return {
         "BLOCK_Q": block_q, "BLOCK_KV": block_kv, "BLOCK_R": tile.block_m,
         "BLOCK_N": tile.block_n, "MEANS": _ROWS[dtype.itemsize], "COUNTED": counted,
-        **_dims(dim, dim_v), "PRECISION": precision,
+        **dims,
         # squares are float32 whatever the dtype; three products of TF32 are nearly as exact
-        "SQUARE_PRECISION": "tf32x3" if dtype.itemsize == 2 else precision,
+        "SQUARE_PRECISION": "tf32x3" if dtype.itemsize == 2 else dims["PRECISION"],
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
 
@@ -395,15 +396,8 @@ def solve_options(dtype: torch.dtype, dim: int, dim_v: int) -> dict[str, Any]:
     """Constants and compiler's options of the third kernel."""
     return {
         "BLOCK_R": MAX_FIT_ROWS, "SLOPE_ROWS": _ROWS[dtype.itemsize],
-        "STAGES": 4 if dtype.itemsize == 2 else 2, **_dims(dim, dim_v),
-        "PRECISION": dot_precision(dtype), **SOLVE_OPTIONS,
-    }  # fmt: skip
-
-
-def _dims(dim: int, dim_v: int) -> dict[str, Any]:
-    return {
-        "D": dim, "D_PADDED": triton.next_power_of_2(dim),
-        "DV": dim_v, "DV_PADDED": triton.next_power_of_2(dim_v),
+        "STAGES": 4 if dtype.itemsize == 2 else 2, **dim_options(dtype, dim, dim_v),
+        **SOLVE_OPTIONS,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
-from uta_fx.kernels.triton_attention import dot_precision
+from uta_fx.kernels.triton_attention import dot_precision, last_contiguous
 
 # (bytes of an element, padded head dim): tokens and centroids in a tile
 _TILES = {
@@ -103,7 +103,7 @@ def kmeans(tokens: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, 
     """
     batch, heads, length, dim = tokens.shape
     clusters = centroids.shape[2]
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    tokens = last_contiguous(tokens)
     centroids = centroids.clone(memory_format=torch.contiguous_format)
     labels = tokens.new_empty((batch, heads, length), dtype=torch.int32)
     first = torch.empty(0)

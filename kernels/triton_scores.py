@@ -18,7 +18,14 @@ from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.reference import score_dtype
-from uta_fx.kernels.triton_attention import LOG2_E, Tile, dot_precision, fit_tile, shared_limit
+from uta_fx.kernels.triton_attention import (
+    LOG2_E,
+    Tile,
+    dot_precision,
+    fit_tile,
+    last_contiguous,
+    shared_limit,
+)
 
 try:
     from uta_fx.kernels import gluon_scores
@@ -176,8 +183,7 @@ def block_scores(
     batch, heads, length_q, dim = query.shape
     blocks_q, blocks = -(-length_q // block_q), key_mean.shape[-2]
     query, key_mean, key_variance, log_size = (
-        x if x.stride(-1) == 1 else x.contiguous()
-        for x in (query, key_mean, key_variance, log_size)
+        last_contiguous(x) for x in (query, key_mean, key_variance, log_size)
     )
     if tile is None and gluon_scores is not None and gluon_scores.takes(
         query, key_mean, key_variance, variance_power, block_q, rows

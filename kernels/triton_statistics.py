@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
-from uta_fx.kernels.triton_attention import dot_precision
+from uta_fx.kernels.triton_attention import dot_precision, last_contiguous
 
 try:
     from uta_fx.kernels import gluon_statistics
@@ -154,7 +154,7 @@ def block_statistics(
     blocks = -(-length // block_kv)
     parts = parts_of_head(blocks, batch * heads)
     per_program = triton.cdiv(blocks, parts)
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    key, value = (last_contiguous(x) for x in (key, value))
     if gluon_statistics is not None and gluon_statistics.takes(key, value, block_kv):
         with torch.cuda.device_of(key):
             pooled = gluon_statistics.block_statistics(key, value, parts)

@@ -276,9 +276,8 @@ class _Case:
         medians = {name: statistics.median(samples) for name, samples in times.items()}
         best = min(medians[name] for name in medians if name[0].startswith("dense"))
         rows = []
-        for (what, density), samples in times.items():
-            ms = medians[what, density]
-            error = errors[what, density]
+        for name, samples in times.items():
+            (what, density), ms = name, medians[name]
             if what == "before":  # the difference is what has no call of its own
                 what = "routing"
                 ms -= medians["statistics", None] + medians["scores", None]
@@ -298,8 +297,8 @@ class _Case:
                     "speedup": best / ms,
                     "tflops": None if share is None else share * self.shape.dense_flops / ms / 1e9,
                     "rate": None if share is None else share * best / ms,
-                    "error": error,
-                    "memory": memory[what if what != "routing" else "before", density],
+                    "error": errors[name],
+                    "memory": memory[name],
                 }
             )
         return rows
