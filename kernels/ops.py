@@ -30,63 +30,69 @@ MIN_GROUPS = 4  # of rows in a query block
 MAX_FIT_ROWS = 16  # that a tail is fitted to: one tile of a matrix product
 MAX_HEADS = 65535  # of all samples together on a GPU: what a grid of programs holds along this axis
 
+# Queries, keys and values are often parts of tensors that hold text too: with strides to be kept,
+# Inductor copies them for each operator. What holds a number for each pair of blocks it would pad,
+# and a launcher copy.
+_ANY_STRIDES = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_CONTIGUOUS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
     "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
     " Tensor block_counts, Tensor tail_key, Tensor tail_value, Tensor tail_log_size,"
     " Tensor tail_variance, Tensor tail_slope, float scale, float variance_weight,"
     " int block_q, int block_kv) -> (Tensor output, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "block_masked_attention(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor tail_key,"
     " Tensor tail_value, Tensor tail_log_size, Tensor tail_variance, Tensor tail_slope,"
     " float scale, float variance_weight, int block_q, int block_kv)"
     " -> (Tensor output, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "rectified_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
     " Tensor block_counts, Tensor text_key, Tensor text_value, Tensor text_bias, Tensor gain,"
     " Tensor offset, float scale, int block_q, int block_kv) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
     " float scale, float variance_weight, float variance_power, int block_q, int rows) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "block_statistics(Tensor key, Tensor value, int block_kv) -> (Tensor key_mean,"
     " Tensor key_variance, Tensor value_mean, Tensor value_variance, Tensor covariance)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "clustered_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
     " Tensor block_counts, Tensor key_counts, Tensor tail_key, Tensor tail_value,"
     " Tensor tail_log_size, Tensor tail_variance, Tensor tail_slope, float scale,"
     " float variance_weight, int block_q, int block_kv) -> (Tensor output, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "kmeans(Tensor tokens, Tensor centroids, int iterations) -> (Tensor labels,"
     " Tensor new_centroids, Tensor sizes)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
     "select_blocks(Tensor scores, SymInt kept, SymInt rows) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_CONTIGUOUS,
 )
 _LIBRARY.define(
     "list_blocks(Tensor exact) -> (Tensor block_ids, Tensor block_counts)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_CONTIGUOUS,
 )
 _LIBRARY.define(
     "fit_tail(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor key_counts,"
     " Tensor key_mean, Tensor key_variance, Tensor value_mean, Tensor log_size, Tensor slope,"
     " float scale, float variance_weight, int rows, int block_q, int block_kv)"
     " -> (Tensor mass, Tensor gain)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=_ANY_STRIDES,
 )
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
