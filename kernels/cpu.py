@@ -22,12 +22,15 @@ from torch import Tensor
 from uta_fx.kernels import reference
 from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import (
+    gather_tokens,
     listed_blocks,
     pooled_variance,
     score_dtype,
     split_blocks,
     text_as_tail,
 )
+
+__all__ = ["gather_tokens"]  # the reference's own is the one for CPUs too
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from uta_fx.kernels import reference
 from uta_fx.kernels.reference import score_dtype, text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,6 +94,10 @@ _LIBRARY.define(
     " float scale, float variance_weight, int rows, int block_q, int block_kv)"
     " -> (Tensor mass, Tensor gain)",
     tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
+    "gather_tokens(Tensor x, Tensor index, int dim) -> Tensor",
+    tags=_CONTIGUOUS,
 )
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -196,6 +201,16 @@ def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.fit_tail.default(*args)
+
+
+def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Call ``uta::gather_tokens``; arguments and result as in ``reference``.
+
+    Inductor would fuse a gather with what reads it, and tune that. Exporters see what it does.
+    """
+    if torch.compiler.is_exporting():
+        return reference.gather_tokens(x, index, dim)
+    return torch.ops.uta.gather_tokens.default(x, index, dim)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -606,6 +621,12 @@ def _cpu_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.fit_tail(*args)
 
 
+def _cpu_gather_tokens(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    return cpu.gather_tokens(*args)
+
+
 def _cuda_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
     from uta_fx.kernels import triton_attention
 
@@ -674,6 +695,12 @@ def _cuda_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_fit_tail(*args)
     return triton_fitting.fit_tail(*args)
+
+
+def _cuda_gather_tokens(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_gather
+
+    return triton_gather.gather_tokens(*args)
 
 
 def _fake_sparse_attention(
@@ -787,6 +814,7 @@ for _name, _cpu, _cuda, _fake in (
     ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),
     ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
     ("fit_tail", _cpu_fit_tail, _cuda_fit_tail, _fake_fit_tail),
+    ("gather_tokens", _cpu_gather_tokens, _cuda_gather_tokens, reference.gather_tokens),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")

@@ -498,6 +498,27 @@ def fit_tail(
     return of_mass, of_slope / of_mass
 
 
+def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """``x.index_select(dim, index)`` with dimensions in memory as they were.
+
+    Whoever takes the result may be compiled for that: the next block of a model, a view.
+
+    Args:
+        x: Of any dtype; no stride is 0.
+        index: int64, one-dimensional.
+        dim: Of ``x``, from 0.
+    """
+    order = memory_order(x)
+    gathered = x.permute(order).index_select(order.index(dim), index)
+    return gathered.permute([order.index(i) for i in range(x.dim())])
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions by stride, the largest first; of equal ones in their own order."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda dim: -strides[dim])
+
+
 def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both factors of ``y + u + x = f u + g x``, ``[B, H]``, from rows ``[B, H, R, Dv]``.
 

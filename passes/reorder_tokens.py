@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from uta_fx.kernels.ops import gather_tokens
 from uta_fx.passes.find_calls import Call, module_path
 from uta_fx.passes.locate_video import expected, tokens_in
 from uta_fx.passes.order_rules import (
@@ -114,16 +115,10 @@ class GatherTokens:
     __name__ = "gather_tokens"  # torch.fx names and prints the target of a node by it
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        """As ``torch.index_select``, with dimensions in memory as they were.
-
-        Whoever takes the result may be compiled for that: the next block of a model, a view.
-        """
-        strides = x.stride()
-        if not all(isinstance(stride, int) and stride for stride in strides):
+        """As ``torch.index_select``, with dimensions in memory as they were where that is known."""
+        if not all(isinstance(stride, int) and stride for stride in x.stride()):
             return x.index_select(self.dim, index)
-        order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
-        gathered = x.permute(order).index_select(order.index(self.dim), index)
-        return gathered.permute([order.index(dim) for dim in range(x.dim())])
+        return gather_tokens(x, index, self.dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -313,8 +313,7 @@ def _compile_sparse(
 ) -> Callable[..., Any]:
     """Compile what ``sparsify`` has rewritten."""
     trace_calls(gm, TokenIndex, share=None)
-    # apart, so that Inductor gathers a table once and not in each kernel that reads it
-    trace_calls(gm, GatherTokens, share=1 if share else None)
+    trace_calls(gm, GatherTokens, share=None)
     alike = 2 if share else None
     if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
