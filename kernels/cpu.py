@@ -28,9 +28,10 @@ from uta_fx.kernels.reference import (
     score_dtype,
     split_blocks,
     text_as_tail,
+    weigh_scores,
 )
 
-__all__ = ["gather_tokens"]  # the reference's own is the one for CPUs too
+__all__ = ["gather_tokens", "weigh_scores"]  # the reference's are those for CPUs too
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache

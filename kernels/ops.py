@@ -1,7 +1,7 @@
 """The operators: schemas, shape rules and device dispatch.
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
-``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
+``uta::weigh_scores`` weighs that by head and key block, ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
 ``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
 a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
 and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
@@ -93,6 +93,11 @@ _LIBRARY.define(
     " Tensor key_mean, Tensor key_variance, Tensor value_mean, Tensor log_size, Tensor slope,"
     " float scale, float variance_weight, int rows, int block_q, int block_kv)"
     " -> (Tensor mass, Tensor gain)",
+    tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
+    "weigh_scores(Tensor scores, Tensor query, Tensor key_variance, Tensor value_variance,"
+    " float scale, float variance_weight, float value_power, int block_q) -> Tensor",
     tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
@@ -201,6 +206,16 @@ def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.fit_tail.default(*args)
+
+
+def weigh_scores(*args: Any) -> Tensor:
+    """Call ``uta::weigh_scores``; arguments and result as in ``reference``.
+
+    Exporters see what it does.
+    """
+    if torch.compiler.is_exporting():
+        return reference.weigh_scores(*args)
+    return torch.ops.uta.weigh_scores.default(*args)
 
 
 def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -462,6 +477,33 @@ def check_block_scores(
         check_device(name, tensor, query)
 
 
+def check_weigh_scores(
+    scores: Tensor,
+    query: Tensor,
+    key_variance: Tensor,
+    value_variance: Tensor,
+    scale: float,
+    variance_weight: float,
+    value_power: float,
+    block_q: int,
+) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", block_q)
+    (batch, heads, length, dim), blocks = query.shape, key_variance.shape[-2]
+    _check_shape("scores", scores, (batch, heads, -(-length // block_q), blocks))
+    _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
+    _check_shape("value_variance", value_variance, (batch, heads, blocks))
+    if value_power < 0:
+        raise ValueError(f"value_power must not be negative, got {value_power}")
+    for name, tensor, dtype in (
+        ("scores", scores, score_dtype(query.dtype)),
+        ("key_variance", key_variance, query.dtype),
+        ("value_variance", value_variance, torch.float32),
+    ):
+        check_dtype(name, tensor, dtype)
+        check_device(name, tensor, query)
+
+
 def check_block_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
     """Raise for whatever is outside the operator's contract, before anything is launched."""
     _check_blocked("key", key, "block_kv", block_kv)
@@ -621,6 +663,13 @@ def _cpu_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.fit_tail(*args)
 
 
+def _cpu_weigh_scores(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    check_weigh_scores(*args)
+    return cpu.weigh_scores(*args)
+
+
 def _cpu_gather_tokens(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -695,6 +744,13 @@ def _cuda_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_fit_tail(*args)
     return triton_fitting.fit_tail(*args)
+
+
+def _cuda_weigh_scores(*args: Any) -> Tensor:
+    from uta_fx.kernels import triton_weights
+
+    check_weigh_scores(*args)
+    return triton_weights.weigh_scores(*args)
 
 
 def _cuda_gather_tokens(*args: Any) -> Tensor:
@@ -777,6 +833,11 @@ def _fake_fit_tail(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return mass, gain
 
 
+def _fake_weigh_scores(scores: Tensor, *rest: Any) -> Tensor:
+    check_weigh_scores(scores, *rest)
+    return scores.new_empty(scores.shape)
+
+
 def _refuse_gradient(*_: Any) -> NoReturn:
     raise RuntimeError(
         "the operators of uta are forward-only: run the model under torch.no_grad() or"
@@ -814,6 +875,7 @@ for _name, _cpu, _cuda, _fake in (
     ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),
     ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
     ("fit_tail", _cpu_fit_tail, _cuda_fit_tail, _fake_fit_tail),
+    ("weigh_scores", _cpu_weigh_scores, _cuda_weigh_scores, _fake_weigh_scores),
     ("gather_tokens", _cpu_gather_tokens, _cuda_gather_tokens, reference.gather_tokens),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")

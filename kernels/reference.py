@@ -297,6 +297,45 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
+def weigh_scores(
+    scores: Tensor,
+    query: Tensor,
+    key_variance: Tensor,
+    value_variance: Tensor,
+    scale: float,
+    variance_weight: float,
+    value_power: float,
+    block_q: int,
+) -> Tensor:
+    """Scores of ``block_scores`` by what is one number for each head or key block.
+
+        sigma2_h = sum_c mean over n of (s q_nc)^2 mean over b of key_variance_bc
+        weight_b = value_variance_b^(value_power / 2) exp(-variance_weight * sigma2_h / 2)
+
+    q_n is the first row of query block n: sigma2_h is about the mean of those of ``block_scores``.
+
+    Args:
+        scores: ``[B, H, Nq, Nk]``.
+        query: ``[B, H, Lq, D]``.
+        key_variance: ``[B, H, Nk, D]``.
+        value_variance: float32 ``[B, H, Nk]``, not negative.
+        scale: s.
+        variance_weight: As in ``block_scores``.
+        value_power: At least 0.
+        block_q: Query rows in a block.
+
+    Returns:
+        ``scores`` times the weights of their key blocks, rounded once.
+    """
+    weights = value_variance ** (value_power / 2)
+    if variance_weight:
+        rows = query[:, :, ::block_q].to(weights.dtype) * scale
+        variance = key_variance.mean(2, dtype=weights.dtype)
+        sigma2 = (rows.square().mean(2) * variance).sum(-1, keepdim=True)
+        weights = weights * (-variance_weight / 2 * sigma2).exp()
+    return (scores * weights[:, :, None]).to(scores.dtype)
+
+
 def block_statistics(
     key: Tensor, value: Tensor, block_kv: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uta_fx.kernels.ops import block_scores
+from uta_fx.kernels.ops import block_scores, weigh_scores
 from uta_fx.policies.base import Selection, spend_budget
 
 
@@ -70,17 +70,15 @@ class LowDelta:
 
     def select(self, selection: Selection) -> Tensor:
         """Boolean ``[B, H, Nq, Nk]``."""
-        scores = block_scores(*self.arguments(selection))
-        factor = selection.statistics.value_variance ** (self.value_power / 2)
-        if self.variance_weight:
-            factor = factor * (-self.variance_weight / 2 * _mean_variance(selection)).exp()
-        scores = (scores * factor[:, :, None]).to(scores.dtype)
+        statistics = selection.statistics
+        scores = weigh_scores(
+            block_scores(*self.arguments(selection)),
+            selection.query,
+            statistics.key_variance,
+            statistics.value_variance,
+            selection.scale,
+            self.variance_weight,
+            self.value_power,
+            selection.block_q,
+        )
         return spend_budget(scores, selection.density, selection.budget)
-
-
-def _mean_variance(selection: Selection) -> Tensor:
-    """Mean of sigma2 over the key blocks and a row of each query block: float32 ``[B, H, 1]``."""
-    rows = selection.query[:, :, :: selection.block_q].float() * selection.scale
-    square = rows.square().mean(2)
-    variance = selection.statistics.key_variance.mean(2, dtype=torch.float32)
-    return (square * variance).sum(-1, keepdim=True)

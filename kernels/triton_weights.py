@@ -1,0 +1,95 @@
+"""Triton kernel of ``uta::weigh_scores``: what a head and its key blocks weigh scores by."""
+# pyright: reportArgumentType=false
+# (Triton declares launch arguments as constexpr; an int is what one passes)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uta_fx.kernels.launches import launcher
+from uta_fx.kernels.triton_attention import LOG2_E, last_contiguous
+
+TILE = 8192  # numbers that a program reads at a time
+COLUMNS = 1024  # weights that it writes at a time
+
+
+@triton.jit
+def _sum_of_rows(base, stride, rows, inside_d, d, scale, SQUARE: tl.constexpr,
+                 ROWS: tl.constexpr, D_PADDED: tl.constexpr):  # fmt: skip
+    """Sum of ``rows`` rows, or of their squares: float32 ``[D_PADDED]``."""
+    total = tl.zeros([ROWS, D_PADDED], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        ptrs = base + row.to(tl.int64)[:, None] * stride + d[None, :]
+        mask = (row < rows)[:, None] & inside_d[None, :]
+        x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, D_PADDED]
+        x = x * scale
+        total += x * x if SQUARE else x
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _weights_kernel(
+    q_ptr, k_var_ptr,  # [B, H, L, D] and [B, H, Nk, D], last dimensions contiguous
+    v_var_ptr, weights_ptr,  # float32 [B, H, Nk], contiguous
+    q_sb, q_sh, q_sn,
+    var_sb, var_sh, var_sn,
+    heads, blocks_q, blocks,
+    scale, variance_weight_log2, half_power,
+    BLOCK_Q: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr, HAS_POWER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The weights of one head's key blocks."""
+    batch_head = tl.program_id(0).to(tl.int64)  # 64-bit before it is multiplied by a stride
+    batch, head = batch_head // heads, batch_head % heads
+    log2 = 0.0
+    if HAS_VARIANCE:
+        d = tl.arange(0, D_PADDED)
+        q_base = q_ptr + batch * q_sb + head * q_sh
+        var_base = k_var_ptr + batch * var_sb + head * var_sh
+        # blocks_q rows, each the first of its block
+        square = _sum_of_rows(q_base, q_sn * BLOCK_Q, blocks_q, d < D, d, scale, True, ROWS, D_PADDED)
+        variance = _sum_of_rows(var_base, var_sn, blocks, d < D, d, 1.0, False, ROWS, D_PADDED)
+        sigma2 = tl.sum(square / blocks_q * (variance / blocks), 0)
+        log2 = -variance_weight_log2 * sigma2
+    for start in range(0, blocks, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = batch_head * blocks + column
+        weights = tl.zeros([COLUMNS], tl.float32) + tl.exp2(log2)
+        if HAS_POWER:
+            spread = tl.load(v_var_ptr + place, mask=column < blocks, other=1.0)  # [COLUMNS]
+            weights *= tl.exp2(half_power * tl.log2(spread))
+        tl.store(weights_ptr + place, weights, mask=column < blocks)
+
+
+def weigh_scores(
+    scores: Tensor,
+    query: Tensor,
+    key_variance: Tensor,
+    value_variance: Tensor,
+    scale: float,
+    variance_weight: float,
+    value_power: float,
+    block_q: int,
+) -> Tensor:
+    """Launch the kernel and PyTorch's product; arguments and result as in ``reference``."""
+    (batch, heads, length, dim), blocks = query.shape, scores.shape[3]
+    query, key_variance = last_contiguous(query), last_contiguous(key_variance)
+    weights = torch.empty((batch, heads, blocks), dtype=torch.float32, device=query.device)
+    padded = triton.next_power_of_2(dim)
+    with torch.cuda.device_of(query):
+        launcher(_weights_kernel, (batch * heads,))(
+            query, key_variance, value_variance.contiguous(), weights,
+            *query.stride()[:3], *key_variance.stride()[:3],
+            heads, -(-length // block_q), blocks,
+            scale, variance_weight / 2 * LOG2_E.value, value_power / 2,
+            BLOCK_Q=block_q, D=dim, D_PADDED=padded,
+            HAS_VARIANCE=variance_weight != 0, HAS_POWER=value_power != 0,
+            ROWS=TILE // padded, COLUMNS=COLUMNS, num_warps=8,
+        )  # fmt: skip
+    # in one pass, rounded where it is written
+    return torch.mul(scores, weights[:, :, None], out=torch.empty_like(scores))
