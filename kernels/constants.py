@@ -66,7 +66,8 @@ def constant(
 
         @functools.wraps(function)
         def operation(like: Tensor, *arguments: Any) -> Tensor:
-            result: Tensor = overload(like, *arguments)
+            # nothing to lay out, where ``like`` may be a part of a tensor
+            result: Tensor = overload(like.new_empty(0), *arguments)
             return result
 
         return operation

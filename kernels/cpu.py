@@ -27,6 +27,7 @@ from uta_fx.kernels.reference import (
     pooled_variance,
     score_dtype,
     split_blocks,
+    text_arguments,
     text_as_tail,
     weigh_scores,
 )
@@ -108,6 +109,11 @@ def rectified_attention(
     )
     exact = torch.addcmul(offset[..., None, :], exact.float(), gain[..., None, None])
     return output.copy_(exact.flatten(2, 3)[:, :, : query.shape[2]])
+
+
+def text_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.text_attention`` for CPU tensors; arguments and results as there."""
+    return sparse_attention(*text_arguments(*args))
 
 
 def _attend(
@@ -453,6 +459,11 @@ def _head_statistics(key: Tensor, value: Tensor, block_kv: int) -> tuple[Tensor,
         pooled.append((key_mean, key_variance, value_mean, value_variance))
     means = (torch.cat(parts, 1) for parts in zip(*pooled, strict=True))
     return (*means, covariance)
+
+
+def fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute ``reference.fitted_tail`` for CPU tensors; as ``fit_tail``."""
+    return reference.by_factors(*fit_tail(*args), *args)
 
 
 def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 ``uta::weigh_scores`` weighs that by head and key block, ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
 ``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
 a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
-and shifts what comes of it. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
+and shifts what comes of it. ``uta::text_attention`` attends to a few keys. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
 to listed blocks that are not full. ``uta::fit_tail`` fits two factors of a tail to some rows of
 exact attention.
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from uta_fx.kernels import reference
-from uta_fx.kernels.reference import score_dtype, text_as_tail
+from uta_fx.kernels.reference import score_dtype, text_arguments, text_as_tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -56,6 +56,11 @@ _LIBRARY.define(
     "rectified_attention(Tensor query, Tensor key, Tensor value, Tensor block_ids,"
     " Tensor block_counts, Tensor text_key, Tensor text_value, Tensor text_bias, Tensor gain,"
     " Tensor offset, float scale, int block_q, int block_kv) -> Tensor",
+    tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
+    "text_attention(Tensor query, Tensor key, Tensor value, Tensor bias, float scale, int block_q)"
+    " -> (Tensor output, Tensor lse)",
     tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
@@ -93,6 +98,13 @@ _LIBRARY.define(
     " Tensor key_mean, Tensor key_variance, Tensor value_mean, Tensor log_size, Tensor slope,"
     " float scale, float variance_weight, int rows, int block_q, int block_kv)"
     " -> (Tensor mass, Tensor gain)",
+    tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
+    "fitted_tail(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor key_counts,"
+    " Tensor key_mean, Tensor key_variance, Tensor value_mean, Tensor log_size, Tensor slope,"
+    " float scale, float variance_weight, int rows, int block_q, int block_kv)"
+    " -> (Tensor fitted_log_size, Tensor fitted_slope)",
     tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
@@ -161,6 +173,16 @@ def rectified_attention(*args: Any) -> Tensor:
     return torch.ops.uta.rectified_attention.default(*args)
 
 
+def text_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::text_attention``; arguments and results as in ``reference``.
+
+    Inputs, errors and strides as in ``sparse_attention``, which is what exporters see.
+    """
+    if torch.compiler.is_exporting():
+        return sparse_attention(*text_arguments(*args))
+    return torch.ops.uta.text_attention.default(*args)
+
+
 def block_scores(*args: Any) -> Tensor:
     """Call ``uta::block_scores``; arguments and result as in ``reference``."""
     return torch.ops.uta.block_scores.default(*args)
@@ -206,6 +228,16 @@ def fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
         RuntimeError: A gradient is asked for.
     """
     return torch.ops.uta.fit_tail.default(*args)
+
+
+def fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call ``uta::fitted_tail``; arguments and results as in ``reference``, errors as ``fit_tail``.
+
+    Exporters see what it does.
+    """
+    if torch.compiler.is_exporting():
+        return reference.by_factors(*fit_tail(*args), *args)
+    return torch.ops.uta.fitted_tail.default(*args)
 
 
 def weigh_scores(*args: Any) -> Tensor:
@@ -386,6 +418,12 @@ def check_rectified_attention(
     for name, tensor in (("gain", gain), ("offset", offset)):
         check_dtype(name, tensor, torch.float32)
         check_device(name, tensor, query)
+
+
+def check_text_attention(query: Tensor, *rest: Any) -> None:
+    """Raise for whatever is outside the operator's contract, before anything is launched."""
+    _check_blocked("query", query, "block_q", rest[-1])
+    check_sparse_attention(*text_arguments(query, *rest))
 
 
 def check_fit_tail(
@@ -628,6 +666,13 @@ def _cpu_rectified_attention(*args: Any) -> Tensor:
     return cpu.rectified_attention(*args)
 
 
+def _cpu_text_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_text_attention(*args)
+    return cpu.text_attention(*args)
+
+
 def _cpu_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -661,6 +706,13 @@ def _cpu_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_fit_tail(*args)
     return cpu.fit_tail(*args)
+
+
+def _cpu_fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import cpu
+
+    check_fit_tail(*args)
+    return cpu.fitted_tail(*args)
 
 
 def _cpu_weigh_scores(*args: Any) -> Tensor:
@@ -711,6 +763,13 @@ def _cuda_rectified_attention(*args: Any) -> Tensor:
     return triton_attention.rectified_attention(*args)
 
 
+def _cuda_text_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    from uta_fx.kernels import triton_attention
+
+    check_text_attention(*args)
+    return triton_attention.sparse_attention(*text_arguments(*args))
+
+
 def _cuda_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import triton_scores
 
@@ -744,6 +803,10 @@ def _cuda_fit_tail(*args: Any) -> tuple[Tensor, Tensor]:
 
     check_fit_tail(*args)
     return triton_fitting.fit_tail(*args)
+
+
+def _cuda_fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.by_factors(*_cuda_fit_tail(*args), *args)
 
 
 def _cuda_weigh_scores(*args: Any) -> Tensor:
@@ -794,6 +857,13 @@ def _fake_rectified_attention(query: Tensor, key: Tensor, value: Tensor, *rest: 
     return empty_outputs(query, value)[0]
 
 
+def _fake_text_attention(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    check_text_attention(query, key, value, *rest)
+    return empty_outputs(query, value)
+
+
 def _fake_block_scores(query: Tensor, key_mean: Tensor, *rest: Any) -> Tensor:
     check_block_scores(query, key_mean, *rest)
     block_q = rest[-2]
@@ -833,6 +903,10 @@ def _fake_fit_tail(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return mass, gain
 
 
+def _fake_fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.by_factors(*_fake_fit_tail(*args), *args)
+
+
 def _fake_weigh_scores(scores: Tensor, *rest: Any) -> Tensor:
     check_weigh_scores(scores, *rest)
     return scores.new_empty(scores.shape)
@@ -870,11 +944,13 @@ for _name, _cpu, _cuda, _fake in (
         _cuda_rectified_attention,
         _fake_rectified_attention,
     ),
+    ("text_attention", _cpu_text_attention, _cuda_text_attention, _fake_text_attention),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
     ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),
     ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
     ("fit_tail", _cpu_fit_tail, _cuda_fit_tail, _fake_fit_tail),
+    ("fitted_tail", _cpu_fitted_tail, _cuda_fitted_tail, _fake_fitted_tail),
     ("weigh_scores", _cpu_weigh_scores, _cuda_weigh_scores, _fake_weigh_scores),
     ("gather_tokens", _cpu_gather_tokens, _cuda_gather_tokens, reference.gather_tokens),
 ):

@@ -192,6 +192,45 @@ def text_as_tail(
     )
 
 
+def text_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, block_q: int
+) -> tuple[Tensor, Tensor]:
+    """Attention to a few keys, all of them exact.
+
+    Args:
+        query: ``[B, H, Lq, D]``.
+        key: ``[B, H, Lt, D]``.
+        value: ``[B, H, Lt, Dv]``.
+        bias: float32 ``[B, H, Lt]``, added to logits; ``[B, H, 0]`` for none.
+        scale: Multiplies the logits.
+        block_q: Query rows in a block, which does not matter to the result.
+
+    Returns:
+        As ``sparse_attention``.
+    """
+    return sparse_attention(*text_arguments(query, key, value, bias, scale, block_q))
+
+
+def text_arguments(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, block_q: int
+) -> tuple[Any, ...]:
+    """The arguments of ``sparse_attention`` for those of ``text_attention``.
+
+    Nothing is listed, and each key is a representative of itself: the bias stands where the log of
+    how many keys a representative stands for does.
+    """
+    lead, blocks = query.shape[:2], -(-query.shape[2] // block_q)
+    if isinstance(bias.shape[2], int) and not bias.shape[2]:
+        bias = bias.new_zeros((1, 1, key.shape[2])).expand(*lead, -1)
+    return (
+        query, key, value,
+        query.new_empty((*lead, blocks, 0), dtype=torch.int32),
+        query.new_zeros((*lead, blocks), dtype=torch.int32),
+        *text_as_tail(query, key, value, bias, block_q),
+        scale, 0.0, block_q, block_q,
+    )  # fmt: skip
+
+
 def clustered_attention(
     query: Tensor,
     key: Tensor,
@@ -535,6 +574,26 @@ def fit_tail(
         of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, y))
     of_mass, of_slope = of_mass[..., 0, 0], of_slope[..., 0, 0]
     return of_mass, of_slope / of_mass
+
+
+def fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    """The tail of ``sparse_attention`` by the factors of ``fit_tail``.
+
+    Args:
+        args: As of ``fit_tail``.
+
+    Returns:
+        ``tail_log_size`` ``[B, H, Nk]``, and ``tail_slope`` ``[B, H, 1, D, Dv]`` in the dtype of
+        the keys.
+    """
+    return by_factors(*fit_tail(*args), *args)
+
+
+def by_factors(mass: Tensor, gain: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """``fitted_tail`` from what ``fit_tail`` returns for the same arguments."""
+    key, log_size, slope = args[1], args[8], args[9]
+    fitted = slope * gain[..., None, None]
+    return log_size + mass.log()[..., None], fitted[:, :, None].to(key.dtype)
 
 
 def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -649,28 +649,15 @@ def _attend_to_text(
     config: Config,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``.
-
-    To the operator each text key is a representative of itself: there are no lists, and the bias
-    goes where the log of how many keys a representative stands for does.
-    """
-    (batch, heads, length, dim), block = query.shape, config.block_q
+    """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``."""
+    heads = query.shape[1]
     key, value = (for_heads(x, heads) for x in (key, value))
-    blocks = -(-length // block)
-    size = torch.zeros(key.shape[2], device=query.device)
-    if bias is not None:
-        size = bias.expand(batch, heads, 1, -1)
-    return ops.sparse_attention(
-        query, key, value,
-        query.new_empty(batch, heads, blocks, 0, dtype=torch.int32),
-        query.new_zeros(batch, heads, blocks, dtype=torch.int32),
-        key[:, :, None].expand(-1, -1, blocks, -1, -1),
-        value[:, :, None].expand(-1, -1, blocks, -1, -1),
-        size.expand(batch, heads, blocks, -1),
-        query.new_empty(batch, heads, 0, dim),
-        query.new_empty(batch, heads, 0, dim, value.shape[-1]),
-        dim**-0.5 if scale is None else scale, 0.0, block, config.block_kv,
-    )  # fmt: skip
+    if bias is None:
+        bias = query.new_empty(*query.shape[:2], 0, dtype=torch.float32)
+    else:
+        bias = bias.expand(*query.shape[:2], 1, -1)[:, :, 0]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return ops.text_attention(query, key, value, bias, scale, config.block_q)
 
 
 def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:

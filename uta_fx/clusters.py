@@ -77,6 +77,7 @@ class Blocks:
         return dataclasses.replace(
             statistics,
             size=size,
+            log_size=size.log(),
             key_variance=(statistics.key_variance * share[..., None]).to(key.dtype),
             value_variance=statistics.value_variance * share,
             covariance=statistics.covariance * (key.shape[2] / size.sum(-1))[..., None, None],

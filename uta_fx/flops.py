@@ -101,7 +101,7 @@ def _sparse_parts(
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
-        torch.ops.uta.fit_tail: functools.partial(_fit, parts),
+        torch.ops.uta.fitted_tail: functools.partial(_fit, parts),
         torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, config.density),
         torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
         torch.ops.uta.kmeans: functools.partial(_kmeans, parts),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uta_fx.kernels import ops
+from uta_fx.kernels.constants import constant
 from uta_fx.kernels.reference import split_blocks
 
 
@@ -22,6 +23,7 @@ class BlockStatistics:
     Attributes:
         size: float32 ``[Nk]``, tokens in each block, where only the last can be ragged; or ``[B, H,
             Nk]``, where blocks are those of clusters and may be empty.
+        log_size: float32 ``[B, H, Nk]``, its natural log.
         key_mean: ``[B, H, Nk, D]``, in the dtype of the keys.
         key_variance: ``[B, H, Nk, D]``, likewise, of each channel, divided by the token count.
         value_mean: ``[B, H, Nk, Dv]``, likewise.
@@ -31,16 +33,12 @@ class BlockStatistics:
     """
 
     size: Tensor
+    log_size: Tensor
     key_mean: Tensor
     key_variance: Tensor
     value_mean: Tensor
     value_variance: Tensor
     covariance: Tensor
-
-    @property
-    def log_size(self) -> Tensor:
-        """float32 ``[B, H, Nk]``: natural log of ``size``."""
-        return self.size.log().expand(self.key_mean.shape[:-1])
 
 
 def for_heads(x: Tensor, heads: int) -> Tensor:
@@ -65,8 +63,18 @@ def block_statistics(key: Tensor, value: Tensor, block_kv: int, heads: int) -> B
         heads: H, those of the queries: Hkv, or a multiple of it.
     """
     pooled = [for_heads(x, heads) for x in ops.block_statistics(key, value, block_kv)]
-    first = torch.arange(0, key.shape[2], block_kv, dtype=torch.float32, device=key.device)
-    return BlockStatistics((key.shape[2] - first).clamp(max=block_kv), *pooled)
+    tokens = key.shape[2]
+    first = torch.arange(0, tokens, block_kv, dtype=torch.float32, device=key.device)
+    size = (tokens - first).clamp(max=block_kv)
+    log_size = log_block_sizes(key, tokens, block_kv) if isinstance(tokens, int) else size.log()
+    return BlockStatistics(size, log_size.expand(*pooled[0].shape[:-1]), *pooled)
+
+
+@constant("int tokens, int block")
+def log_block_sizes(tokens: int, block: int) -> Tensor:
+    """float32 ``[ceil(tokens / block)]``: natural log of how many tokens each block holds."""
+    first = torch.arange(0, tokens, block, dtype=torch.float32)
+    return (tokens - first).clamp(max=block).log()
 
 
 def block_covariances(

@@ -148,15 +148,15 @@ class Tail:
         )
         if self.kind == "block":
             return blocks
-        if self.slope == "head":
-            slope = statistics.covariance[:, :, None]
-        else:
-            slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
         if self.fit_rows:
-            mass, gain = ops.fit_tail(*self.fit_arguments(selection, exact, key, value))
-            blocks = blocks._replace(log_size=blocks.log_size + mass.log()[..., None])
-            slope = slope * gain[..., None, None, None]
-        return blocks._replace(variance=statistics.key_variance, slope=slope.to(key.dtype))
+            arguments = self.fit_arguments(selection, exact, key, value)
+            log_size, slope = ops.fitted_tail(*arguments)
+            blocks = blocks._replace(log_size=log_size)
+        elif self.slope == "head":
+            slope = statistics.covariance[:, :, None].to(key.dtype)
+        else:
+            slope = _slope_of_query_blocks(selection, exact, key, value, block_kv).to(key.dtype)
+        return blocks._replace(variance=statistics.key_variance, slope=slope)
 
     def fit_arguments(
         self, selection: Selection, exact: Tensor, key: Tensor, value: Tensor
