@@ -17,14 +17,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import SHARED_KB
+from uta_fx.kernels.reference import score_dtype
 from uta_fx.kernels import (
-    triton_attention, triton_fitting, triton_kmeans, triton_scores, triton_statistics
+    triton_attention, triton_fitting, triton_gather, triton_kmeans, triton_scores,
+    triton_statistics, triton_weights,
 )
 
 architecture, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
 torch.set_float32_matmul_precision("high")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
-         torch.int64: "i64", torch.uint8: "u8"}
+         torch.int64: "i64", torch.uint8: "u8", torch.int16: "i16"}
 seen = set()
 
 
@@ -71,6 +73,9 @@ def launch(dim, dim_v, block_q):
     triton_attention.sparse_attention(q, k, v, *lists, *tail, *slope, *numbers)
     triton_statistics.block_statistics(k, v, 64)
     triton_scores.block_scores(q, tail[0], slope[0], tail[2], 0.1, 0.5, 1.0, block_q, 2)
+    scored = empty(blocks_q, blocks, dtype=score_dtype(dtype))
+    triton_weights.weigh_scores(scored, q, slope[0], tail[2], 0.1, 0.5, 1.0, block_q)
+    triton_gather.gather_tokens(q, torch.arange(length), 2)
     triton_kmeans.kmeans(q, empty(10, dim, dtype=torch.float32), 1)
     exact, slope_32 = empty(blocks_q, blocks, dtype=torch.bool), slope[1][:, :, 0].float()
     fit = [tail[0], slope[0], tail[1], tail[2], slope_32, 0.1, 0.5, 16, block_q, 64]
@@ -91,7 +96,7 @@ def launch(dim, dim_v, block_q):
 
 for sizes in sys.argv[3:]:
     launch(*map(int, sizes.split("x")))
-assert len(seen) == 12, seen
+assert len(seen) == 14, seen
 """
 
 

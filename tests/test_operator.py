@@ -248,6 +248,86 @@ def test_registration(tail, dim_v):
     torch.library.opcheck(torch.ops.uta.block_statistics.default, (args[1], args[2], 64))
 
 
+def text_inputs(biased, dtype=torch.float32):
+    """Arguments of ``text_attention``; a bias hides the last keys of one sample."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((70, 32), (11, 32), (11, 16))
+    q, k, v = (torch.randn(2, 3, *size, generator=generator).to(dtype) for size in sizes)
+    bias = torch.randn(2, 3, 11 if biased else 0, generator=generator)
+    bias[1, :, 7:] = -torch.inf
+    return q, k, v, bias, 0.3, 32
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_to_text_is_dense_attention(biased):
+    """With the log-sum-exp of its logits, by which it is merged with the video's."""
+    args = text_inputs(biased)
+    q, k, v, bias, scale, _ = double(args)
+    bias = bias[:, :, None] if biased else torch.zeros(1, 1, 1, 11).double()
+    output = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    lse = (scale * q @ k.mT + bias).logsumexp(-1)
+    torch.testing.assert_close(reference.text_attention(*double(args)), (output, lse))
+    eager = reference.text_attention(*args)
+    assert_as_accurate_as_float32(ops.text_attention(*args), eager, (output, lse), 32 + 11)
+
+
+def test_more_operators_are_registered_right():
+    """As ``test_registration``, of those that spare Inductor work."""
+    torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(True))
+    torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(False))
+    torch.library.opcheck(torch.ops.uta.weigh_scores.default, weighed_inputs())
+    x, index = torch.randn(2, 9, 4, 8).transpose(1, 2), torch.randperm(9)
+    torch.library.opcheck(torch.ops.uta.gather_tokens.default, (x, index, 2))
+
+
+def weighed_inputs(dtype=torch.float32, power=1.0, weight=0.3):
+    """Arguments of ``weigh_scores``, 5 query blocks of which the last is ragged."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 3, 5, 6, generator=generator).to(reference.score_dtype(dtype))
+    query = torch.randn(2, 3, 130, 24, generator=generator).to(dtype)
+    variance = torch.rand(2, 3, 6, 24, generator=generator).to(dtype)
+    spread = torch.rand(2, 3, 6, generator=generator)
+    spread[0, 0, 1] = 0.0
+    return scores, query, variance, spread, 0.4, weight, power, 32
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_scores_are_weighed_by_heads_and_key_blocks(weight, power):
+    """Of the first rows of query blocks: ``sigma2`` of every pair, then its mean."""
+    scores, query, variance, spread, scale, *_ = args = double(weighed_inputs(power=power))
+    args[5] = weight
+    rows = (scale * query[:, :, ::32]).square()
+    sigma2 = torch.einsum("bhnc,bhkc->bhnk", rows, variance).mean((2, 3), keepdim=True)
+    expected = scores * spread[:, :, None] ** (power / 2) * (-weight / 2 * sigma2).exp()
+    torch.testing.assert_close(reference.weigh_scores(*args), expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (0, torch.ones(2, 3, 4, 6), r"scores must have shape \(2, 3, 5, 6\)"),
+        (3, torch.ones(2, 3, 5), r"value_variance must have shape \(2, 3, 6\)"),
+        (6, -1.0, "value_power must not be negative, got -1.0"),
+    ],
+)
+def test_wrong_inputs_of_weigh_scores_are_named(place, wrong, message):
+    args = list(weighed_inputs())
+    args[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        ops.weigh_scores(*args)
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 1, 2, 0)])
+def test_gathered_tokens_lie_in_memory_as_before(layout):
+    """Numbers as by ``index_select``, dimensions by stride as they were."""
+    x = torch.randn(2, 3, 9, 4).permute(layout)
+    dim, index = x.shape.index(9), torch.randperm(9)
+    gathered = ops.gather_tokens(x, index, dim)
+    assert torch.equal(gathered, x.index_select(dim, index))
+    assert gathered.stride() == x.stride()
+
+
 def test_schemas_are_what_plugins_of_tensorrt_take():
     """Tensors first, then float, int, bool, str; constants are in no file."""
     kinds = ["Tensor", "float", "int", "bool", "str"]

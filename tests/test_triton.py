@@ -15,7 +15,13 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from cases import LAYOUTS, laid_out, poisoned, with_mask
 
-from uta_fx.kernels import triton_attention, triton_scores, triton_statistics
+from uta_fx.kernels import (
+    triton_attention,
+    triton_gather,
+    triton_scores,
+    triton_statistics,
+    triton_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly without an error
@@ -392,6 +398,62 @@ def test_scores_of_every_second_row_are_those_of_a_strided_query():
     every_second = args[0][:, :, ::2]
     expected = triton_scores.block_scores(every_second.contiguous(), *args[1:])
     assert torch.equal(triton_scores.block_scores(every_second, *args[1:]), expected)
+
+
+def token_layouts():
+    """Tensors with 37 tokens, by what is peculiar in their memory, and where their tokens lie."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return {
+        "several tokens a program": (randn(2, 37, 70), 1),
+        "one token in two pieces": (randn(1, 37, 1500).half(), 1),
+        "the end of a sequence": (randn(2, 50, 24)[:, 13:], 1),
+        "heads in front": (randn(1, 5, 37, 16), 2),
+        "heads within": (randn(2, 37, 5, 16).transpose(1, 2), 2),
+        "complex": (torch.complex(randn(37, 9), randn(37, 9)), 0),
+        "boolean": (randn(37, 9) > 0, 0),
+        # left to PyTorch
+        "samples and heads in front": (randn(2, 3, 37, 16), 2),
+        "channels first": (randn(9, 37).T, 0),
+        "every second channel": (randn(1, 37, 40)[..., ::2], 1),
+        "nothing": (randn(0, 37, 4), 1),
+    }
+
+
+@pytest.mark.parametrize("name", list(token_layouts()))
+def test_tokens_are_gathered_in_any_layout(name):
+    """The same numbers and strides as the reference's."""
+    x, dim = token_layouts()[name]
+    index = torch.randperm(37, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = triton_gather.gather_tokens(x, index, dim)
+    expected = reference.gather_tokens(x, index, dim)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("weight", "power"), [(0.3, 1.0), (0.3, 0.7), (0.0, 1.0), (0.3, 0.0)])
+def test_weighed_scores_are_as_accurate_as_their_weights(dtype, weight, power):
+    """An exponential of a sum of positive terms, a root, two products; rounded to the scores' dtype.
+
+    Means of n positive numbers, whose sums err by 2^-24 n of them at most, and so does the exponent,
+    which is below 1 here; powers and exponentials in base 2 err by some units in the last place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 300, 24, generator=generator).to(dtype)
+    variance = torch.rand(2, 2, 21, 24, generator=generator).to(dtype)
+    spread = torch.rand(2, 2, 21, generator=generator)
+    spread[0, 0, 0] = 0.0
+    scores = torch.rand(2, 2, 10, 21, generator=generator).to(reference.score_dtype(dtype))
+    args = [x.to(DEVICE) for x in (scores, q, variance, spread)]
+    numbers = (0.2, weight, power, 32)
+    exact = reference.weigh_scores(*(x.double() for x in args), *numbers)
+    found = triton_weights.weigh_scores(poisoned(args[0]), *map(poisoned, args[1:]), *numbers)
+    assert found.dtype == scores.dtype
+    allowed = torch.finfo(found.dtype).eps / 2 + 2**-24 * (21 + 24 + 10 + 16)
+    assert ((found - exact).abs() <= allowed * exact).all()
 
 
 def assert_statistics_are_accurate(key, value, block_kv):
