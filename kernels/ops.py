@@ -1,12 +1,14 @@
 """The operators: schemas, shape rules and device dispatch.
 
 ``uta::block_statistics`` pools keys and values, ``uta::block_scores`` pools attention,
-``uta::weigh_scores`` weighs that by head and key block, ``uta::select_blocks`` spends a budget on scores, ``uta::list_blocks`` makes lists of a mask, and
-``uta::sparse_attention`` attends to listed blocks and a tail; ``uta::block_masked_attention`` takes
-a mask in place of lists. ``uta::rectified_attention`` attends to listed blocks and text, and scales
-and shifts what comes of it. ``uta::text_attention`` attends to a few keys. ``uta::kmeans`` groups tokens, and ``uta::clustered_attention`` attends
-to listed blocks that are not full. ``uta::fit_tail`` fits two factors of a tail to some rows of
-exact attention.
+``uta::weigh_scores`` weighs that by head and key block, ``uta::select_blocks`` spends a budget on
+scores, ``uta::list_blocks`` makes lists of a mask, and ``uta::sparse_attention`` attends to listed
+blocks and a tail; ``uta::block_masked_attention`` takes a mask in place of lists.
+``uta::rectified_attention`` attends to listed blocks and text, and scales and shifts what comes of
+it. ``uta::text_attention`` attends to a few keys. ``uta::kmeans`` groups tokens, and
+``uta::clustered_attention`` attends to listed blocks that are not full. ``uta::fit_tail`` fits two
+factors of a tail to some rows of exact attention, and ``uta::fitted_tail`` applies them.
+``uta::gather_tokens`` brings tokens into another order.
 
 Importing this module needs torch alone; the CPU and Triton kernels are imported when first used.
 Schemas hold tensors first, then float and int: what TensorRT's converters can carry. A tensor that

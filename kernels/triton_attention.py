@@ -415,7 +415,8 @@ def sparse_attention(
     are None then. ``gain`` and ``offset``, both or none, are those of ``rectified_attention``,
     ``key_counts`` are those of ``clustered_attention``; they keep the listed kernel of this file.
     """
-    output, lse = empty_outputs(query, value)
+    result, lse = empty_outputs(query, value)
+    output = strided(result)
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = value.shape[-2:]
     blocks_q, blocks_kv = -(-length_q // block_q), -(-length_kv // block_kv)
@@ -481,7 +482,7 @@ def sparse_attention(
                 num_warps=tail_tile.num_warps, num_stages=tail_tile.num_stages,
             )  # fmt: skip
         if tail_alone:
-            return output, lse
+            return result, lse
         resume = representatives > 0 and paired_tail is None
         if paired:
             gluon_attention.attend(
@@ -489,7 +490,7 @@ def sparse_attention(
                 0 if block_ids is None else block_ids.shape[-1],
                 paired_tail, scale, variance_weight, resume,
             )  # fmt: skip
-            return output, lse
+            return result, lse
         if block_ids is None or block_counts is None:
             assert exact is not None
             block_ids, block_counts = list_blocks(exact)
@@ -508,7 +509,7 @@ def sparse_attention(
             RECTIFY=gain is not None, CHUNK=ID_CHUNK, **dims,
             num_warps=listed_tile.num_warps, num_stages=listed_tile.num_stages,
         )  # fmt: skip
-    return output, lse
+    return result, lse
 
 
 def block_masked_attention(
@@ -625,4 +626,16 @@ def _block_strides(tail: Tensor) -> tuple[int, ...]:
 
 def last_contiguous(x: Tensor) -> Tensor:
     """The same numbers, those of a row side by side, as kernels read them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return strided(x if x.stride(-1) == 1 else x.contiguous())
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same memory, without a stride of 0 where a dimension has one entry.
+
+    Inductor writes such strides for batches of one, and the copy engine takes none.
+    """
+    dims = list(zip(x.shape, x.stride(), strict=True))
+    if not any(n == 1 and not stride for n, stride in dims):
+        return x
+    beyond = max(n * stride for n, stride in dims)
+    return x.as_strided(x.shape, [stride if n > 1 else beyond for n, stride in dims])

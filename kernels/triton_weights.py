@@ -46,24 +46,24 @@ def _weights_kernel(
     """The weights of one head's key blocks."""
     batch_head = tl.program_id(0).to(tl.int64)  # 64-bit before it is multiplied by a stride
     batch, head = batch_head // heads, batch_head % heads
-    log2 = 0.0
+    log2 = tl.zeros([1], tl.float32)  # of what a head's weights have in common
     if HAS_VARIANCE:
         d = tl.arange(0, D_PADDED)
         q_base = q_ptr + batch * q_sb + head * q_sh
         var_base = k_var_ptr + batch * var_sb + head * var_sh
-        # blocks_q rows, each the first of its block
-        square = _sum_of_rows(q_base, q_sn * BLOCK_Q, blocks_q, d < D, d, scale, True, ROWS, D_PADDED)
-        variance = _sum_of_rows(var_base, var_sn, blocks, d < D, d, 1.0, False, ROWS, D_PADDED)
+        inside, first_sn = d < D, q_sn * BLOCK_Q  # from the first row of a block to the next one's
+        square = _sum_of_rows(q_base, first_sn, blocks_q, inside, d, scale, True, ROWS, D_PADDED)
+        variance = _sum_of_rows(var_base, var_sn, blocks, inside, d, 1.0, False, ROWS, D_PADDED)
         sigma2 = tl.sum(square / blocks_q * (variance / blocks), 0)
-        log2 = -variance_weight_log2 * sigma2
+        log2 -= variance_weight_log2 * sigma2
     for start in range(0, blocks, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         place = batch_head * blocks + column
-        weights = tl.zeros([COLUMNS], tl.float32) + tl.exp2(log2)
+        exponent = tl.zeros([COLUMNS], tl.float32) + log2
         if HAS_POWER:
             spread = tl.load(v_var_ptr + place, mask=column < blocks, other=1.0)  # [COLUMNS]
-            weights *= tl.exp2(half_power * tl.log2(spread))
-        tl.store(weights_ptr + place, weights, mask=column < blocks)
+            exponent += half_power * tl.log2(spread)
+        tl.store(weights_ptr + place, tl.exp2(exponent), mask=column < blocks)
 
 
 def weigh_scores(

@@ -19,6 +19,7 @@ import uta_fx
 from uta_fx import Config
 from uta_fx.attention import SparseSite
 from uta_fx.backend import sparsify
+from uta_fx.kernels import cpu
 from uta_fx.passes.trace_calls import trace_calls
 from uta_fx.policies import spend_budget
 
@@ -97,6 +98,49 @@ def test_self_attention_is_rewritten_and_cross_attention_is_not():
     targets = [node.target for node in found["graph"].nodes]
     assert sum(target is F.scaled_dot_product_attention for target in targets) == 3
     assert sum(getattr(target, "__name__", "") == "sparse_site" for target in targets) == 3
+
+
+class Joint(nn.Module):
+    """As CogVideoX: a norm lays heads out apart, and the video's part is rotated in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.norm = nn.Linear(64, 3 * 64), nn.LayerNorm(32)
+
+    def forward(self, text, video, table):
+        tokens = torch.cat([text, video], 1)
+        q, k, v = (x.unflatten(-1, (2, 32)).transpose(1, 2) for x in self.qkv(tokens).chunk(3, -1))
+        q, k = self.norm(q), self.norm(k)
+        for x in (q, k):
+            x[:, :, text.shape[1] :] = x[:, :, text.shape[1] :] * table
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_parts_of_a_joint_sequence_are_not_copied(monkeypatch):
+    """All operators read the video's part of queries, keys and values in the same memory."""
+    read = []
+
+    def note(name):
+        run = getattr(cpu, name)
+
+        def noted(*args):
+            read.append([x.untyped_storage().data_ptr() for x in args[:3]])
+            return run(*args)
+
+        monkeypatch.setattr(cpu, name, noted)
+
+    for name in ("fitted_tail", "block_masked_attention", "text_attention", "block_scores"):
+        note(name)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 9, 64), (1, 256, 64), (256, 32)
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    config = SMALL | {"grid": (4, 8, 8), "strict": True}
+    torch.compile(Joint().eval(), backend="uta", fullgraph=True, options=config)(*inputs)
+    scores, *others = read
+    assert others == [others[0]] * 3
+    assert scores[0] == others[0][0]
 
 
 @torch.no_grad()

@@ -386,6 +386,18 @@ def test_scores_of_any_shape_are_as_accurate_as_their_parts(case, dtype):
     assert_scores_are_accurate(case.inputs(dtype))
 
 
+def test_a_batch_of_one_may_have_a_stride_of_zero():
+    """As Inductor writes it: what the copy engine needs is there, and the output is as promised."""
+    args = Case(batch=1, length_kv=70).inputs(torch.float32)
+    expected = triton_attention.sparse_attention(*args)
+    for place in range(3):
+        args[place] = args[place].as_strided(args[place].shape, (0, *args[place].stride()[1:]))
+        assert all(triton_attention.last_contiguous(args[place]).stride())
+    output, lse = triton_attention.sparse_attention(*args)
+    assert output.stride() == torch.empty_like(args[0]).stride()
+    assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
+
+
 def test_scores_take_strided_and_poisoned_inputs():
     args = ScoresCase(dim=40).inputs(torch.float32)
     expected = triton_scores.block_scores(*args)
@@ -436,10 +448,10 @@ def test_tokens_are_gathered_in_any_layout(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("weight", "power"), [(0.3, 1.0), (0.3, 0.7), (0.0, 1.0), (0.3, 0.0)])
 def test_weighed_scores_are_as_accurate_as_their_weights(dtype, weight, power):
-    """An exponential of a sum of positive terms, a root, two products; rounded to the scores' dtype.
+    """An exponential, a root and two products, rounded to the dtype of the scores.
 
-    Means of n positive numbers, whose sums err by 2^-24 n of them at most, and so does the exponent,
-    which is below 1 here; powers and exponentials in base 2 err by some units in the last place.
+    Sums of n positive numbers err by 2^-24 n of themselves at most, and so does the exponent, which
+    is below 1 here; powers and exponentials in base 2 err by some units in the last place.
     """
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 2, 300, 24, generator=generator).to(dtype)
