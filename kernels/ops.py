@@ -33,11 +33,11 @@ MIN_GROUPS = 4  # of rows in a query block
 MAX_FIT_ROWS = 16  # that a tail is fitted to: one tile of a matrix product
 MAX_HEADS = 65535  # of all samples together on a GPU: what a grid of programs holds along this axis
 
-# Queries, keys and values are often parts of tensors that hold text too: with strides to be kept,
-# Inductor copies them for each operator. What holds a number for each pair of blocks it would pad,
-# and a launcher copy.
+# Queries, keys and values are often parts of tensors that hold text too: Inductor copies them for
+# each operator that wants the strides of the traced run. Scores and masks of pairs of blocks it
+# would pad, and a launcher copy; what is gathered lies in memory as it did.
 _ANY_STRIDES = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-_CONTIGUOUS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_AS_TRACED = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _LIBRARY = torch.library.Library("uta", "DEF")
 _LIBRARY.define(
@@ -89,11 +89,11 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "select_blocks(Tensor scores, SymInt kept, SymInt rows) -> Tensor",
-    tags=_CONTIGUOUS,
+    tags=_AS_TRACED,
 )
 _LIBRARY.define(
     "list_blocks(Tensor exact) -> (Tensor block_ids, Tensor block_counts)",
-    tags=_CONTIGUOUS,
+    tags=_AS_TRACED,
 )
 _LIBRARY.define(
     "fit_tail(Tensor query, Tensor key, Tensor value, Tensor exact, Tensor key_counts,"
@@ -116,7 +116,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "gather_tokens(Tensor x, Tensor index, int dim) -> Tensor",
-    tags=_CONTIGUOUS,
+    tags=_AS_TRACED,
 )
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -911,7 +911,7 @@ def _fake_fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_weigh_scores(scores: Tensor, *rest: Any) -> Tensor:
     check_weigh_scores(scores, *rest)
-    return scores.new_empty(scores.shape)
+    return torch.empty_like(scores)
 
 
 def _refuse_gradient(*_: Any) -> NoReturn:

@@ -603,7 +603,7 @@ def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
     Args:
         x: Of any dtype; no stride is 0.
-        index: int64, one-dimensional.
+        index: int64, one-dimensional, as long as that dimension.
         dim: Of ``x``, from 0.
     """
     order = memory_order(x)
