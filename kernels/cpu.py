@@ -29,10 +29,11 @@ from uta_fx.kernels.reference import (
     split_blocks,
     text_arguments,
     text_as_tail,
+    text_bias,
     weigh_scores,
 )
 
-__all__ = ["gather_tokens", "weigh_scores"]  # the reference's are those for CPUs too
+__all__ = ["gather_tokens", "text_bias", "weigh_scores"]  # the reference's are those for CPUs too
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache

@@ -66,6 +66,10 @@ _LIBRARY.define(
     tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
+    "text_bias(Tensor row, Tensor column, SymInt start, SymInt tokens, bool trusted) -> Tensor",
+    tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
     "block_scores(Tensor query, Tensor key_mean, Tensor key_variance, Tensor log_size,"
     " float scale, float variance_weight, float variance_power, int block_q, int rows) -> Tensor",
     tags=_ANY_STRIDES,
@@ -183,6 +187,16 @@ def text_attention(*args: Any) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_exporting():
         return sparse_attention(*text_arguments(*args))
     return torch.ops.uta.text_attention.default(*args)
+
+
+def text_bias(*args: Any) -> Tensor:
+    """Call ``uta::text_bias``; arguments and result as in ``reference``.
+
+    Exporters see what it does.
+    """
+    if torch.compiler.is_exporting():
+        return reference.text_bias(*args)
+    return torch.ops.uta.text_bias.default(*args)
 
 
 def block_scores(*args: Any) -> Tensor:
@@ -675,6 +689,12 @@ def _cpu_text_attention(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.text_attention(*args)
 
 
+def _cpu_text_bias(*args: Any) -> Tensor:
+    from uta_fx.kernels import cpu
+
+    return cpu.text_bias(*args)
+
+
 def _cpu_block_scores(*args: Any) -> Tensor:
     from uta_fx.kernels import cpu
 
@@ -947,6 +967,7 @@ for _name, _cpu, _cuda, _fake in (
         _fake_rectified_attention,
     ),
     ("text_attention", _cpu_text_attention, _cuda_text_attention, _fake_text_attention),
+    ("text_bias", _cpu_text_bias, reference.text_bias, reference.text_bias),
     ("block_scores", _cpu_block_scores, _cuda_block_scores, _fake_block_scores),
     ("block_statistics", _cpu_block_statistics, _cuda_block_statistics, _fake_block_statistics),
     ("select_blocks", _cpu_select_blocks, _cuda_select_blocks, _fake_select_blocks),

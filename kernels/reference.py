@@ -231,6 +231,31 @@ def text_arguments(
     )  # fmt: skip
 
 
+def text_bias(row: Tensor, column: Tensor, start: int, tokens: int, trusted: bool) -> Tensor:
+    """What a mask adds to the logits of text, for queries of the video.
+
+    Args:
+        row: Boolean (True: seen) or added to logits, ``[B or 1, H or 1, 1, L]``: what the mask has
+            for the first query of the video.
+        column: Likewise ``[B or 1, H or 1, tokens, 1]``, for its first key and its own queries; an
+            empty last dimension where the mask is the same for all queries.
+        start: The first token of the video.
+        tokens: How many the video has.
+        trusted: Whether nothing shows that the mask hides no video: NaN where it does. The mask
+            is one of keys, or one of keys and one of queries, so that these two lines tell.
+
+    Returns:
+        float32 ``[B or 1, H or 1, 1, Lt]``, of the text before the video and after it.
+    """
+    text = torch.cat([row[..., :start], row[..., start + tokens :]], -1)
+    bias = torch.where(text, 0.0, -torch.inf) if text.dtype == torch.bool else text.float()
+    lines = [row[..., start : start + tokens], column.transpose(-1, -2)] if trusted else []
+    for line in lines:
+        shown = (line if line.dtype == torch.bool else line == 0).all(-1, keepdim=True)
+        bias = torch.where(shown, bias, torch.nan) if line.shape[-2] else bias
+    return bias
+
+
 def clustered_attention(
     query: Tensor,
     key: Tensor,

@@ -275,9 +275,30 @@ def test_more_operators_are_registered_right():
     """As ``test_registration``, of those that spare Inductor work."""
     torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(True))
     torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(False))
+    lines = torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 4, 1)
+    torch.library.opcheck(torch.ops.uta.text_bias.default, (*lines, 2, 4, True))
     torch.library.opcheck(torch.ops.uta.weigh_scores.default, weighed_inputs())
     x, index = torch.randn(2, 9, 4, 8).transpose(1, 2), torch.randperm(9)
     torch.library.opcheck(torch.ops.uta.gather_tokens.default, (x, index, 2))
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("hidden", [None, "row", "column"])
+def test_a_mask_that_hides_video_gives_no_bias(added, hidden):
+    """Text before and after 4 tokens of video; NaN where trusted and its sample hides video."""
+    row, column = torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.ones(2, 1, 4, 1) > 0
+    row[0, :, :, [1, 7]] = False
+    if hidden is not None:
+        (row if hidden == "row" else column.mT)[1, 0, 0, 3] = False
+    lines = [torch.where(x, 0.0, -torch.inf) if added else x for x in (row, column)]
+    bias = ops.text_bias(*lines, 2, 4, False)
+    expected = torch.zeros(2, 1, 1, 5)
+    expected[0, 0, 0, [1, 3]] = -torch.inf
+    assert torch.equal(bias, expected)
+    trusted = ops.text_bias(*lines, 2, 4, True)
+    assert torch.equal(trusted[0], expected[0])
+    assert torch.equal(trusted[1], expected[1]) if hidden is None else trusted[1].isnan().all()
+    assert torch.equal(ops.text_bias(lines[0], lines[0][..., :0], 2, 4, False), expected)
 
 
 def weighed_inputs(dtype=torch.float32, power=1.0, weight=0.3):

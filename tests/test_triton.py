@@ -398,6 +398,15 @@ def test_a_batch_of_one_may_have_a_stride_of_zero():
     assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
 
 
+def test_a_bias_of_nan_is_seen():
+    """Where a mask may not be trusted: the text's part is NaN, by which the video's is merged."""
+    q, k, v, *_ = Case(length_kv=11).inputs(torch.float32)
+    bias = torch.full((1, 2, 11), torch.nan, device=DEVICE)
+    arguments = reference.text_arguments(q, k, v, bias, 0.3, 32)
+    for result in triton_attention.sparse_attention(*arguments):
+        assert result.isnan().all()
+
+
 def test_scores_take_strided_and_poisoned_inputs():
     args = ScoresCase(dim=40).inputs(torch.float32)
     expected = triton_scores.block_scores(*args)

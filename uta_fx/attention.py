@@ -459,24 +459,20 @@ def _attend(
     spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
     others_q = _joined([before_q, q[:, :, :spare], after_q], 2)
-    bias = rows = doubt = None
+    bias = rows = None
     if attn_mask is not None:
-        row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
-        if config.trust_masks:
-            doubt = _doubt(attn_mask, sizes)
-        if attn_mask.shape[-2] != 1:
-            row = row[..., start : start + 1, :]
+        row = column = rows = attn_mask
+        if attn_mask.shape[-2] == 1:
+            column = row[..., :0]
+        else:
             before, video_rows, after = attn_mask.split(sizes, -2)
+            row, column = video_rows[..., :1, :], video_rows[..., start : start + 1]
             rows = _joined([before, video_rows[..., :spare, :], after], -2)
-        bias = row.float()
-        if row.dtype == torch.bool:
-            bias = torch.where(row, 0.0, -torch.inf)
+        bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
 
     output, centroids = _attend_to_both(
         q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order
     )
-    if doubt is not None:
-        output = output + doubt.to(output.dtype)
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
@@ -484,23 +480,6 @@ def _attend(
     parts = (others[:, :, :start], output, others[:, :, start + spare :])
     joined = _joined([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
     return joined, centroids
-
-
-def _doubt(mask: Tensor, sizes: list[int]) -> Tensor:
-    """0 where a mask shows all video to all video, NaN elsewhere: ``[B or 1, H or 1, 1, 1]``.
-
-    Looks at the first video query and, where queries differ, at the first video key: the mask is
-    one of keys, or one of keys and one of queries.
-    """
-    start, tokens, _ = sizes
-    several = mask.shape[-2] != 1
-    lines = [mask.narrow(-1, start, tokens).narrow(-2, start if several else 0, 1)]
-    if several:
-        lines.append(mask.narrow(-2, start, tokens).narrow(-1, start, 1).transpose(-1, -2))
-    shown = torch.cat(lines, -1)
-    if mask.dtype != torch.bool:
-        shown = shown == 0
-    return torch.where(shown.all(-1, keepdim=True), 0.0, torch.nan)
 
 
 def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
