@@ -433,9 +433,9 @@ NUMBERS
 
     score_float = Cast <to = 1> (scores)
     missing = IsNaN (score_float)
-    finite = Min (score_float, largest)
-    numbers = Where (missing, minus_infinity, finite)
-    best_column = ArgMax <axis = -1, keepdims = 1> (score_float)
+    known = Where (missing, minus_infinity, score_float)
+    numbers = Min (known, largest)
+    best_column = ArgMax <axis = -1, keepdims = 1> (known)
     first_column = Squeeze (zero)
     end_column = Squeeze (blocks)
     step = Squeeze (one)

@@ -201,7 +201,7 @@ def _sample_kernel(
     tl.store(masses_ptrs + 3 * rows, damped * inverse, mask=inside_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])  # for one part sums would have another order
 def _solve_kernel(
     q_ptr,
     slope_ptr,  # float32 [B, H, D, Dv], contiguous
