@@ -148,6 +148,8 @@ CASES = {
     "several_steps_of_means": Case(block_q=16, block_kv=16, length_kv=1000, heads=1),
     "several_parts": Case(length_kv=3100, block_kv=128, heads=1, batch=2),
     "clusters": Case(length_kv=320, counted=True),
+    "every_second_block": Case(block_q=16, block_kv=16, length_kv=4795, heads=1),
+    "every_third_cluster": Case(block_q=16, block_kv=16, length_kv=6400, heads=1, counted=True),
     "negative_scale": Case(scale=-0.3),
     "zero_scale": Case(scale=0.0),
 }
@@ -156,8 +158,8 @@ CASES = {
 def of_sampled_rows(args):
     """What the rows see, plainly: of keys and of means.
 
-    Of the row's softmax over all keys: the output, and what its tail has of it; the tail's share;
-    the log-sum-exp. Of that over the means of the tail's blocks: value, log-sum-exp, damping.
+    Of the row's softmax over the keys of the sampled blocks: the output, and what its tail has of
+    it; the tail's share; the log-sum-exp. Of that over the means of the tail's blocks: value, log-sum-exp, damping.
     """
     query, key, value, exact, counts, mean, variance, value_mean, log_size, _, *numbers = args
     scale, weight, rows, block_q, block_kv = numbers
@@ -165,14 +167,17 @@ def of_sampled_rows(args):
     sample = query[:, :, place] * scale
     listed = exact[:, :, place // block_q]
     of_keys = listed.repeat_interleave(block_kv, -1)[..., : key.shape[2]]
+    every = max(1, exact.shape[3] // 128)
+    unseen = torch.arange(exact.shape[3], device=key.device) % every != every // 2
     logits = sample @ key.mT
+    logits[..., unseen.repeat_interleave(block_kv)[: key.shape[2]]] = -torch.inf
     if counts.shape[2]:
         inside = torch.arange(block_kv, device=key.device) < counts[..., None]
         logits = logits.masked_fill(~inside.flatten(2)[:, :, None], -torch.inf)
     p = logits.softmax(-1)
     sigma2 = reference.pooled_variance(query, variance, scale, block_q)[:, :, place // block_q]
     of_means = sample @ mean.mT + log_size[:, :, None] + weight / 2 * sigma2
-    of_means = of_means.masked_fill(listed, -torch.inf)
+    of_means = of_means.masked_fill(listed | unseen, -torch.inf)
     m = of_means.softmax(-1).nan_to_num(0.0)  # a row without a tail
     return (
         p @ value, (p * ~of_keys) @ value, (p * ~of_keys).sum(-1), logits.logsumexp(-1),
@@ -195,6 +200,14 @@ def roundings(args):
     logit = 2**-24 * (dim + 8) * (max(sums) + 5 + sigma2)
     unit = torch.finfo(args[0].dtype).eps if args[0].dtype != torch.float32 else 0.0
     return (2 * logit + 2**-24 * (args[14] + key.shape[2] // 16 + 8) + unit).item()
+
+
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 383, 384, 1182, 5000])
+def test_a_sample_of_blocks_spans_them_evenly(blocks):
+    sample = reference.sampled_blocks(blocks)
+    assert min(blocks, 128) <= len(sample) < 256
+    assert blocks - 1 - sample[-1] < sample.step and sample[0] == sample.step // 2
+    assert blocks >= 256 or list(sample) == [*range(blocks)]
 
 
 @pytest.fixture

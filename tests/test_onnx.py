@@ -139,6 +139,8 @@ def test_the_function_of_scores_is_the_operator(power):
         "everything_exact",
         "head_dims_of_their_own",
         "clusters",
+        "every_second_block",
+        "every_third_cluster",
     ],
 )
 def test_the_function_of_a_fit_is_the_operator(name, dtype):
