@@ -966,6 +966,8 @@ def check_version(path: Path, name: str) -> onnx.ModelProto:
         raise ValueError(problem)
     try:
         model = onnx.load(path, load_external_data=False)
+        if not model.HasField("graph"):  # an empty file
+            raise DecodeError
     except DecodeError as error:
         raise ValueError(f"{problem}, which is none") from error
     versions = [x.version for x in model.opset_import if x.domain == DOMAIN]

@@ -15,7 +15,7 @@ import torch
 from cases import SCORED, Case, score_inputs
 from test_fitting import CASES as FITS
 
-from uta_fx import bind_tensors
+from uta_fx import bind_tensors, onnxruntime_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("triton")
@@ -520,11 +520,10 @@ def test_a_node_reads_and_writes_the_tensors_that_are_bound(tmp_path, driver, mo
     onnxruntime_plugin.link_plugin(
         compiled, 90, path, driver=str(driver), provider="CPUExecutionProvider"
     )
-    options = onnxruntime.SessionOptions()
+    file, options = tmp_path / "model.onnx", onnxruntime.SessionOptions()
+    onnx.save(model, file)
     options.register_custom_ops_library(str(path))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime_session(file, ["CPUExecutionProvider"], options=options)
     outputs = {
         "block_ids": torch.empty(exact.shape, dtype=torch.int32),
         "block_counts": torch.empty(exact.shape[:-1], dtype=torch.int32),
@@ -540,6 +539,9 @@ def test_a_node_reads_and_writes_the_tensors_that_are_bound(tmp_path, driver, mo
     monkeypatch.setattr(launched, "value", ctypes.cast(hook, ctypes.c_void_p).value)
     session.run_with_iobinding(binding)
     assert got == [x.data_ptr() for x in (exact, *outputs.values())]
+    options.register_custom_ops_library(str(path))
+    with pytest.raises(ValueError, match="options must be new ones for each session with a plugin"):
+        onnxruntime_session(file, ["CPUExecutionProvider"], options=options)
 
 
 def test_budgets_that_do_not_fit_are_refused(tmp_path, driver, monkeypatch):
