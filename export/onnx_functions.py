@@ -587,10 +587,12 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     sample_shape = Shape (weights)
     in_tail = Reshape (by_key, sample_shape)
     of_tail = Mul (weights, in_tail)
+    of_lists = Sub (weights, of_tail)
     true_mass = ReduceSum <keepdims = 1> (of_tail, last_axis)
+    exact_mass = ReduceSum <keepdims = 1> (of_lists, last_axis)
     value_float = Cast <to = 1> (sampled_value)
-    output = MatMul (weights, value_float)
     true_values = MatMul (of_tail, value_float)
+    exact_values = MatMul (of_lists, value_float)
 
     block_row = Range (first, rows_of_block, one)
     first_row = Mul (query_block, rows_of_block)
@@ -653,19 +655,21 @@ STEPS
 _FIT_STEP = """
     given_mass_N = Mul (of_mass_P, mass_of_tail)
     more_N = Sub (given_mass_N, true_mass)
-    share_N = Add (more_N, one_float)
-    of_more_N = Mul (output, more_N)
-    with_tail_N = Add (of_more_N, true_values)
+    total_N = Add (exact_mass, given_mass_N)
     of_values_N = Mul (of_mass_P, values)
-    without_values_N = Sub (with_tail_N, of_values_N)
     of_along_N = Mul (of_slope_P, along)
-    left_N = Sub (without_values_N, of_along_N)
-    rest_N = Div (left_N, share_N)
-    given_N = Sub (output, rest_N)
-    of_given_N = Mul (given_N, mass_of_tail)
+    given_values_N = Add (of_values_N, of_along_N)
+    more_share_N = Div (more_N, total_N)
+    of_more_N = Mul (exact_values, more_share_N)
+    with_tail_N = Add (of_more_N, true_values)
+    given_tail_N = Div (given_values_N, total_N)
+    rest_N = Sub (with_tail_N, given_tail_N)
+    all_values_N = Add (exact_values, given_values_N)
+    mass_share_N = Div (mass_of_tail, total_N)
+    of_given_N = Mul (all_values_N, mass_share_N)
     to_values_N = Sub (values, of_given_N)
-    u_N = Div (to_values_N, share_N)
-    x_N = Div (along, share_N)
+    u_N = Div (to_values_N, total_N)
+    x_N = Div (along, total_N)
     mass_beyond_N = Sub (of_mass_P, one_float)
     u_beyond_N = Mul (mass_beyond_N, u_N)
     slope_beyond_N = Sub (of_slope_P, one_float)
@@ -994,6 +998,8 @@ def check_version(path: Path, name: str) -> onnx.ModelProto:
         raise ValueError(problem)
     try:
         model = onnx.load(path, load_external_data=False)
+        if not model.HasField("graph"):  # an empty file
+            raise DecodeError
     except DecodeError as error:
         raise ValueError(f"{problem}, which is none") from error
     versions = [x.version for x in model.opset_import if x.domain == DOMAIN]

@@ -483,10 +483,10 @@ def fit_tail(
     weights = (logits - lse).exp()
     listed = exact.index_select(2, place // block_q)  # [B, H, R, Nk]
     in_tail = ~listed[..., None].expand(*listed.shape, block_kv).flatten(3)[..., : key.shape[2]]
-    of_tail = weights * in_tail
-    both = torch.cat([weights, of_tail], 2).to(value.dtype)  # one product reads the values once
-    output, true_values = (both @ value).to(accumulator).chunk(2, 2)
-    true_mass = of_tail.sum(-1, keepdim=True)
+    both = torch.cat([weights * ~in_tail, weights * in_tail], 2)
+    exact_mass, true_mass = both.sum(-1, keepdim=True).chunk(2, 2)
+    both = both.to(value.dtype)  # one product reads the values once
+    exact_values, true_values = (both @ value).to(accumulator).chunk(2, 2)
 
     # variance of the logits, of the query block of each row as in ``pooled_variance``
     members = place[:, None] // block_q * block_q + torch.arange(block_q, device=query.device)
@@ -502,9 +502,11 @@ def fit_tail(
     values, mass = mass @ value_mean.to(accumulator), mass.sum(-1, keepdim=True)
     of_mass = of_slope = mass.new_ones((*mass.shape[:2], 1, 1))
     for _ in range(STEPS):
-        more = of_mass * mass - true_mass  # small where the tail is: so is what is left of o
-        rest = (output * more + true_values - of_mass * values - of_slope * x) / (1 + more)
-        u, along = (values - (output - rest) * mass) / (1 + more), x / (1 + more)
+        # no difference of large numbers, whether lists or tail have nearly all of a row
+        more, total = of_mass * mass - true_mass, exact_mass + of_mass * mass  # total: 1 + more
+        given = of_mass * values + of_slope * x  # in place of the true values
+        rest = exact_values * (more / total) + true_values - given / total
+        u, along = (values - (exact_values + given) * (mass / total)) / total, x / total
         y = rest + (of_mass - 1) * u + (of_slope - 1) * along
         of_mass, of_slope = (f[..., None, None] for f in _least_squares(u, along, y))
     of_mass, of_slope = of_mass[..., 0, 0], of_slope[..., 0, 0]
