@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
+from uta_fx.export.narrow_masks import narrow_masks
 from uta_fx.export.sort_selected import sort_selected
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
@@ -64,6 +65,7 @@ def sparsify_program(
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     _list_masked_blocks(sparse)
+    narrow_masks(sparse)
     return sparse, sites
 
 

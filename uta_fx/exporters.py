@@ -76,7 +76,8 @@ def export_onnx(
             are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
             reads from 1.23 on, dense attention is one operation too.
         decide_branches: Where the model asks whether a tensor is true (HunyuanVideo 1.5: whether
-            its image is empty), write the way that these inputs take; it is run once to find out.
+            its image is empty), write the way that these inputs take; it is run once to find out,
+            without its large tensors where it asks about nothing that comes of them.
             So for whole numbers that it reads from tensors, if it cannot be traced with them left
             open (Wan Animate 2: sizes of its video). The file then answers NaN where its inputs
             would take another way or have other numbers. False refuses such a model.
