@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from typing import Any
@@ -12,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
 from uta_fx.export.sort_selected import sort_selected
+from uta_fx.passes.copy_graph import copy_graph
+from uta_fx.passes.inline_subgraphs import AUTOCAST, SET_GRAD, inline_subgraphs
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -37,7 +40,7 @@ def sparsify_program(
     """
     if program.example_inputs is None:
         raise ValueError("program must carry example inputs, got an exported program without them")
-    program = sort_selected(program, dynamic_shapes)
+    program = sort_selected(_without_regions(program), dynamic_shapes)
     args, kwargs = program.example_inputs
     module = program.module()
     assert isinstance(module, torch.fx.GraphModule)
@@ -65,6 +68,17 @@ def sparsify_program(
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     _list_masked_blocks(sparse)
     return sparse, sites
+
+
+def _without_regions(program: ExportedProgram) -> ExportedProgram:
+    """The same program, without functions under autocast, which becomes casts, or ``no_grad``."""
+    if not any(node.target in (AUTOCAST, SET_GRAD) for node in program.graph.nodes):
+        return program
+    program = copy.copy(program)
+    program._graph_module = copy_graph(program.graph_module)
+    with torch.no_grad():
+        inline_subgraphs(program.graph_module)
+    return program.run_decompositions({})  # by itself it would lose the paths of modules
 
 
 def _list_masked_blocks(program: ExportedProgram) -> None:
