@@ -24,6 +24,7 @@ from uta_fx.passes.match_operators import Fused, match_operator, operands_of
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
+    VIEWS,
     Size,
     argument,
     equation_of,
@@ -140,7 +141,7 @@ def may_alias(node: Node) -> list[Node]:
         return list(written)
     if not isinstance(recorded(node), (torch.Tensor, tuple, list)):
         return []
-    if name in _VIEWS:
+    if name in VIEWS:
         source = argument(node, 0, "input")
         return [source] if isinstance(source, Node) else []
     if _rule_of(node) is not None:
@@ -820,15 +821,6 @@ _CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty",
 }  # fmt: skip
 _SHAPES = {"size", "sym_size", "dim", "numel", "sym_numel", "stride", "ndimension", "len"}
-# a cast to what a tensor is already returns it
-_VIEWS = {
-    "transpose", "t", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
-    "expand", "expand_as", "view_as", "broadcast_to", "squeeze", "unsqueeze", "chunk", "split",
-    "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "slice", "contiguous", "to",
-    "type", "type_as", "float", "half", "bfloat16", "double", "bool", "int", "long", "detach",
-    "alias", "movedim", "moveaxis", "mT", "mH", "real", "imag", "conj", "view_as_complex",
-    "view_as_real", "dropout", "identity", "lift_fresh", "requires_grad", "nan_to_num",
-}  # fmt: skip
 
 _RULES: dict[str, Rule] = {}
 for _rule, _names in (
@@ -850,7 +842,7 @@ for _rule, _names in (
     (_permute, "permute"),
     (_transpose, "transpose t"),
     (_movedim, "movedim moveaxis"),
-    (_transposed_attribute, "getattr mT mH"),
+    (_transposed_attribute, "getattr mT mH T H"),
     (_reshape, "view view_as reshape flatten unflatten squeeze unsqueeze"),
     (_complex, "view_as_complex view_as_real"),
     (_expand, "expand broadcast_to repeat tile expand_as"),

@@ -24,11 +24,15 @@ from uta_fx.passes.site import recorded
 
 Size = int | torch.SymInt
 
-# operations whose output may share memory with their input
+# operations whose output may share memory with their input: a cast to what a tensor is returns it
 VIEWS = (
-    "transpose", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
-    "expand", "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "slice",
-    "contiguous", "to", "split_with_sizes", "detach", "alias", "movedim", "mT",
+    "transpose", "t", "T", "mT", "H", "mH", "permute", "movedim", "moveaxis", "view", "view_as",
+    "reshape", "reshape_as", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "broadcast_to", "getitem", "getattr", "chunk", "split", "split_with_sizes", "tensor_split",
+    "unbind", "narrow", "select", "slice", "contiguous", "to", "type", "type_as", "float", "half",
+    "bfloat16", "double", "bool", "int", "long", "detach", "alias", "real", "imag", "conj",
+    "view_as_complex", "view_as_real", "dropout", "identity", "lift_fresh", "requires_grad",
+    "nan_to_num",
 )  # fmt: skip
 
 
@@ -725,8 +729,8 @@ def _pad(trace: Trace, node: Node) -> Axes:
 
 
 def _linear(trace: Trace, node: Node) -> Axes:
-    axes = trace.of(argument(node, 0, "input"))
-    return (*axes[:-1], trace.leaf(node, len(axes) - 1, _shape(node)[-1]))
+    weight = trace.of(argument(node, 1, "weight"))
+    return (*trace.of(argument(node, 0, "input"))[:-1], *weight[:-1])
 
 
 def _matmul(trace: Trace, node: Node) -> Axes | None:
@@ -780,11 +784,13 @@ def _einsum(trace: Trace, node: Node) -> Axes:
 
 
 def _convolution(trace: Trace, node: Node) -> Axes:
-    axes = trace.of(argument(node, 0, "input"))
-    return (
-        axes[0],
-        *(trace.leaf(node, dim, size) for dim, size in enumerate(_shape(node)) if dim),
+    source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    new = [trace.leaf(node, dim, size) for dim, size in enumerate(_shape(node))]
+    # each output from one position: a projection
+    pointwise = all(same(size, 1) for size in _shape(weight)[2:]) and all(
+        map(same, _shape(source)[2:], _shape(node)[2:])
     )
+    return (trace.of(source)[0], new[1], *(trace.of(source) if pointwise else new)[2:])
 
 
 def _attention(trace: Trace, node: Node) -> Axes:
@@ -895,7 +901,7 @@ _ALIASES = {
     "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "special_softmax": "softmax",
+    "special_softmax": "softmax", "numpy_T": "T",
 }  # fmt: skip
 
 _IN_PLACE = {
@@ -955,7 +961,8 @@ for _rule, _names in (
     (_attention, "scaled_dot_product_attention"),
     (
         _operator,
-        "flash_attn_forward flash_fwd flash_attention_forward efficient_attention_forward"
+        "flash_attn_forward flash_attn_varlen_forward flash_fwd flash_attention_forward"
+        " efficient_attention_forward"
         " scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu"
         " scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention"
         " scaled_dot_product_fused_attention_overrideable flex_attention",
@@ -965,7 +972,7 @@ for _rule, _names in (
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",
     ),
     (_fresh, "arange zeros ones empty full rand randn tensor linspace embedding eye"),
-    (_attribute, "getattr mT mH"),
+    (_attribute, "getattr mT mH T H"),
     (_outer, "outer ger"),
     (_meshgrid, "meshgrid"),
     (_complex, "view_as_complex view_as_real"),
