@@ -36,6 +36,10 @@ VIEWS = (
 )  # fmt: skip
 
 
+SIDES = "uta_fx.sides"
+"""In the meta of a graph's input: what another graph knows of it, as of ``Trace.sides_of``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Consecutive positions of an axis that come from consecutive positions of their sources.
@@ -123,6 +127,15 @@ class Trace:
                         break
         return found
 
+    def sides_of(self, node: Node) -> dict[int, tuple[Size, ...]]:
+        """Of a tensor's dimensions those that are flattened ones, and the lengths of these."""
+        return {
+            dim: stretch.source.sides
+            for dim, axis in enumerate(self.of(node))
+            for stretch in self.stretches(axis)
+            if (stretch.start, stretch.end) == (0, len(axis)) and len(stretch.source.sides) > 1
+        }
+
     def _visit(self, node: Node) -> Any:
         value = recorded(node)
         if isinstance(value, torch.Tensor):
@@ -185,7 +198,8 @@ class Trace:
     def leaf(self, node: Node, dim: int, size: Size, part: int = 0, opaque: bool = False) -> Axis:
         """An axis whose positions come into being here."""
         size = plain(size)
-        return self._source((node, dim, part), Source(node, size, (size,), opaque))
+        sides = node.meta.get(SIDES, {}).get(dim, (size,))
+        return self._source((node, dim, part), Source(node, size, sides, opaque))
 
     def gathered(self, node: Node, axis: Axis, index: Any, size: Size) -> Axis:
         """An axis of positions picked out of another by ``index``."""
