@@ -9,17 +9,15 @@ import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Node
 
-AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-"""What torch.export makes of torch.autocast in a model."""
-SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
-"""Likewise of torch.no_grad."""
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 # an operator of a subgraph, where that stands among its arguments, and where its inputs begin
 _OPERATORS = {
     torch.ops.higher_order.tag_activation_checkpoint: (0, 1),  # torch.utils.checkpoint
     torch.ops.higher_order.invoke_subgraph: (0, 2),  # torch.compiler.nested_compile_region
-    AUTOCAST: (4, 5),
-    SET_GRAD: (1, 2),
+    # torch.export's, of torch.autocast and torch.no_grad in a model
+    _AUTOCAST: (4, 5),
+    torch.ops.higher_order.wrap_with_set_grad_enabled: (1, 2),
 }
 
 
@@ -47,7 +45,7 @@ def _inline(gm: GraphModule, node: Node) -> list[Node]:
     assert isinstance(body, GraphModule)
     copies = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(node):
-        if node.target is AUTOCAST:
+        if node.target is _AUTOCAST:
             entered = graph.call_function(_enter_autocast, arguments[:place])
         for old in body.graph.nodes:
             if old.op in ("placeholder", "output"):
@@ -56,7 +54,7 @@ def _inline(gm: GraphModule, node: Node) -> list[Node]:
             if old.op == "get_attr":  # a function in the function
                 new.target = f"{name}_{old.target}"
                 gm.add_submodule(new.target, body.get_submodule(old.target))
-        if node.target is AUTOCAST:
+        if node.target is _AUTOCAST:
             graph.call_function(_exit_autocast, (entered,))
     results: Any = torch.fx.map_arg(body.graph.output_node().args[0], copies.__getitem__)
     for user in list(node.users):

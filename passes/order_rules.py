@@ -32,6 +32,7 @@ from uta_fx.passes.trace_axes import (
     name_of,
     number_of,
     plain,
+    reduced_dims,
     same,
     written_by,
 )
@@ -631,23 +632,11 @@ def _hides_nothing(mask: Node, start: int, tokens: Size) -> bool:
 
 def _reduction(node: Node, place: Place, tokens: Size) -> Needs | None:
     rank = len(_shape(_first(node)))
-    gone = _reduced(node)
+    gone = reduced_dims(node)
     if len(_shape(node)) == rank:
         return None if place.dim in gone else {_first(node): place}
     kept = [dim for dim in range(rank) if dim not in gone]
     return {_first(node): Place(kept[place.dim], place.start)}
-
-
-def _reduced(node: Node) -> set[int]:
-    """The dimensions that a reduction sums over."""
-    rank = len(_shape(_first(node)))
-    with_order = name_of(node) in ("norm", "linalg_vector_norm")
-    dims = argument(node, 2 if with_order else 1, "dim")
-    if isinstance(dims, bool):
-        raise TypeError("unbiased in place of dim")
-    if dims is None:
-        return set(range(rank))
-    return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
 def _outer(node: Node, place: Place, tokens: Size) -> Needs | None:
@@ -711,7 +700,7 @@ def _summed(node: Node) -> list[Mapping[Node, set[int]]]:
             return []
         return [{x.node: {x.token_dim} for x in (call.key, call.value)}]
     if _RULES.get(name) is _reduction:
-        return [{_first(node): _reduced(node)}]
+        return [{_first(node): reduced_dims(node)}]
     if _RULES.get(name) is _matmul:
         _, left, right = _factors(node)
         if left is right or min(len(_shape(left)), len(_shape(right))) < 2:

@@ -827,13 +827,23 @@ def _operator(trace: Trace, node: Node) -> Any:
 
 def _reduction(trace: Trace, node: Node) -> Axes:
     axes = list(trace.of(argument(node, 0, "input")))
-    dims = argument(node, 1, "dim")
-    dims = range(len(axes)) if dims is None else dims if isinstance(dims, (tuple, list)) else [dims]
-    for dim in sorted((dim % len(axes) for dim in dims), reverse=True):
+    for dim in sorted(reduced_dims(node), reverse=True):
         axes.pop(dim)
         if len(_shape(node)) == len(_shape(argument(node, 0, "input"))):
             axes.insert(dim, trace.leaf(node, dim, 1))
     return tuple(axes)
+
+
+def reduced_dims(node: Node) -> set[int]:
+    """The dimensions that a reduction sums over."""
+    rank = len(_shape(argument(node, 0, "input")))
+    with_order = name_of(node) in ("norm", "linalg_vector_norm")
+    dims = argument(node, 2 if with_order else 1, "dim")
+    if isinstance(dims, bool):
+        raise TypeError("unbiased in place of dim")
+    if dims is None:
+        return set(range(rank))
+    return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
 def _attribute(trace: Trace, node: Node) -> Axes | None:
@@ -915,7 +925,7 @@ _ALIASES = {
     "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "special_softmax": "softmax", "numpy_T": "T",
+    "special_softmax": "softmax", "numpy_T": "T", "clamp_min": "clamp", "clamp_max": "clamp",
 }  # fmt: skip
 
 _IN_PLACE = {

@@ -109,6 +109,7 @@ def test_a_region_of_torch_export_is_a_part_of_the_graph(call):
         plan = plan_of(Config(**SETTINGS, density=1.0))
         sparse, sites = sparsify_program(program, plan)
         assert [(x.name, x.sparse, x.grid) for x in sites] == [("block", True, (4, 5, 8))] * 2
+        assert not any("wrap_with" in str(node.target) for node in sparse.graph.nodes)
         torch._dynamo.reset()
         options = {**SETTINGS, "density": 1.0, "inner": "eager", "strict": True}
         compiled = torch.compile(program.module(), backend="uta", fullgraph=True, options=options)
