@@ -19,23 +19,23 @@ _SUMS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear", "inner",
 
 
 def match_near_miss(node: Node) -> Written | None:
-    """The attention that a softmax may be of, with an objection; None for every other node.
+    """The attention that a softmax may be of, with an objection.
 
-    Also for one whose result no sum weighs values by. Of queries and keys nothing is known but the
-    tokens: rows and columns of the logits; of values not even those.
+    None for other nodes, and for a softmax by whose result no sum weighs values. Of queries and
+    keys nothing is known but the tokens: rows and columns of the logits; of values not even those.
     """
     if not is_call(node) or not isinstance(recorded(node), torch.Tensor):
         return None
     name, objections = name_of(node), list[str]()
     if is_softmax(node) and name not in ("exp", "exp2", "pow"):
         logits, dim, _ = read_softmax(node, objections)
-    elif "softmax" in name and name != "log_softmax":
+    elif "softmax" in name and name != "log_softmax" and node.all_input_nodes:
         logits, dim = node.all_input_nodes[0], -1
         objections.append(f"{name} is not known to be a plain softmax")
     else:
         return None
-    taker, rank = _taker(node), value_of(node).dim()
-    if taker is None or rank < 2 or value_of(logits).dim() != rank:
+    taker, rank, value = _taker(node), value_of(node).dim(), recorded(logits)
+    if taker is None or rank < 2 or not isinstance(value, torch.Tensor) or value.dim() != rank:
         return None
     if not leads_to(logits, lambda x: read_product(x) is not None):
         objections.append(f"its logits come out of {_described(_origin(logits))}")
@@ -58,7 +58,8 @@ def _taker(weights: Node) -> Node | None:
             name = name_of(user)
             others = [x for x in user.all_input_nodes if x is not node and not is_weight(x)]
             others = [x for x in others if isinstance(recorded(x), torch.Tensor)]
-            if name in _SUMS and (others or (name == "sum" and multiplied)):
+            known = name in _SUMS or "::" in name  # another library's may be one
+            if known and (others or (name == "sum" and multiplied)):
                 return user
             if name in NEAR and user not in seen:
                 seen.add(user)
@@ -76,7 +77,9 @@ def _origin(logits: Node) -> Node:
 
 
 def _described(node: Node) -> str:
-    if name_of(node) == "einsum":
+    if not is_call(node):
+        return "an input of the graph"
+    if name_of(node) == "einsum" and len(equation_of(node)[2]) > 2:
         return f"an einsum of {len(equation_of(node)[2])} tensors, not of 2"
     return f"{name_of(node)}, which is not known as a product of two tensors"
 

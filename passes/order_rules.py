@@ -111,8 +111,6 @@ def discards(
         places: Where each input is permuted.
     """
     name = name_of(node)
-    if _rule_of(node) is not _operator and not _is_known(node):
-        return False
     if name in _SHAPES or (name == "getattr" and not isinstance(recorded(node), torch.Tensor)):
         return True
     if name in _LIKE or name in _CONSTANTS:
@@ -154,19 +152,7 @@ def may_alias(node: Node) -> list[Node]:
 def _rule_of(node: Node) -> Rule | None:
     if operands_of(node) is not None:
         return _operator
-    return _RULES.get(name_of(node)) if _is_known(node) else None
-
-
-def _is_known(node: Node) -> bool:
-    """Whether an operation is PyTorch's or Python's, and so what its name says."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace == "aten"
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
-    home = getattr(target, "__module__", None) or "torch"
-    known = home.split(".")[0] in ("torch", "_operator", "builtins")
-    return node.op == "call_method" or (node.op == "call_function" and known)
+    return _RULES.get(name_of(node))
 
 
 def _fits(node: Node, place: Place, tokens: Size) -> bool:

@@ -74,7 +74,9 @@ def read_product(node: Node) -> Product | None:
     if name not in _SIDES:
         return None
     left, right = (argument(node, *side) for side in _SIDES[name])
-    if not all(isinstance(recorded(x), torch.Tensor) for x in (left, right)):
+    if not all(
+        isinstance(x, Node) and isinstance(recorded(x), torch.Tensor) for x in (left, right)
+    ):
         return None
     ranks = value_of(left).dim(), value_of(right).dim()
     if not all(2 <= rank <= 6 for rank in ranks):

@@ -280,12 +280,23 @@ def equal(a: Axis, b: Axis) -> bool:
 
 
 def name_of(node: Node) -> str:
-    """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``."""
+    """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``.
+
+    An operation that is not PyTorch's or Python's may do something else under the same name, and
+    has that of its library in front: ``library::add``. A node that calls nothing has its kind.
+    """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    if isinstance(target, str):
+        name = target
+    elif found := overloads(target):
+        name = found[0]._schema.name.removeprefix("aten::")
     else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        name = getattr(target, "__name__", str(target))
+        library = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+        if library not in ("torch", "_operator", "builtins"):
+            name = f"{library}::{name}"
     # operators and methods in place: iadd, __iadd__, add_
     name = name.strip("_") if name != "_" else name
     return _ALIASES.get(name, name)
@@ -476,7 +487,7 @@ Rule = Callable[[Trace, Node], Any]
 
 def _apply(trace: Trace, node: Node) -> Any:
     """Axes of a node's output (a list of them for several outputs), or None: not understood."""
-    rule = _RULES.get(name_of(node))
+    rule = _RULES.get(name_of(node)) if operands_of(node) is None else _operator
     try:
         return rule(trace, node) if rule else None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -760,10 +771,13 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
     """Letters of the operands and of the output of an einsum, and the operands.
 
     Dots are capital letters in their place, which are aligned at their end; an output that is not
-    written has the letters that come once, as torch has it.
+    written has the letters that come once, as torch has it. Dimensions may be numbered too, each
+    operand before its list.
     """
     equation, *operands = _all(node)
-    if isinstance(operands[0], (tuple, list)):
+    if isinstance(equation, Node):
+        equation, operands = _spelled(_all(node))
+    elif isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     left, arrow, output = str(equation).replace(" ", "").partition("->")
     inputs = left.split(",")
@@ -772,9 +786,8 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
         for letters, x in zip(inputs, operands, strict=True)
         if "..." in letters
     ]
-    capitals = string.ascii_uppercase[: max(widths, default=0)]
-    if set(capitals) & set(equation):
-        raise ValueError(f"an einsum of dots and capital letters: {equation}")
+    free = [x for x in string.ascii_uppercase if x not in equation]
+    capitals = "".join(free[: max(widths, default=0)])
     if not arrow:
         once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
         output = ("..." if widths else "") + "".join(once)
@@ -786,6 +799,18 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
         for letters in inputs
     ]
     return inputs, output.replace("...", capitals), operands
+
+
+def _spelled(arguments: Sequence[Any]) -> tuple[str, list[Node]]:
+    """Equation and operands of an einsum whose dimensions are numbered, the output's last."""
+    operands = [x for x in arguments if isinstance(x, Node)]
+    words = [
+        "".join("..." if x is Ellipsis else string.ascii_letters[x] for x in numbers)
+        for numbers in arguments
+        if not isinstance(numbers, Node)
+    ]
+    inputs, output = words[: len(operands)], words[len(operands) :]
+    return "->".join([",".join(inputs), *output]), operands
 
 
 def _einsum(trace: Trace, node: Node) -> Axes:
@@ -983,14 +1008,6 @@ for _rule, _names in (
     (_einsum, "einsum"),
     (_convolution, "conv1d conv2d conv3d convolution"),
     (_attention, "scaled_dot_product_attention"),
-    (
-        _operator,
-        "flash_attn_forward flash_attn_varlen_forward flash_fwd flash_attention_forward"
-        " efficient_attention_forward"
-        " scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu"
-        " scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention"
-        " scaled_dot_product_fused_attention_overrideable flex_attention",
-    ),
     (
         _reduction,
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",

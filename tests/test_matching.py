@@ -277,6 +277,18 @@ def depth_of_two_dimensions(q, k, v):
     return torch.einsum("bhij,bjhcd->bihdc", weights, v)
 
 
+def einsum_with_dots_and_capitals(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum("...AC,...BC->...AB", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("...AB,...BD->...AD", weights, v)
+
+
+def einsum_of_numbers(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum(q, [0, 1, 2, 3], k, [0, 1, 4, 3], [0, 1, 2, 4]).mul(0.25).softmax(-1)
+    return torch.einsum(weights, [..., 0, 1], v, [..., 1, 2])
+
+
 def linear_of_keys(q, k, v):
     return F.linear(F.linear(q[1], k[1]).mul(0.2).softmax(-1), v[1].T)
 
@@ -329,7 +341,8 @@ LAYOUTS = (
     powers_of_a_number, softmin_of_the_opposite, products_of_five_dimensions,
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
-    keys_of_one_head, heads_apart_between_the_products, flattened,
+    keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
+    heads_apart_between_the_products, flattened,
 )  # fmt: skip
 
 
@@ -693,6 +706,32 @@ def projected_keys_with_a_bias(q, k, v):
     return F.linear(q[0], k[0], q.new_ones(LENGTH)).softmax(-1) @ v[0]
 
 
+@torch.library.custom_op("elsewhere::softmax", mutates_args=())
+def not_a_softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of a library that has no more than the name in common with PyTorch."""
+    return x.relu()
+
+
+@torch.library.custom_op("elsewhere::matmul", mutates_args=())
+def not_a_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Likewise."""
+    return x @ y + 1
+
+
+not_a_softmax.register_fake(lambda x, dim: torch.empty_like(x))
+not_a_matmul.register_fake(lambda x, y: x @ y)
+
+
+def softmax_of_elsewhere(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.ops.elsewhere.softmax(q @ k.mT, -1) @ v
+
+
+def product_of_elsewhere(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.ops.elsewhere.matmul((q @ k.mT).softmax(-1), v)
+
+
 def gumbel(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
@@ -805,6 +844,11 @@ def written_to(q, k, v):
         (summed_by_broadcasting, "looks like attention, but its logits come out of sum, which is"),
         (values_summed_by_broadcasting, "looks like attention, but its weights go into sum, which"),
         (projected_keys_with_a_bias, "looks like attention, but its logits come out of linear, wh"),
+        (softmax_of_elsewhere, "looks like attention, but elsewhere::softmax is not known to be a"),
+        (
+            product_of_elsewhere,
+            "looks like attention, but its weights go into elsewhere::matmul, ",
+        ),
         (gumbel, "looks like attention, but gumbel_softmax is not known to be a plain softmax"),
         (values_of_one_sample, "looks like attention, but its products are laid out in a way that"),
         (weights_returned, "looks like attention, but its logits or weights are used elsewhere"),
