@@ -977,7 +977,8 @@ for _name, _cpu, _cuda, _fake in (
     ("weigh_scores", _cpu_weigh_scores, _cuda_weigh_scores, _fake_weigh_scores),
     ("gather_tokens", _cpu_gather_tokens, _cuda_gather_tokens, reference.gather_tokens),
 ):
-    _LIBRARY.impl(_name, _cpu, "CPU")
+    # PyTorch's own operations, which autocast around the operator would reach
+    _LIBRARY.impl(_name, torch.autocast("cpu", enabled=False)(_cpu), "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)

@@ -461,12 +461,13 @@ def _attend(
     others_q = _joined([before_q, q[:, :, :spare], after_q], 2)
     bias = rows = None
     if attn_mask is not None:
-        row = column = rows = attn_mask
-        if attn_mask.shape[-2] == 1:
-            column = row[..., :0]
-        else:
+        row = rows = attn_mask
+        column = row[..., :0]
+        if attn_mask.shape[-2] != 1:
+            row = attn_mask[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
-            row, column = video_rows[..., :1, :], video_rows[..., start : start + 1]
+            if config.trust_masks:
+                column = video_rows[..., start : start + 1]
             rows = _joined([before, video_rows[..., :spare, :], after], -2)
         bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
 
