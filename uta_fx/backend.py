@@ -31,6 +31,7 @@ from uta_fx.layers import (
 )
 from uta_fx.passes.carry_state import carry_state, with_state
 from uta_fx.passes.copy_graph import copy_graph
+from uta_fx.passes.locate_video import symbols_of
 from uta_fx.passes.order_rules import Place
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.site import Grid, Site
@@ -313,7 +314,9 @@ def _compile_sparse(
 ) -> Callable[..., Any]:
     """Compile what ``sparsify`` has rewritten."""
     trace_calls(gm, TokenIndex, share=None)
-    trace_calls(gm, GatherTokens, share=None)
+    # where strides are symbols a gather is plain PyTorch: apart, so that Inductor gathers a table once
+    # and not in each kernel that reads it
+    trace_calls(gm, GatherTokens, share=1 if share and symbols_of(gm) else None)
     alike = 2 if share else None
     if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
         gm, inputs = carry_state(gm, example_inputs, ContinuedSite)
