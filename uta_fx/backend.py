@@ -314,8 +314,8 @@ def _compile_sparse(
 ) -> Callable[..., Any]:
     """Compile what ``sparsify`` has rewritten."""
     trace_calls(gm, TokenIndex, share=None)
-    # where strides are symbols a gather is plain PyTorch: apart, so that Inductor gathers a table once
-    # and not in each kernel that reads it
+    # where strides are symbols a gather is plain PyTorch: apart, so that Inductor gathers a table
+    # once and not in each kernel that reads it
     trace_calls(gm, GatherTokens, share=1 if share and symbols_of(gm) else None)
     alike = 2 if share else None
     if any(isinstance(node.target, ContinuedSite) for node in gm.graph.nodes):
