@@ -43,8 +43,14 @@ from uta_fx.study.real_models import (
 
 SMALL_GRID = (4, 12, 16)  # of the video whose file is run
 LATTE_GRID = (16, 32, 32)  # it has one
+IMAGE_GRID = (1, 24, 32)
 SMALL_SETTINGS: dict[str, Any] = {"density": 0.3, "min_tokens": 512}
 TEXT = 512
+JOYIMAGE_TEXT = 1024 + 128  # an image and what to do with it
+AUDIO = 218  # of 121 frames, 24 a second
+
+PACKED = ("Flux.1 dev", "Flux.3")
+"""Models whose graph does not show how their tokens lie: their grid is given."""
 
 HEADER = """# Models at their real widths as ONNX files
 
@@ -208,8 +214,141 @@ def _sana_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     }
 
 
+def _flux_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {
+        "hidden_states": meta(1, math.prod(grid), 64),
+        "encoder_hidden_states": meta(1, TEXT, 4096),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+        "img_ids": _places(grid),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "guidance": meta(1),
+    }
+
+
+def _flux_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Places have a fourth axis, along which the text lies."""
+    text = torch.nn.functional.pad(torch.arange(480.0)[:, None], (3, 0))
+    return {
+        "hidden_states": meta(1, math.prod(grid), 128),
+        "encoder_hidden_states": meta(1, len(text), 20480),
+        "timestep": meta(1),
+        "img_ids": torch.nn.functional.pad(_places(grid) / 2, (0, 1)),
+        "txt_ids": text,
+    }
+
+
+def _places(grid: Grid) -> torch.Tensor:
+    """Frame, row and column of each token."""
+    return torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+
+
+def _sd3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """The text is of two encoders: 77 and 256 tokens."""
+    return {
+        "hidden_states": meta(1, 16, *latent[1:]),
+        "encoder_hidden_states": meta(1, 77 + 256, 4096),
+        "pooled_projections": meta(1, 2048),
+        "timestep": meta(1),
+    }
+
+
+def _qwen_image_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {
+        "hidden_states": meta(1, math.prod(grid), 64),
+        "encoder_hidden_states": meta(1, TEXT, 3584),
+        "encoder_hidden_states_mask": meta(1, TEXT, dtype=torch.int64),
+        "timestep": meta(1),
+        "img_shapes": [grid],
+    }
+
+
+def _joyimage_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Of two images, the last of which is the new one; the text sees the other."""
+    return {
+        "hidden_states": meta(1, 2, 16, *latent),
+        "encoder_hidden_states": meta(1, JOYIMAGE_TEXT, 4096),
+        "timestep": meta(1),
+    }
+
+
+def _joyimage_plus_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """The new image and, as large, another."""
+    return {
+        "hidden_states": meta(1, 2 * math.prod(grid), 16, 1, 2, 2),
+        "encoder_hidden_states": meta(1, JOYIMAGE_TEXT, 4096),
+        "timestep": meta(1),
+        "shape_list": [[grid, grid]],
+    }
+
+
+def _motif_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Beside the noise the condition, and whether a frame has one."""
+    return {
+        "hidden_states": meta(1, 33, *latent),
+        "encoder_hidden_states": meta(1, TEXT, 2560),
+        "encoder_attention_mask": meta(1, TEXT, dtype=torch.int64),
+        "timestep": meta(1),
+    }
+
+
+def _kandinsky_6_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """With sound; otherwise as Kandinsky 5."""
+    return {
+        "hidden_states": meta(1, *latent, 33),
+        "audio_hidden_states": meta(1, AUDIO, 20),
+        "encoder_hidden_states": meta(1, 256, 3584),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+    }
+
+
+def _framepack_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """After the first image come 9 frames, then the past, of which 1, 2 and 16 frames are left."""
+    _, height, width = latent
+    times = torch.arange(1 + latent[0] + 1 + 2 + 16).split([1, latent[0], 1, 2, 16])
+    return {
+        "hidden_states": meta(1, 16, *latent),
+        "encoder_hidden_states": meta(1, 256, 4096),
+        "encoder_attention_mask": meta(1, 256, dtype=torch.int64),
+        "pooled_projections": meta(1, 768),
+        "image_embeds": meta(1, 729, 1152),
+        "guidance": meta(1),
+        "timestep": meta(1),
+        "indices_latents": times[1],
+        "latents_clean": meta(1, 16, 2, height, width),
+        "indices_latents_clean": torch.cat([times[0], times[2]]),
+        "latents_history_2x": meta(1, 16, 2, height, width),
+        "indices_latents_history_2x": times[3],
+        "latents_history_4x": meta(1, 16, 16, height, width),
+        "indices_latents_history_4x": times[4],
+    }
+
+
+def _helios_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """After the first image the past, of which 16, 2 and 1 frames are left, then 9 frames."""
+    _, height, width = latent
+    times = torch.arange(1 + 16 + 2 + 1 + latent[0])[None].split([1, 16, 2, 1, latent[0]], dim=1)
+    return wan_inputs(latent, grid) | {
+        "indices_hidden_states": times[4],
+        "indices_latents_history_short": torch.cat([times[0], times[3]], dim=1),
+        "indices_latents_history_mid": times[2],
+        "indices_latents_history_long": times[1],
+        "latents_history_short": meta(1, 16, 2, height, width),
+        "latents_history_mid": meta(1, 16, 2, height, width),
+        "latents_history_long": meta(1, 16, 16, height, width),
+    }
+
+
+def _temporal_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    frames, height, width = latent
+    return {"hidden_states": meta(frames, 320, height, width), "num_frames": frames}
+
+
 WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+JOYIMAGE = {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 40, "theta": 10000}
 HD = {"720p": Size(720, 1280, 81)}
+IMAGE = {"1024p": Size(1024, 1024, 1)}
 
 OTHERS = (
     RealModel(
@@ -447,6 +586,138 @@ OTHERS = (
         sizes={"480p": WAN_SIZES["480p"]},
         inputs=_sana_inputs,
     ),
+    RealModel(
+        title="HunyuanVideo Framepack",
+        class_name="HunyuanVideoFramepackTransformer3DModel",
+        settings={"has_image_proj": True, "has_clean_x_embedder": True},
+        stacks={
+            "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"720p": Size(720, 1280, 33)},  # at a time, of 129
+        inputs=_framepack_inputs,
+    ),
+    RealModel(
+        title="Helios 14B",
+        class_name="HeliosTransformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"384p": Size(384, 640, 33)},  # at a time, of 132
+        inputs=_helios_inputs,
+    ),
+    RealModel(
+        title="Motif-Video 2B",
+        class_name="MotifVideoTransformer3DModel",
+        settings={
+            "num_attention_heads": 12, "num_layers": 12, "text_embed_dim": 2560,
+            "enable_text_cross_attention_single": True,
+            "num_single_layers": 2, "num_decoder_layers": 1,  # of 24 and 8: one of either kind
+        },
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"736p": Size(736, 1280, 121)},
+        inputs=_motif_inputs,
+    ),
+    RealModel(
+        title="Kandinsky 6",
+        class_name="Kandinsky6Transformer3DModel",
+        settings={
+            "text_token_padding": True, "ca_rope": True, "cross_gates": True,
+            "fix_modulation": True,
+        },
+        stacks={
+            "visual_transformer_blocks": "num_visual_blocks",
+            "video_text_transformer_blocks": "num_text_blocks",
+            "audio_text_transformer_blocks": "num_text_blocks",
+        },
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"512p": Size(512, 768, 121)},
+        inputs=_kandinsky_6_inputs,
+    ),
+    RealModel(
+        title="Flux.1 dev",
+        class_name="FluxTransformer2DModel",
+        settings={"guidance_embeds": True},
+        stacks={
+            "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_flux_inputs,
+    ),
+    RealModel(
+        title="Flux.3",
+        class_name="Flux3Transformer2DModel",
+        settings={},
+        stacks={
+            "mode_blocks.image": "num_layers", "mode_blocks.image_cond": "num_layers",
+            "txt_mode_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_flux_3_inputs,
+    ),
+    RealModel(
+        title="Stable Diffusion 3.5 Medium",
+        class_name="SD3Transformer2DModel",
+        settings={
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_sd3_inputs,
+    ),
+    RealModel(
+        title="Qwen-Image",
+        class_name="QwenImageTransformer2DModel",
+        settings={},
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_qwen_image_inputs,
+    ),
+    RealModel(
+        title="JoyImage Edit",
+        class_name="JoyImageEditTransformer3DModel",
+        settings=JOYIMAGE,
+        stacks={"double_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_joyimage_inputs,
+    ),
+    RealModel(
+        title="JoyImage Edit Plus",
+        class_name="JoyImageEditPlusTransformer3DModel",
+        settings=JOYIMAGE,
+        stacks={"double_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_joyimage_plus_inputs,
+    ),
+    RealModel(
+        title="Temporal transformer of ModelScope",
+        class_name="TransformerTemporalModel",
+        settings={"num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 320},
+        stacks={},  # it is one layer
+        compression=(1, 8, 8),
+        patch=(1, 1, 1),
+        sizes={"256p": Size(256, 256, 16)},
+        inputs=_temporal_inputs,
+    ),
 )
 # fmt: on
 
@@ -505,7 +776,8 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     model = _model(real, torch.float16)
     given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
-    found = export_onnx(model, (), path, kwargs=given, decide_branches=real.by_block)
+    config = Config(grid=real.grid(size) if real.title in PACKED else None)
+    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
     seconds = time.perf_counter() - start
     del model, given
     gc.collect()
@@ -519,8 +791,10 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
 
 def _run(real: RealModel, folder: Path) -> tuple[str, str]:
     """Of the file in float32 of a small video: its sparse sites and its error."""
-    grid = LATTE_GRID if real.title == "Latte" else SMALL_GRID
-    config = Config(**SMALL_SETTINGS, grid=grid if real.by_block else None)
+    image = real.size().frames == 1
+    grid = LATTE_GRID if real.title == "Latte" else IMAGE_GRID if image else SMALL_GRID
+    packed = real.by_block or real.title in PACKED
+    config = Config(**SMALL_SETTINGS, grid=grid if packed else None)
     latent = tuple(side * patch for side, patch in zip(grid, real.patch, strict=True))
     model, path = _model(real, torch.float32), folder / "small.onnx"
     given = _arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
