@@ -18,12 +18,14 @@ from typing import Any
 import onnxruntime
 import torch
 
+from uta_fx._optional import require
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
+from uta_fx.export.state import opened
 from uta_fx.exporters import export_onnx
 from uta_fx.order import Grid
 from uta_fx.study.exports import (
-    compiled_outputs,
+    expected_outputs,
     open_quietly,
     page_arguments,
     rows_before,
@@ -33,6 +35,7 @@ from uta_fx.study.exports import (
 )
 from uta_fx.study.models import MODELS
 from uta_fx.study.real_models import (
+    DTYPE,
     REAL_MODELS,
     WAN_SIZES,
     RealModel,
@@ -44,13 +47,21 @@ from uta_fx.study.real_models import (
 SMALL_GRID = (4, 12, 16)  # of the video whose file is run
 LATTE_GRID = (16, 32, 32)  # it has one
 IMAGE_GRID = (1, 24, 32)
+RUN_GRIDS = {
+    "Latte": LATTE_GRID,
+    "AnyFlow FAR 14B, without its cache": (8, 12, 16),  # so that a frame is compressed
+    "Kandinsky 6 super-resolution": (4, 16, 16),  # of blocks of 8 x 8 tokens
+}
 SMALL_SETTINGS: dict[str, Any] = {"density": 0.3, "min_tokens": 512}
 TEXT = 512
 JOYIMAGE_TEXT = 1024 + 128  # an image and what to do with it
 AUDIO = 218  # of 121 frames, 24 a second
 
-PACKED = ("Flux.1 dev", "Flux.3")
+PACKED = ("Cosmos 3 Omni", "Flux.1 dev", "Flux.3", "Sana WM refiner, without its cache")
 """Models whose graph does not show how their tokens lie: their grid is given."""
+
+DECIDED = ("HunyuanVideo 1.5", "Wan Animate 2, reference pass")
+"""Models that ask for values of tensors: written with ``decide_branches``."""
 
 HEADER = """# Models at their real widths as ONNX files
 
@@ -343,6 +354,104 @@ def _helios_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 def _temporal_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     frames, height, width = latent
     return {"hidden_states": meta(frames, 320, height, width), "num_frames": frames}
+
+
+def _anyflow_far_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """One frame, then three at a time."""
+    more, rest = divmod(latent[0] - 1, 3)
+    parts = [1] + more * [3] + ([rest] if rest else [])
+    return _anyflow_inputs(latent, grid) | {"chunk_partition": parts}
+
+
+def _cosmos_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Text, then video, in one sequence without a batch."""
+    frames, height, width = grid
+    tokens = math.prod(grid)
+    video = torch.arange(TEXT, TEXT + tokens)
+    places = torch.cat([torch.arange(float(TEXT))[:, None].expand(-1, 3), _places(grid)])
+    places[TEXT:, 0] += TEXT + 15000  # time goes on far behind the text
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": places.T.contiguous(),
+        "und_len": TEXT, "sequence_length": TEXT + tokens,
+        "vision_tokens": [meta(1, 48, *latent)],
+        "vision_token_shapes": [grid],
+        "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video.clone(),
+        "vision_timesteps": meta(tokens),
+        "vision_noisy_frame_indexes": [torch.arange(frames)],
+    }
+
+
+def _minimax_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Text, then sound, then video in one sequence, with a time for video and one for sound."""
+    sound, video = 207, math.prod(grid)
+    kinds = torch.tensor([1, 2, 0]).repeat_interleave(torch.tensor([TEXT, sound, video]))
+    text_places, sound_places, video_places = torch.arange(len(kinds)).split([TEXT, sound, video])
+    places = torch.cat([torch.zeros(TEXT + sound, 3), _places(grid)])
+    return {
+        "hidden_states": meta(1, video, 96),
+        "audio_hidden_states": meta(1, sound, 32),
+        "encoder_hidden_states": meta(1, TEXT, 5120),
+        "timestep": meta(2, dtype=torch.float32),
+        "timestep_indices": (kinds == 2).long(), "token_tags": kinds,
+        "position_ids": places,
+        "video_indices": video_places, "audio_indices": sound_places, "text_indices": text_places,
+    }
+
+
+def _sana_wm_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """The camera of each frame: where it is (4 x 4), and its lens; here it stands still."""
+    frames, height, width = latent
+    lens = torch.tensor([width, width, width / 2, height / 2])
+    camera = torch.cat([torch.eye(4).flatten(), lens]).to(DTYPE)
+    return {
+        "hidden_states": meta(1, 128, *latent),
+        "timestep": meta(1, 1, frames, dtype=torch.float32),
+        "encoder_hidden_states": meta(1, 1, 300, 2304),
+        "mask": meta(1, 300, dtype=torch.int64),
+        "camera_conditions": camera.repeat(1, frames, 1),
+        "chunk_plucker": meta(1, 48, *latent),
+    }
+
+
+def _sana_refiner_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    tokens = math.prod(grid)
+    return {
+        "hidden_states": meta(1, tokens, 128),
+        "encoder_hidden_states": meta(1, 1024, 3840),
+        "encoder_attention_mask": meta(1, 1024, dtype=torch.int64),
+        "timestep": meta(1, tokens, dtype=torch.float32),
+        "video_rotary_emb": (meta(1, tokens, 4096), meta(1, tokens, 4096)),
+    }
+
+
+def _kandinsky_6_sr_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {"hidden_states": meta(1, *latent, 129), "timestep": meta(1)}
+
+
+def _wan_animate_2_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Of the first pass, which leaves its keys and values in an object."""
+    module = require("diffusers.models.transformers.transformer_wan_animate_2", extra="diffusers")
+    return {
+        "hidden_states": [meta(16, *latent)],
+        "timestep": meta(1, dtype=torch.float32),
+        "encoder_hidden_states": [meta(TEXT, 4096)],
+        "condition_latents": [meta(20, *latent)],
+        "encoder_hidden_states_image": meta(1, 257, 1280),
+        "kv_cache": module.WanAnimate2KVCache(1), "kv_cache_mode": "extract",
+        "seq_len": math.prod(grid),
+        "offset_grid_sizes": torch.tensor([grid]),
+    }
+
+
+class _InChunks(RealModel):
+    """17 frames are 5 of the latent; the last 5 are 2."""
+
+    def latent(self, size: Size) -> Grid:
+        _, height, width = self.compression
+        return (size.frames - 5) // 17 * 5 + 2, size.height // height, size.width // width
 
 
 WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -640,6 +749,79 @@ OTHERS = (
         inputs=_kandinsky_6_inputs,
     ),
     RealModel(
+        title="AnyFlow FAR 14B, without its cache",
+        class_name="AnyFlowFARTransformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"480p": WAN_SIZES["480p"]},
+        inputs=_anyflow_far_inputs,
+    ),
+    RealModel(
+        title="Cosmos 3 Omni",
+        class_name="Cosmos3OmniTransformer",
+        settings={},
+        stacks={"layers": "num_hidden_layers"},
+        compression=(4, 16, 16),
+        patch=(1, 2, 2),
+        sizes={"704p": Size(704, 1280, 189)},
+        inputs=_cosmos_3_inputs,
+    ),
+    _InChunks(
+        title="MiniMax H3",
+        class_name="MiniMaxH3Transformer3DModel",
+        settings={},
+        stacks={
+            "transformer_blocks": "num_layers",
+            "token_refiner.refiner_blocks": "num_refiner_layers",
+        },
+        compression=(4, 16, 16),
+        patch=(1, 2, 2),
+        sizes={"768p": Size(768, 1344, 124)},
+        inputs=_minimax_inputs,
+    ),
+    RealModel(
+        title="Sana WM",
+        class_name="SanaWMTransformer3DModel",
+        settings={"num_layers": 4, "chunk_plucker_post_attn_blocks": 4},  # of 20, one of softmax
+        stacks={},
+        compression=(8, 32, 32),
+        patch=(1, 1, 1),
+        sizes={"704p": Size(704, 1280, 161)},
+        inputs=_sana_wm_inputs,
+    ),
+    RealModel(
+        title="Sana WM refiner, without its cache",
+        class_name="SanaWMLTX2RefinerTransformer3DModel",
+        settings={},
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(8, 32, 32),
+        patch=(1, 1, 1),
+        sizes={"704p": Size(704, 1280, 161)},
+        inputs=_sana_refiner_inputs,
+    ),
+    RealModel(
+        title="Kandinsky 6 super-resolution",
+        class_name="Kandinsky6SRTransformer3DModel",
+        settings={},
+        stacks={"visual_transformer_blocks": "num_visual_blocks"},
+        compression=(4, 16, 16),
+        patch=(1, 1, 1),
+        sizes={"512p": Size(512, 768, 121)},  # a tile
+        inputs=_kandinsky_6_sr_inputs,
+    ),
+    RealModel(
+        title="Wan Animate 2, reference pass",
+        class_name="WanAnimate2Transformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"800p": Size(800, 640, 81)},
+        inputs=_wan_animate_2_inputs,
+    ),
+    RealModel(
         title="Flux.1 dev",
         class_name="FluxTransformer2DModel",
         settings={"guidance_embeds": True},
@@ -777,7 +959,9 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
     config = Config(grid=real.grid(size) if real.title in PACKED else None)
-    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
+    found = export_onnx(
+        model, (), path, config=config, kwargs=given, decide_branches=real.title in DECIDED
+    )
     seconds = time.perf_counter() - start
     del model, given
     gc.collect()
@@ -792,17 +976,21 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
 def _run(real: RealModel, folder: Path) -> tuple[str, str]:
     """Of the file in float32 of a small video: its sparse sites and its error."""
     image = real.size().frames == 1
-    grid = LATTE_GRID if real.title == "Latte" else IMAGE_GRID if image else SMALL_GRID
+    grid = RUN_GRIDS.get(real.title, IMAGE_GRID if image else SMALL_GRID)
     packed = real.by_block or real.title in PACKED
     config = Config(**SMALL_SETTINGS, grid=grid if packed else None)
     latent = tuple(side * patch for side, patch in zip(grid, real.patch, strict=True))
     model, path = _model(real, torch.float32), folder / "small.onnx"
     given = _arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
-    expected = compiled_outputs(model, config, given)
-    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
+    decide = real.title in DECIDED
+    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=decide)
+    dense = next(x.dense for x in MODELS if x.class_name == real.class_name)
+    expected = expected_outputs(model, config, given, found, dense)
+    with opened(model, (), given) as arguments:
+        tensors = tensors_of(arguments.kwargs)
     del model
     gc.collect()
-    outputs, _ = run_file(path, tensors_of(given))
+    outputs, _ = run_file(path, tensors)
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
     return _sparse(found), f"{max(errors).item():.1e}"
 
