@@ -17,7 +17,8 @@ from uta_fx.passes.site import value_of
 from uta_fx.passes.trace_axes import VIEWS, is_random, name_of, written_by
 
 LISTED = "the blocks that its own FlexAttention lists"
-_NESTING = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
+NESTING = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
+"""Around what a vmap in a model computes; no node takes what they return."""
 GROUPED = "what its own FlexAttention shows, by groups of tokens"
 
 
@@ -294,7 +295,7 @@ def _constants(module: GraphModule, arguments: Any) -> Any:
     interpreter = Interpreter(module)
     for node in module.graph.nodes:
         # what a vmap in the model computes has to run inside of it again
-        if node in needed or getattr(node.target, "__name__", "") in _NESTING:
+        if node in needed or getattr(node.target, "__name__", "") in NESTING:
             interpreter.env[node] = interpreter.run_node(node)
     return map_arg(arguments, interpreter.env.__getitem__)
 

@@ -10,6 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from uta_fx.export.flex_attention import NESTING
+
 _ATEN = torch.ops.aten
 _POINTWISE = {
     getattr(getattr(_ATEN, name), overload)
@@ -45,8 +47,12 @@ def narrow_masks(program: ExportedProgram) -> None:
         for user in list(x.users):
             if user.target is _ATEN._assert_tensor_metadata.default:
                 graph.erase_node(user)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_stays)
     program.graph_module.recompile()
+
+
+def _stays(node: Node) -> bool:
+    return node.is_impure() or getattr(node.target, "__name__", "") in NESTING
 
 
 def _is_mask(x: Any) -> bool:
