@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-import textwrap
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from uta_fx.study.exports import (
 )
 from uta_fx.study.models import MODELS
 from uta_fx.study.real_models import (
-    DTYPE,
     REAL_MODELS,
     WAN_SIZES,
     RealModel,
@@ -45,10 +43,9 @@ from uta_fx.study.real_models import (
 )
 
 SMALL_GRID = (4, 12, 16)  # of the video whose file is run
-LATTE_GRID = (16, 32, 32)  # it has one
 IMAGE_GRID = (1, 24, 32)
 RUN_GRIDS = {
-    "Latte": LATTE_GRID,
+    "Latte": (16, 32, 32),  # it has one
     "AnyFlow FAR 14B, without its cache": (8, 12, 16),  # so that a frame is compressed
     "Kandinsky 6 super-resolution": (4, 16, 16),  # of blocks of 8 x 8 tokens
 }
@@ -67,19 +64,31 @@ HEADER = """# Models at their real widths as ONNX files
 
 Made by `python -m uta_fx.study.real_exports docs/onnx_sizes.md`: released configurations of the
 model classes of diffusers {diffusers}, with one layer of each kind and random weights, exported by
-PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video that the
-model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
-{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens (Latte:
-{latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
-that of `torch.compile(model, backend="uta")`, in norm. Latte's frames of 1,024 tokens are shorter
-than `min_tokens`, Sana-Video's attention over video is linear. Cosmos is without its padding mask,
-which torchvision would resize. The settings of EasyAnimate, Kandinsky 5 Lite, Latte, ConsisID,
-Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V and CogVideoX 1.5 have not been compared with
-released files. HunyuanVideo 1.5 is written with `decide_branches`.
+PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video or image
+that the model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
+{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens or an image of
+{image} ({others}), with density 0.3; the error of the file's
+output in ONNX Runtime on the CPU, relative to that of `torch.compile(model, backend="uta")`, in
+norm.
 
-{others}
+* Settings have not been compared with released files for EasyAnimate, Kandinsky 5 Lite, Latte,
+  ConsisID, Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V, CogVideoX 1.5 and all from HunyuanVideo
+  Framepack on. Of these JoyImage Edit, Stable Diffusion 3.5, MiniMax H3 and AnyFlow FAR have those
+  of diffusers' conversion scripts, Motif-Video those of its authors' nodes for ComfyUI, Kandinsky 6
+  the four switches that its documentation names; the others are their classes' own defaults.
+* Latte's frames of 1,024 tokens are shorter than `min_tokens`, Sana-Video's attention over video
+  is linear, and so is that of three layers in four of Sana WM. The temporal transformer attends
+  across 16 frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices
+  that only a run knows, and stays dense.
+* Cosmos is without its padding mask, which torchvision would resize. AnyFlow FAR and the refiner of
+  Sana WM are without their caches, with the whole video at once; Sana WM takes the rays of its
+  camera, which its class computes on a CPU in float32 alone. Tokens of video are counted, for
+  JoyImage those of the new image; Framepack and Helios make 33 frames at a time.
+* {decided} are written with `decide_branches`; the grid is given to {packed}, whose graphs do not
+  show it. What the errors of FlexAttention (AnyFlow FAR, Kandinsky 6 super-resolution) and of Wan
+  Animate 2 are relative to, [onnx.md](onnx.md) says.
 
-| model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
+| model | size, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
 
 
@@ -365,7 +374,6 @@ def _anyflow_far_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 
 def _cosmos_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     """Text, then video, in one sequence without a batch."""
-    frames, height, width = grid
     tokens = math.prod(grid)
     video = torch.arange(TEXT, TEXT + tokens)
     places = torch.cat([torch.arange(float(TEXT))[:, None].expand(-1, 3), _places(grid)])
@@ -380,7 +388,7 @@ def _cosmos_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
         "vision_sequence_indexes": video,
         "vision_mse_loss_indexes": video.clone(),
         "vision_timesteps": meta(tokens),
-        "vision_noisy_frame_indexes": [torch.arange(frames)],
+        "vision_noisy_frame_indexes": [torch.arange(grid[0])],
     }
 
 
@@ -402,16 +410,18 @@ def _minimax_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 
 
 def _sana_wm_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
-    """The camera of each frame: where it is (4 x 4), and its lens; here it stands still."""
-    frames, height, width = latent
-    lens = torch.tensor([width, width, width / 2, height / 2])
-    camera = torch.cat([torch.eye(4).flatten(), lens]).to(DTYPE)
+    """The camera comes as rays: on a CPU the class computes them in float32 alone."""
+    tokens = math.prod(grid)
     return {
         "hidden_states": meta(1, 128, *latent),
-        "timestep": meta(1, 1, frames, dtype=torch.float32),
+        "timestep": meta(1, 1, latent[0], dtype=torch.float32),
         "encoder_hidden_states": meta(1, 1, 300, 2304),
         "mask": meta(1, 300, dtype=torch.int64),
-        "camera_conditions": camera.repeat(1, frames, 1),
+        "camera_conditions": meta(1, latent[0], 20),
+        "cam_pos_embeds": {
+            "absmap": meta(1, 3, *latent), "P": meta(1, tokens, 4, 4),
+            "P_inv": meta(1, tokens, 4, 4),
+        },
         "chunk_plucker": meta(1, 48, *latent),
     }
 
@@ -910,19 +920,20 @@ def header() -> str:
     """What the table is of, and its first lines."""
     import diffusers
 
-    others = sorted({x.class_name for x in MODELS} - {x.class_name for x in ALL.values()})
     return HEADER.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         onnxruntime=onnxruntime.__version__,
-        grid=" x ".join(map(str, SMALL_GRID)),
-        latte=" x ".join(map(str, LATTE_GRID)),
-        others=textwrap.fill(
-            "Classes that are files at small widths alone ([onnx.md](onnx.md)), because nobody has"
-            f" put their released settings into this table yet: {', '.join(others)}.",
-            100,
-        ),
+        grid=_sides(SMALL_GRID),
+        image=_sides(IMAGE_GRID[1:]),
+        others=", ".join(f"{title}: {_sides(grid)}" for title, grid in RUN_GRIDS.items()),
+        decided=" and ".join(DECIDED),
+        packed=", ".join(PACKED),
     )
+
+
+def _sides(grid: Sequence[int]) -> str:
+    return " x ".join(map(str, grid))
 
 
 def page(only: Collection[str] = (), before: str = "") -> str:
