@@ -10,7 +10,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +66,30 @@ Made by `python -m uta_fx.study.real_exports docs/onnx_sizes.md`: released confi
 model classes of diffusers {diffusers}, with one layer of each kind and random weights, exported by
 PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video or image
 that the model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
-{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens or an image of
-{image} ({others}), with density 0.3; the error of the file's
-output in ONNX Runtime on the CPU, relative to that of `torch.compile(model, backend="uta")`, in
-norm.
+{onnxruntime}, and is not run. *Run*: in float32 with density 0.3, for a video of {grid} tokens
+(Latte: 16 x 32 x 32, AnyFlow FAR: 8 x 12 x 16, Kandinsky 6 super-resolution: 4 x 16 x 16) or an
+image of {image}; the error of the file's output in ONNX Runtime on the CPU, relative to that of
+`torch.compile(model, backend="uta")`, in norm.
 
 * Settings have not been compared with released files for EasyAnimate, Kandinsky 5 Lite, Latte,
   ConsisID, Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V, CogVideoX 1.5 and all from HunyuanVideo
-  Framepack on. Of these JoyImage Edit, Stable Diffusion 3.5, MiniMax H3 and AnyFlow FAR have those
-  of diffusers' conversion scripts, Motif-Video those of its authors' nodes for ComfyUI, Kandinsky 6
-  the four switches that its documentation names; the others are their classes' own defaults.
-* Latte's frames of 1,024 tokens are shorter than `min_tokens`, Sana-Video's attention over video
-  is linear, and so is that of three layers in four of Sana WM. The temporal transformer attends
-  across 16 frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices
-  that only a run knows, and stays dense.
+  Framepack on. Of these AnyFlow FAR, MiniMax H3, Stable Diffusion 3.5 and JoyImage have those of
+  diffusers' conversion scripts, and Motif-Video those of its authors' nodes for ComfyUI. The others
+  have their classes' own defaults, with switches that the release needs for Framepack, Kandinsky 6
+  and Flux.1 dev, and with ModelScope's widths for the temporal transformer.
+* Latte's frames of 1,024 tokens are shorter than `min_tokens`; attention over video is linear in
+  Sana-Video and in three layers of four of Sana WM; the temporal transformer attends across 16
+  frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices that only a
+  run knows, and stays dense.
 * Cosmos is without its padding mask, which torchvision would resize. AnyFlow FAR and the refiner of
-  Sana WM are without their caches, with the whole video at once; Sana WM takes the rays of its
-  camera, which its class computes on a CPU in float32 alone. Tokens of video are counted, for
-  JoyImage those of the new image; Framepack and Helios make 33 frames at a time.
-* {decided} are written with `decide_branches`; the grid is given to {packed}, whose graphs do not
-  show it. What the errors of FlexAttention (AnyFlow FAR, Kandinsky 6 super-resolution) and of Wan
-  Animate 2 are relative to, [onnx.md](onnx.md) says.
+  Sana WM are without their caches, with the whole video at once. Sana WM takes the rays of its
+  camera, which its class computes on a CPU in float32 alone. The generation pass of Wan Animate 2
+  has not been tried at its real size. JoyImage's other image is not counted; Framepack and Helios
+  make 33 frames at a time.
+* HunyuanVideo 1.5 and Wan Animate 2 are written with `decide_branches`. The grid is given to
+  Cosmos 3 Omni, the refiner of Sana WM, Flux.1 and Flux.3, whose graphs do not show it.
+  [onnx.md](onnx.md) says what errors are relative to with FlexAttention (AnyFlow FAR, Kandinsky 6
+  super-resolution) and in Wan Animate 2.
 
 | model | size, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
@@ -924,16 +927,9 @@ def header() -> str:
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         onnxruntime=onnxruntime.__version__,
-        grid=_sides(SMALL_GRID),
-        image=_sides(IMAGE_GRID[1:]),
-        others=", ".join(f"{title}: {_sides(grid)}" for title, grid in RUN_GRIDS.items()),
-        decided=" and ".join(DECIDED),
-        packed=", ".join(PACKED),
+        grid=" x ".join(map(str, SMALL_GRID)),
+        image=" x ".join(map(str, IMAGE_GRID[1:])),
     )
-
-
-def _sides(grid: Sequence[int]) -> str:
-    return " x ".join(map(str, grid))
 
 
 def page(only: Collection[str] = (), before: str = "") -> str:
