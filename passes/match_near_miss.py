@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.match_softmax import Written
+from uta_fx.passes.read_node import argument, equation_of, name_of
 from uta_fx.passes.read_product import is_weight, read_product
 from uta_fx.passes.read_softmax import is_softmax, read_softmax
 from uta_fx.passes.site import Operand, recorded, value_of
-from uta_fx.passes.trace_axes import argument, equation_of, name_of
 from uta_fx.passes.walk_upstream import NEAR, is_call, leads_to
 
 _SUMS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear", "inner", "tensordot",

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from uta_fx.passes.read_logits import read_logits
+from uta_fx.passes.read_node import VIEWS, argument, name_of, written_by
 from uta_fx.passes.read_product import Product, read_product
 from uta_fx.passes.read_softmax import divided_product, exponent_of, is_softmax, read_softmax
 from uta_fx.passes.site import Operand, Order, value_of
-from uta_fx.passes.trace_axes import VIEWS, argument, name_of, written_by
 from uta_fx.passes.walk_upstream import is_used, leads_to, moved, up
 
 

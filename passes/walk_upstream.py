@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.read_node import argument, name_of, written_by
 from uta_fx.passes.site import recorded, value_of
-from uta_fx.passes.trace_axes import argument, name_of, same, written_by
+from uta_fx.passes.trace_axes import same
 
 CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous",
          "clone", "detach")  # fmt: skip
