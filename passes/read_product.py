@@ -89,6 +89,11 @@ def read_product(node: Node) -> Product | None:
     return letters and Product(node, left, right, *letters)
 
 
+def is_product(node: Node) -> bool:
+    """Whether ``read_product`` has one."""
+    return read_product(node) is not None
+
+
 def is_weight(node: Node) -> bool:
     """Whether a tensor is a parameter of the model, or a view of one."""
     while name_of(node) in VIEWS and isinstance(node.args[0], Node):
