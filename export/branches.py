@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+LARGE = 256 * 1024**2
+"""Bytes of a tensor, or pairs of an attention, not computed only to see what a model asks."""
 
 _OF_TRACED_TENSORS = str(Path(torch._subclasses.__file__).parent)
 
@@ -48,8 +54,24 @@ class Branch(NamedTuple):
 def find_branches(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Branch, ...]:
-    """Run a model and note what it asks its tensors, in that order."""
-    with torch.no_grad(), _Listener() as listener:
+    """Run a model and note what it asks its tensors, in that order.
+
+    Most ask about what they are given, not about what they make of it: a first run computes nothing
+    beyond ``LARGE``, and nothing that comes of that. Where it fails, as a question about such a
+    tensor does, the second computes everything.
+    """
+    with contextlib.suppress(Exception), _Sparing() as sparing:
+        return _answers(model, args, kwargs, sparing)
+    return _answers(model, args, kwargs)
+
+
+def _answers(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    sparing: _Sparing | None = None,
+) -> tuple[Branch, ...]:
+    with torch.no_grad(), _Listener(sparing) as listener:
         model(*args, **kwargs)
     return tuple(listener.heard)
 
@@ -85,17 +107,54 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
             model.forward = own
 
 
-class _Listener(TorchFunctionMode):
-    """Notes each answer of a tensor that is asked whether it is true, or for whole numbers."""
+class _Sparing(TorchDispatchMode):
+    """Tensors beyond ``LARGE``, and what comes of one without values, have no values either."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def without_values(self, x: Any) -> Any:
+        """The tensors in a structure, by their sizes, dtypes and devices alone."""
+        return tree_map_only(Tensor, self._fakes.from_tensor, x)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(isinstance(x, FakeTensor) for x in given):
+            with contextlib.suppress(Exception):  # sizes that follow from values, for one
+                with self._fakes:
+                    made = func(*self.without_values(args), **self.without_values(kwargs))
+                if any(x.nbytes > LARGE for x in tree_leaves(made) if isinstance(x, Tensor)):
+                    return made
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and not all(isinstance(x, FakeTensor) for x in given):
+            raise RuntimeError(f"{func} writes what is not known to what is")
+        with self._fakes:
+            return func(*args, **kwargs)
+
+
+class _Listener(TorchFunctionMode):
+    """Notes each answer of a tensor that is asked whether it is true, or for whole numbers."""
+
+    def __init__(self, sparing: _Sparing | None) -> None:
+        super().__init__()
         self.heard: list[Branch] = []
+        self._sparing = sparing
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if (
+            self._sparing
+            and func is scaled_dot_product_attention
+            and _pairs(*args, **kwargs) > LARGE
+        ):
+            args, kwargs = (self._sparing.without_values(x) for x in (args, kwargs))
+        result = func(*args, **kwargs)
         if _asks(func, args):
             self.heard.append(Branch(*_asked_from(), func.__name__, result))
         return result
@@ -123,6 +182,11 @@ class _Prompter(TorchFunctionMode):
         tensor = tensor.bool() if isinstance(taken, bool) else tensor
         self.conditions.append(tensor.reshape(()) == taken)
         return taken
+
+
+def _pairs(query: Tensor, key: Tensor, *others: Any, **options: Any) -> int:
+    """Of a query and a key."""
+    return query.shape[-2] * key.shape[-2]
 
 
 def _asks(func: Any, args: Sequence[Any]) -> bool:

@@ -32,6 +32,7 @@ from onnxscript import opset18
 from onnxscript.optimizer import fold_constants
 from onnxscript.values import Op, Opset
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 
 from uta_fx import __version__
 from uta_fx.export.onnx_functions import (
@@ -108,13 +109,22 @@ def write_onnx(
         path: Where to; an existing file is replaced.
         opset: Version of the standard operations.
         metadata: Goes into the model's metadata, beside the version of the library and the sites.
-        left: Names of the last outputs, as of ``Opened``; one that an input has gets ``_after``.
+        left: Names of the last outputs, as of ``Opened``. One of an input or a weight gets
+            ``_after``, as do ``output``, ``output_0`` ... of the others.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
-        ValueError: An operation of the model has no translation, or none in that opset.
+        ValueError: An operation of the model has no translation, or none in that opset; or it
+            returns what is no tensor.
     """
     dialect = dialect or Dialect(lower=keep_nodes)
+    returned = [spec.arg for spec in program.graph_signature.output_specs]
+    constants = [x.value for x in returned if isinstance(x, ConstantArgument)]
+    if others := [x for x in constants if x is not None]:
+        raise ValueError(
+            f"model must return tensors, got {others[0]!r} among its outputs: export a module that"
+            " returns its tensors alone"
+        )
     try:
         with _without_their_own_worries():
             program = _without_factors(_without_gaps(program))
@@ -149,8 +159,8 @@ def write_onnx(
     _spell_out_boolean_where(model)
     own = len(model.graph.outputs) - len(left)
     names = ["output"] if own == 1 else [f"output_{index}" for index in range(own)]
-    taken = {x.name for x in model.graph.inputs}
-    names += [f"{name}_after" if name in taken else name for name in left]
+    taken = {x.name for x in model.graph.inputs} | model.graph.initializers.keys()
+    names = [f"{name}_after" if name in taken else name for name in [*names, *left]]
     _name_outputs(model.graph, names)
     model.metadata_props[VERSION_KEY] = __version__
     model.metadata_props.update(metadata)
@@ -215,8 +225,9 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _without_their_own_worries() -> Iterator[None]:
-    """No word on operators of torchvision, nodes that stay unfolded, and PyTorch's deprecations."""
+    """No word on operators of torchvision, outputs of None, nodes that stay, or deprecations."""
     names = (
+        "torch.onnx._internal.exporter._core",
         "torch.onnx._internal.exporter._registration",
         "onnxscript.optimizer._constant_folding",
         "onnx_ir._convenience",

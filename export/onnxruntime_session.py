@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, NotImplemented
 from torch import Tensor
 
 from uta_fx.export.onnx_functions import (
@@ -49,13 +49,17 @@ def open_session(
         providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]
     if isinstance(providers, str):
         raise ValueError(f"providers must be a list of names, got {providers!r}")
-    names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
+    names = [_provider_name(entry) for entry in providers]
     unknown = [name for name in names if name not in available]
     if unknown:
         raise ValueError(
             f"providers must be among {', '.join(available)}, got {', '.join(unknown)}"
         )
-    options = options or onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions() if options is None else options
+    if not isinstance(options, onnxruntime.SessionOptions):
+        raise TypeError(
+            f"options must be onnxruntime.SessionOptions or None, got {type(options).__name__}"
+        )
     library = _library(path, names, plugin)
     if library is not None:
         nodes = nodes_of_plugin(library)
@@ -72,6 +76,21 @@ def open_session(
             " bfloat16 needs a GPU's provider: for the CPU export it in float16 or float32"
             f" ({error})"
         ) from error
+    except Fail as error:
+        if "Domain already set" not in str(error):
+            raise
+        raise ValueError(
+            "options must be new ones for each session with a plugin, got some in which one is"
+            " registered already"
+        ) from error
+
+
+def _provider_name(entry: Any) -> str:
+    """Of a name, or a name with options."""
+    match entry:
+        case str(name) | (str(name), dict()):
+            return name
+    raise ValueError(f"providers must be names, or pairs of a name and a dict, got {entry!r}")
 
 
 def bind(
@@ -101,6 +120,9 @@ def bind(
 
 def _misfit(x: Tensor, kind: str, sizes: Sequence[int | str | None]) -> str | None:
     """What a tensor must be and is not: ONNX Runtime names neither it nor all that is wrong."""
+    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):
+        got = x.device if isinstance(x, Tensor) else type(x).__name__
+        return f"a tensor on the CPU or a GPU, got {got}"
     name = onnx.TensorProto.DataType.Name
     dtypes = {f"tensor({name(number).lower()})": x for x, number in ELEMENT_TYPES.items()}
     if dtypes.get(kind) != x.dtype:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
+from uta_fx.export.narrow_masks import narrow_masks
 from uta_fx.export.sort_selected import sort_selected
 from uta_fx.passes.copy_graph import copy_graph
 from uta_fx.passes.inline_subgraphs import inline_subgraphs
@@ -73,6 +74,7 @@ def sparsify_program(
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
         sparse = _without_regions(sparse)
     _list_masked_blocks(sparse)
+    narrow_masks(sparse)
     return sparse, sites
 
 

@@ -39,6 +39,11 @@ def build_engine(
         raise ValueError(
             "architectures are TensorRT-RTX's: TensorRT builds for the GPU that it runs on"
         )
+    is_sequence = isinstance(architectures, (tuple, list))
+    if architectures is not None and not (is_sequence and architectures):
+        raise ValueError(
+            f"architectures must be numbers such as (86, 120), or None, got {architectures!r}"
+        )
     trt = load_rtx() if rtx else load_tensorrt(plugins=needs_plugins)
     if needs_plugins:
         from uta_fx.export.tensorrt_plugin import register_plugins

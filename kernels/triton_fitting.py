@@ -1,9 +1,10 @@
-"""Triton kernels of ``uta::fit_tail``: a few rows attend to all keys, and two factors follow.
+"""Triton kernels of ``uta::fit_tail``: a few rows attend to keys, and two factors follow.
 
-The second of three kernels reads keys and values, and does so once: each program takes a part of
-one head's key blocks through a running softmax, apart for all of them and for those in the tail of
-a row, and the representatives of these blocks through another. What comes of the parts is joined by
-the third, one program a head, which then solves for the factors. Softmax is base 2 inside.
+The second of three kernels reads the keys and values of the sampled blocks, and does so once: each
+program takes a part of one head's through a running softmax, apart for those that a row lists and
+for its tail, and the representatives of these blocks through another. What comes of the parts is
+joined by the third, one program a head, which then solves for the factors. Softmax is base 2
+inside.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -35,6 +36,7 @@ SOLVE_OPTIONS = {"num_warps": 4}
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
 LIMIT = tl.constexpr(reference.LIMIT)
+GOLDEN = tl.constexpr(reference.GOLDEN)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 
 
@@ -43,6 +45,12 @@ def _sampled_row(i, length, rows):
     """Which of ``length`` query rows is row i of the sample: ``(2 i + 1) length // (2 rows)``."""
     odd, parts = 2 * i + 1, 2 * rows  # no product beyond 32 bits
     return (odd * (length // parts) + odd * (length % parts) // parts).to(tl.int64)
+
+
+@triton.jit
+def _sampled_block(i, every):
+    """As ``reference.sampled_block``."""
+    return i * every + i * GOLDEN % 65536 * every // 65536
 
 
 @triton.jit
@@ -67,7 +75,7 @@ def _square_kernel(
     tl.store(square_ptr + place * D + d, square, mask=inside_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["every"])  # one kernel serves all lengths
 def _sample_kernel(
     q_ptr, k_ptr, v_ptr,
     exact_ptr,  # uint8 [B, H, Nq, Nk], contiguous
@@ -75,13 +83,14 @@ def _sample_kernel(
     square_ptr,  # float32 [B, H, R, D], contiguous
     k_mean_ptr, k_var_ptr, v_mean_ptr,  # [B, H, Nk, D] and [B, H, Nk, Dv], contiguous
     size_ptr,  # float32 [B, H, Nk]
-    values_ptr,  # [B, H, P, 3, R, Dv], contiguous: of all keys, of the tail, of representatives
-    masses_ptr,  # float32 [B, H, P, 4, R], contiguous: lse, tail's share; lse, damping of those
+    values_ptr,  # [B, H, P, 3, R, Dv], contiguous: of lists, of the tail, of representatives
+    masses_ptr,  # float32 [B, H, P, 4, R], contiguous: lse, lists' share; lse, damping of those
     q_sb, q_sh, q_sm,
     k_sb, k_sh, k_sn,
     v_sb, v_sh, v_sn,
     size_sb, size_sh, size_sn,
     heads, length_q, length_kv, rows, blocks_per_program,
+    every,  # of so many blocks one is looked at
     scale_log2,  # s * log2(e)
     half_weight_log2,  # variance_weight / 2 * log2(e)
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,  # of the mask
@@ -91,7 +100,7 @@ def _sample_kernel(
     COUNTED: tl.constexpr,  # key blocks say how many keys they hold
     PRECISION: tl.constexpr, SQUARE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to ``blocks_per_program`` key blocks of one head, and to their representatives.
+    """Attend to ``blocks_per_program`` sampled blocks of one head, and to their representatives.
 
     Everything is relative to what the program sees. Where that is nothing, values and shares are
     zero and the log-sum-exp is -inf.
@@ -110,20 +119,20 @@ def _sample_kernel(
     blocks = tl.cdiv(length_kv, BLOCK_KV)
     blocks_q = tl.cdiv(length_q, BLOCK_Q)
     exact_rows = exact_ptr + (batch_head * blocks_q + row // BLOCK_Q) * blocks  # [BLOCK_R]
-    first_block = part * blocks_per_program
-    last_block = tl.minimum(first_block + blocks_per_program, blocks)
+    first_sampled = part * blocks_per_program
+    last_sampled = tl.minimum(first_sampled + blocks_per_program, blocks // every)
 
     k_base = k_ptr + batch * k_sb + head * k_sh
     v_base = v_ptr + batch * v_sb + head * v_sh
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     p_all = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)  # summed over keys in the end
-    p_tail = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    of_all = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
+    p_lists = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    of_lists = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     of_tail = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    for step in range(first_block * STEPS_OF_BLOCK, last_block * STEPS_OF_BLOCK):
-        block = step // STEPS_OF_BLOCK
+    for step in range(first_sampled * STEPS_OF_BLOCK, last_sampled * STEPS_OF_BLOCK):
+        block = _sampled_block(step // STEPS_OF_BLOCK, every)
         listed = tl.load(exact_rows + block, mask=inside_r, other=0)  # [BLOCK_R]
-        key = tl.cast(step, tl.int64) * BLOCK_N + n
+        key = tl.cast(block, tl.int64) * BLOCK_KV + step % STEPS_OF_BLOCK * BLOCK_N + n
         inside = key < length_kv
         if COUNTED:
             count = tl.load(counts_ptr + batch_head * blocks + block)
@@ -142,10 +151,10 @@ def _sample_kernel(
         shrink = tl.exp2(row_max - base)[:, None]
         of_keys = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [BLOCK_R, DV_PADDED]
         p_all = p_all * shrink + p
-        in_tail = (listed == 0)[:, None]
-        p_tail = p_tail * shrink + tl.where(in_tail, p, 0.0)
-        of_all = of_all * shrink + of_keys
-        of_tail = of_tail * shrink + tl.where(in_tail, of_keys, 0.0)
+        in_lists = (listed != 0)[:, None]
+        p_lists = p_lists * shrink + tl.where(in_lists, p, 0.0)
+        of_lists = of_lists * shrink + tl.where(in_lists, of_keys, 0.0)
+        of_tail = of_tail * shrink + tl.where(in_lists, 0.0, of_keys)
         row_max = new_max
     total = tl.sum(p_all, 1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
@@ -154,11 +163,11 @@ def _sample_kernel(
     values_ptrs = values_base + r[:, None] * DV + dv[None, :]
     mask = inside_r[:, None] & inside_dv[None, :]
     dtype = values_ptr.dtype.element_ty
-    tl.store(values_ptrs, (of_all * inverse[:, None]).to(dtype), mask=mask)
+    tl.store(values_ptrs, (of_lists * inverse[:, None]).to(dtype), mask=mask)
     tl.store(values_ptrs + rows * DV, (of_tail * inverse[:, None]).to(dtype), mask=mask)
     masses_ptrs = masses_ptr + place * (4 * rows) + r
     tl.store(masses_ptrs, row_max + tl.log2(total), mask=inside_r)
-    tl.store(masses_ptrs + rows, tl.sum(p_tail, 1) * inverse, mask=inside_r)
+    tl.store(masses_ptrs + rows, tl.sum(p_lists, 1) * inverse, mask=inside_r)
 
     square_ptrs = square_ptr + (batch_head * rows + r)[:, None] * D + d[None, :]
     square = tl.load(square_ptrs, mask=q_mask, other=0.0)  # [BLOCK_R, D_PADDED]
@@ -167,9 +176,10 @@ def _sample_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     damped = tl.zeros([BLOCK_R], tl.float32)
     of_means = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    for start in tl.range(first_block, last_block, MEANS, num_stages=2):
-        block = start + tl.arange(0, MEANS)
-        inside = block < last_block
+    for start in tl.range(first_sampled, last_sampled, MEANS, num_stages=2):
+        sampled = start + tl.arange(0, MEANS)
+        inside = sampled < last_sampled
+        block = _sampled_block(sampled, every)
         place_k = (batch_head * blocks + block)[:, None] * D + d[None, :]
         place_v = (batch_head * blocks + block)[:, None] * DV + dv[None, :]
         k_mask, v_mask = inside[:, None] & inside_d[None, :], inside[:, None] & inside_dv[None, :]
@@ -201,7 +211,7 @@ def _sample_kernel(
     tl.store(masses_ptrs + 3 * rows, damped * inverse, mask=inside_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])  # for one part sums would have another order
 def _solve_kernel(
     q_ptr,
     slope_ptr,  # float32 [B, H, D, Dv], contiguous
@@ -223,21 +233,21 @@ def _solve_kernel(
     mask = inside_r[:, None] & inside_dv[None, :]
     row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    true_mass = tl.zeros([BLOCK_R], tl.float32)  # of the tail
+    exact_mass = tl.zeros([BLOCK_R], tl.float32)  # of the lists
     mass = tl.zeros([BLOCK_R], tl.float32)
     damped = tl.zeros([BLOCK_R], tl.float32)
-    output = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
+    exact_values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     true_values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     values = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     for part in tl.range(0, parts, num_stages=STAGES):
         place = batch_head * parts + part
         masses_ptrs = masses_ptr + place * (4 * rows) + r
         lse = tl.load(masses_ptrs, mask=inside_r, other=-float("inf"))  # [BLOCK_R]
-        tail_share = tl.load(masses_ptrs + rows, mask=inside_r, other=0.0)
+        lists_share = tl.load(masses_ptrs + rows, mask=inside_r, other=0.0)
         means_lse = tl.load(masses_ptrs + 2 * rows, mask=inside_r, other=-float("inf"))
         damped_share = tl.load(masses_ptrs + 3 * rows, mask=inside_r, other=0.0)
         values_ptrs = values_ptr + place * (3 * rows * DV) + r[:, None] * DV + dv[None, :]
-        of_all = tl.load(values_ptrs, mask=mask, other=0.0)  # [BLOCK_R, DV_PADDED]
+        of_lists = tl.load(values_ptrs, mask=mask, other=0.0)  # [BLOCK_R, DV_PADDED]
         of_tail = tl.load(values_ptrs + rows * DV, mask=mask, other=0.0)
         of_means = tl.load(values_ptrs + 2 * rows * DV, mask=mask, other=0.0)
         new_max = tl.maximum(row_max, lse)
@@ -245,16 +255,16 @@ def _solve_kernel(
         shrink = tl.exp2(row_max - base)
         weight, of_mass = tl.exp2(lse - base), tl.exp2(means_lse - base)
         total = total * shrink + weight
-        true_mass = true_mass * shrink + weight * tail_share
+        exact_mass = exact_mass * shrink + weight * lists_share
         mass = mass * shrink + of_mass
         damped = damped * shrink + of_mass * damped_share
-        output = output * shrink[:, None] + of_all.to(tl.float32) * weight[:, None]
+        exact_values = exact_values * shrink[:, None] + of_lists.to(tl.float32) * weight[:, None]
         true_values = true_values * shrink[:, None] + of_tail.to(tl.float32) * weight[:, None]
         values = values * shrink[:, None] + of_means.to(tl.float32) * of_mass[:, None]
         row_max = new_max
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    true_mass, mass = true_mass * inverse, mass * inverse
-    output, true_values = output * inverse[:, None], true_values * inverse[:, None]
+    exact_mass, mass = exact_mass * inverse, mass * inverse
+    exact_values, true_values = exact_values * inverse[:, None], true_values * inverse[:, None]
     values = values * inverse[:, None]
 
     q_base = q_ptr + batch * q_sb + head * q_sh + _sampled_row(r, length, rows)[:, None] * q_sm
@@ -272,10 +282,13 @@ def _solve_kernel(
 
     of_mass, of_slope = 1.0, 1.0
     for _ in tl.static_range(STEPS):
-        more = (of_mass * mass - true_mass)[:, None]
-        share = 1.0 / (1.0 + more)
-        rest = (output * more + true_values - of_mass * values - of_slope * along) * share
-        u, x = (values - (output - rest) * mass[:, None]) * share, along * share
+        # as in the reference: no difference of large numbers where the tail has nearly all of a row
+        share = 1.0 / (exact_mass + of_mass * mass)
+        more = of_mass * mass - (1.0 - exact_mass)
+        given = of_mass * values + of_slope * along  # in place of the true values
+        rest = exact_values * (more * share)[:, None] + true_values - given * share[:, None]
+        u = (values - (exact_values + given) * (mass * share)[:, None]) * share[:, None]
+        x = along * share[:, None]
         y = rest + (of_mass - 1.0) * u + (of_slope - 1.0) * x
         uu, ux, xx = tl.sum(u * u, 1), tl.sum(u * x, 1), tl.sum(x * x, 1)
         uy, xy = tl.sum(u * y, 1), tl.sum(x * y, 1)
@@ -440,13 +453,14 @@ def attend_sampled_rows(
 
     Returns:
         Of each of P parts of the keys, in the dtype of ``value`` ``[B, H, P, 3, R, Dv]``: what the
-        rows see there, what of it comes from their tails, and the mean value of representatives.
-        And float32 ``[B, H, P, 4, R]``: log-sum-exp, the tail's share in it, the log-sum-exp of
+        rows see of their lists there, what of their tails, and the mean value of representatives.
+        And float32 ``[B, H, P, 4, R]``: log-sum-exp, the lists' share in it, the log-sum-exp of
         representatives, and how much of the slope is left after damping; both of base 2.
     """
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = value.shape[-2:]
-    blocks = -(-length_kv // block_kv)
+    every = reference.spacing(exact.shape[3])
+    blocks = exact.shape[3] // every
     parts = max(1, min(PROGRAMS // (batch * heads), blocks * block_kv // MIN_KEYS))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
@@ -466,7 +480,7 @@ def attend_sampled_rows(
             *(x.contiguous() for x in (key_mean, key_variance, value_mean)), log_size,
             values, masses,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_size.stride(),
-            heads, length_q, length_kv, rows, per_program,
+            heads, length_q, length_kv, rows, per_program, every,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
             **sample_options(*sizes, key_counts.shape[2] > 0, tile),
         )  # fmt: skip

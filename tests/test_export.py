@@ -7,6 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 from uta_fx import Config
 from uta_fx.backend import plan_of
+from uta_fx.export import branches
+from uta_fx.export.branches import find_branches
+from uta_fx.export.narrow_masks import narrow_masks
 from uta_fx.export.program import sparsify_program
 
 SMALL = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
@@ -70,6 +73,98 @@ def test_what_a_mask_and_its_complement_select_has_a_known_length():
     program = torch.export.export(Cut(), (text, seen))
     sparse, _ = sparsify_program(program, plan_of(Config()))
     assert torch.equal(sparse.module()(text, ~seen)[1], Cut()(text, ~seen)[1])
+
+
+class AllPairs(nn.Module):
+    """A mask for every pair of video and text, as HunyuanVideo 1.5 has it; text may be first."""
+
+    def __init__(self, text_first):
+        super().__init__()
+        self.patch, self.to_qkv = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2)), nn.Linear(32, 96)
+        self.text_first = text_first
+
+    def forward(self, clip, text, seen):
+        video = self.patch(clip).flatten(2).transpose(1, 2)
+        shown = torch.ones(video.shape[:2], dtype=torch.bool)
+        order = 1 if self.text_first else -1
+        x, keys = (torch.cat(y[::order], 1) for y in ([text, video], [seen, shown]))
+        tokens = x.shape[1]
+        columns = keys.view(-1, 1, 1, tokens).repeat(1, 1, tokens, 1)
+        mask = (columns & columns.transpose(2, 3)).bool()
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1))
+        output = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return output.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_first", [False, True])
+def test_a_mask_is_computed_where_it_is_read_alone(text_first):
+    """Of its rows those of text, and one for the video: nothing in the graph has all pairs."""
+    torch.manual_seed(0)
+    model = AllPairs(text_first).eval()
+    seen = torch.arange(7).expand(2, 7) < torch.tensor([[7], [3]])
+    args = (torch.randn(2, 3, 4, 16, 24), torch.randn(2, 7, 32), seen)
+    program = torch.export.export(model, args)
+    sparse, (site,) = sparsify_program(program, plan_of(Config(density=1.0, **SMALL)))
+    assert site.sparse and site.text == ((7, 0) if text_first else (0, 7))
+    masks = [x.meta["val"] for x in sparse.graph.nodes if "val" in x.meta]
+    masks = [x for x in masks if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+    assert max(x.shape.numel() for x in masks if x.dim() == 4) <= 2 * 7 * 391
+    for mask in (seen, ~seen | (torch.arange(7) < 2)):
+        shown = [mask, torch.ones(2, 384, dtype=torch.bool)]
+        rows = torch.cat(shown if text_first else shown[::-1], 1)
+        got, expected = (f(*args[:2], mask)[rows] for f in (sparse.module(), model))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class Written(nn.Module):
+    """A mask that is combined and then written to, of which a part is read."""
+
+    def forward(self, a, b):
+        mask = a & b
+        mask[:, :2] = True
+        return mask[:, 1:3]
+
+
+def test_a_mask_that_is_written_to_stays():
+    a, b = (torch.rand(4, 5, generator=torch.Generator().manual_seed(i)) > 0.5 for i in range(2))
+    program = torch.export.export(Written(), (a, b))
+    narrow_masks(program)
+    assert torch.equal(program.module()(a, b), Written()(a, b))
+
+
+class Asking(nn.Module):
+    """It asks about its input and, perhaps, about what attention makes of it."""
+
+    def __init__(self, also_after):
+        super().__init__()
+        self.also_after = also_after
+
+    def forward(self, x, image):
+        if (image == 0).all():
+            x = -x
+        pairs = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, pairs)
+        if self.also_after and y.sum() > 0:
+            y = y + 1
+        return y
+
+
+def asked(model, x):
+    return [branch.taken for branch in find_branches(model, (x, torch.zeros(3)), {})]
+
+
+def test_what_is_asked_of_inputs_needs_no_attention():
+    """No machine has a place for the mask: 2^48 bytes."""
+    assert asked(Asking(False), torch.zeros(1, 1, 2**24, 1)) == [True]
+
+
+def test_what_is_asked_of_attention_is_computed(monkeypatch):
+    """Everything is large here."""
+    monkeypatch.setattr(branches, "LARGE", 0)
+    x = torch.randn(1, 1, 20, 8, generator=torch.Generator().manual_seed(0)).abs()
+    assert asked(Asking(True), x) == [True, False]
+    assert asked(Asking(True), -x) == [True, True]
 
 
 def test_a_program_without_inputs_is_refused():

@@ -261,6 +261,8 @@ def test_bad_input_to_the_builder(tmp_path):
         uta_fx.build_onnxruntime_plugin(model, library, architecture=75)
     with pytest.raises(ValueError, match="path must lie in a folder that exists"):
         uta_fx.build_onnxruntime_plugin(model, tmp_path / "no" / "p.so", architecture=90)
+    with pytest.raises(ValueError, match="path must be another file than model, got"):
+        uta_fx.build_onnxruntime_plugin(model, model, architecture=90)
     plain = tmp_path / "plain.onnx"
     torch.onnx.export(nn.Linear(4, 4), (torch.ones(1, 4),), plain, dynamo=True, verbose=False)
     with pytest.raises(ValueError, match="must have a node such as uta::SparseAttention"):
@@ -290,6 +292,13 @@ def test_bad_input_to_a_session(tmp_path):
         uta_fx.onnxruntime_session(path, ["NoSuchProvider"])
     with pytest.raises(ValueError, match="providers must be a list of names, got 'CPUExec"):
         uta_fx.onnxruntime_session(path, "CPUExecutionProvider")
+    for entry in (5, ("CPUExecutionProvider", "use_arena")):
+        with pytest.raises(ValueError, match="providers must be names, or pairs of a name and a"):
+            uta_fx.onnxruntime_session(path, [entry])
+    with pytest.raises(TypeError, match=r"options must be onnxruntime\.SessionOptions .* got dict"):
+        uta_fx.onnxruntime_session(path, options={})
+    with pytest.raises(TypeError, match="plugin must be a file, True or False, got None"):
+        uta_fx.onnxruntime_session(path, plugin=None)
     with pytest.raises(ValueError, match="plugin must be a file, True or False"):
         uta_fx.onnxruntime_session(path, plugin=tmp_path / "no.so")
     with pytest.raises(ValueError, match="plugin needs CUDAExecutionProvider"):
@@ -302,9 +311,20 @@ def test_bad_input_to_a_session(tmp_path):
     write_node(path, Case(), version=2)
     with pytest.raises(ValueError, match=r"written by uta-fx 9\.9 for version 2 of .* or install"):
         uta_fx.onnxruntime_session(path)
-    path.write_text("no model")
-    with pytest.raises(ValueError, match=r"path must be an ONNX file, got .*, which is none"):
-        uta_fx.onnxruntime_session(path)
+    for text in ("no model", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"path must be an ONNX file, got .*, which is none"):
+            uta_fx.onnxruntime_session(path)
+
+
+def test_providers_and_options_are_onnx_runtime_s(tmp_path):
+    path, options = tmp_path / "model.onnx", onnxruntime.SessionOptions()
+    write_node(path, Case())
+    options.intra_op_num_threads = 3
+    providers = [("CPUExecutionProvider", {"use_arena": "0"})]
+    session = uta_fx.onnxruntime_session(path, providers, options=options)
+    assert session.get_session_options().intra_op_num_threads == 3
+    assert session.get_providers() == ["CPUExecutionProvider"]
 
 
 def test_bad_input_to_a_run(tmp_path):
@@ -317,6 +337,8 @@ def test_bad_input_to_a_run(tmp_path):
     for kind, name, x, message in (
         ("inputs", "querry", query, "inputs must be among query, key, .*, got querry"),
         ("inputs", "query", query.half(), "query must be torch.float32, got torch.float16"),
+        ("inputs", "query", query.numpy(), "query must be a tensor on .*, got ndarray"),
+        ("inputs", "query", query.to("meta"), "query must be a tensor on the CPU .*, got meta"),
         (
             "inputs",
             "query",
@@ -524,7 +546,10 @@ def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
 @needs_cuda_runtime
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("name", ["ragged", "head_dims_of_their_own", "several_parts", "clusters"])
+@pytest.mark.parametrize(
+    "name",
+    ["ragged", "head_dims_of_their_own", "several_parts", "clusters", "every_third_cluster"],
+)
 def test_the_plugin_fits_as_the_operator(tmp_path, name, known, dtype, caplog):
     """Bit for bit, twice, for the scale of the file."""
     case, path = FITS[name], tmp_path / "model.onnx"

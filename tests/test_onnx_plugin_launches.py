@@ -15,6 +15,8 @@ import torch
 from cases import SCORED, Case, score_inputs
 from test_fitting import CASES as FITS
 
+from uta_fx import bind_tensors, onnxruntime_session
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("triton")
 
@@ -385,7 +387,16 @@ def test_launches_of_a_counted_selection_are_the_operator_s(
 
 @pytest.mark.parametrize(("dtype", "known"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize(
-    "name", ["ragged", "one_token", "wide_head_dims", "several_parts", "clusters", "many_heads"]
+    "name",
+    [
+        "ragged",
+        "one_token",
+        "wide_head_dims",
+        "several_parts",
+        "clusters",
+        "many_heads",
+        "every_second_block",
+    ],
 )
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_launches_of_a_fit_are_the_operator_s(
@@ -506,6 +517,40 @@ def test_onnx_runtime_itself_runs_every_node(tmp_path, python, driver, monkeypat
     versions, *got = zip(*map(json.loads, result.stdout.splitlines()), strict=True)
     assert [list(x) for x in zip(*got, strict=True)] == expected
     assert not is_oldest or versions[0].startswith("1.22.")
+
+
+def test_a_node_reads_and_writes_the_tensors_that_are_bound(tmp_path, driver, monkeypatch):
+    """Nothing is copied on the way into a session or out of it: its kernel gets their addresses."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime_kernels.triton, "compile", Compiler())
+    exact = torch.zeros(2, 3, 7, 300) > 0
+    model, path = onnx_nodes.lists_file(exact), tmp_path / "plugin.so"
+    compiled = onnxruntime_plugin.compile_variants(onnxruntime_plugin.variants_of(model, 90), 90)
+    onnxruntime_plugin.link_plugin(
+        compiled, 90, path, driver=str(driver), provider="CPUExecutionProvider"
+    )
+    file, options = tmp_path / "model.onnx", onnxruntime.SessionOptions()
+    onnx.save(model, file)
+    options.register_custom_ops_library(str(path))
+    session = onnxruntime_session(file, ["CPUExecutionProvider"], options=options)
+    outputs = {
+        "block_ids": torch.empty(exact.shape, dtype=torch.int32),
+        "block_counts": torch.empty(exact.shape[:-1], dtype=torch.int32),
+    }
+    binding = bind_tensors(session, {"exact": exact}, outputs)
+    got = []
+    hook = plugin_runtime.HOOK(
+        lambda name, x, y, threads, shared, addresses: got.extend(
+            ctypes.c_uint64.from_address(addresses[i]).value for i in range(3)
+        )
+    )
+    launched = ctypes.c_void_p.in_dll(ctypes.CDLL(str(driver)), "launched")
+    monkeypatch.setattr(launched, "value", ctypes.cast(hook, ctypes.c_void_p).value)
+    session.run_with_iobinding(binding)
+    assert got == [x.data_ptr() for x in (exact, *outputs.values())]
+    options.register_custom_ops_library(str(path))
+    with pytest.raises(ValueError, match="options must be new ones for each session with a plugin"):
+        onnxruntime_session(file, ["CPUExecutionProvider"], options=options)
 
 
 def test_budgets_that_do_not_fit_are_refused(tmp_path, driver, monkeypatch):

@@ -18,7 +18,7 @@ from uta_fx import Config
 from uta_fx.moving_shapes import held_out_scenes
 from uta_fx.moving_shapes.pipeline import MovingShapesPipeline, PromptEncoder
 from uta_fx.study.quality import configurations, markdown, measure, write_json
-from uta_fx.study.real_exports import OTHERS, page
+from uta_fx.study.real_exports import OTHERS, header, page
 from uta_fx.tails import KINDS
 
 
@@ -47,6 +47,9 @@ def test_rows_of_real_models_are_made_by_name():
         page(["Wan 9"])
     with pytest.raises(ValueError, match="only needs a page that these versions made"):
         page(["Latte"], "# Another page")
+    text = (Path(__file__).parents[1] / "docs" / "onnx_sizes.md").read_text()
+    _, _, others, _ = header().split("\n\n")
+    assert f"\n\n{others}\n\n" in text  # classes that are not in the table
 
 
 def test_a_study_measures_and_leaves_the_pipeline_as_it_was(tmp_path):

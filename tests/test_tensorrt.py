@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -49,11 +50,8 @@ SCALARS = {
 
 
 def has_rtx():
-    try:
-        tensorrt_engine.load_rtx()
-    except ImportError:
-        return False
-    return True
+    """Installed; that it can be imported too is for the tests to find."""
+    return any(map(importlib.util.find_spec, ("tensorrt_rtx", "tensorrt_rtx_bindings")))
 
 
 needs_rtx = pytest.mark.skipif(not has_rtx(), reason="needs TensorRT-RTX")
@@ -514,16 +512,21 @@ def test_bad_input_to_an_engine(tmp_path):
     clip = (torch.zeros(1, 3, 4, 16, 24),)
     export_tensorrt(Attention(torch.float32).eval(), clip, path, config=Config(**SMALL))
     engine = tmp_path / "m.engine"
-    newer = NewerThan(tmp_path).path
+    newer, plain = NewerThan(tmp_path).path, tmp_path / "plain.onnx"
+    onnx.save(written_out(Case().inputs())[0], plain)
     for model, options, message in (
         (tmp_path / "no.onnx", {}, "model must be an ONNX file"),
         (newer, {}, "for version 2 of the operators"),
         (tmp_path / "runtime.onnx", {"rtx": True}, "model must be a file of export_tensorrt"),
         (path, {"rtx": True}, "TensorRT-RTX has no plugins: export the model with form='standard'"),
         (path, {"architectures": [90]}, "architectures are TensorRT-RTX's"),
+        (plain, {"rtx": True, "architectures": ()}, "architectures must be numbers such as"),
+        (plain, {"rtx": True, "architectures": "89"}, "architectures must be numbers such as"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             build_tensorrt_engine(model, engine, **options)
+    with pytest.raises(ValueError, match="path must be another file than model, got"):
+        build_tensorrt_engine(path, path)
     with pytest.raises(ValueError, match="path must lie in a folder that exists"):
         build_tensorrt_engine(path, tmp_path / "no" / "m.engine")
     assert not engine.exists()

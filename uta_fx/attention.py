@@ -461,13 +461,14 @@ def _attend(
     others_q = _joined([before_q, q[:, :, :spare], after_q], 2)
     bias = rows = doubt = None
     if attn_mask is not None:
-        row, rows = _parted(attn_mask, sizes, -1)[0], attn_mask
+        row = rows = attn_mask
         if config.trust_masks:
             doubt = _doubt(attn_mask, sizes)
         if attn_mask.shape[-2] != 1:
             row = row[..., start : start + 1, :]
             before, video_rows, after = attn_mask.split(sizes, -2)
             rows = _joined([before, video_rows[..., :spare, :], after], -2)
+        row, _ = _parted(row, sizes, -1)
         bias = row.float()
         if row.dtype == torch.bool:
             bias = torch.where(row, 0.0, -torch.inf)

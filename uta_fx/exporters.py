@@ -76,7 +76,8 @@ def export_onnx(
             are bfloat16, which convolutions know only since then. From 23 on, which ONNX Runtime
             reads from 1.23 on, dense attention is one operation too.
         decide_branches: Where the model asks whether a tensor is true (HunyuanVideo 1.5: whether
-            its image is empty), write the way that these inputs take; it is run once to find out.
+            its image is empty), write the way that these inputs take; it is run once to find out,
+            without its large tensors where it asks about nothing that comes of them.
             So for whole numbers that it reads from tensors, if it cannot be traced with them left
             open (Wan Animate 2: sizes of its video). The file then answers NaN where its inputs
             would take another way or have other numbers. False refuses such a model.
@@ -86,11 +87,12 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or a package that the model needs is missing.
-        TypeError: ``model`` is not a module, or ``opset`` or ``dynamic_shapes`` is of another type.
+        TypeError: ``model`` is not a module, or ``args``, ``kwargs``, ``opset`` or
+            ``dynamic_shapes`` is of another type.
         ValueError: ``path`` cannot be written, ``model`` has no weights, an argument is out of
             range or cannot be copied, ``dense_until`` is set, ``strict`` and a site stays dense, a
-            dimension is not there or cannot be dynamic, the model is not one graph, or an operation
-            has no translation.
+            dimension is not there or cannot be dynamic, the model is not one graph or returns what
+            is no tensor, or an operation has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -157,7 +159,7 @@ def export_tensorrt(
     Raises:
         ImportError: onnxscript, a package that the model needs, or for ``"engine"`` TensorRT,
             torch_tensorrt or Triton, is missing.
-        TypeError: ``model`` is not a module.
+        TypeError: As for ``export_onnx``.
         ValueError: As for ``export_onnx``, or ``form`` is another.
     """
     config, target = Config.of(config), Path(path)
@@ -222,14 +224,15 @@ def build_tensorrt_engine(
     Raises:
         ImportError: onnx, TensorRT or TensorRT-RTX is missing, or TensorRT is too old for plugins.
         RuntimeError: The file cannot be read or built; the message says which node or why.
-        ValueError: There is no such file, it is of another kind or from another version, or an
-            architecture is not known.
+        ValueError: There is no such file, it is of another kind or from another version, ``path``
+            is the file itself, or an architecture is not known.
     """
     require("onnx", extra="onnx")
     from uta_fx.export.tensorrt_engine import build_engine
 
     target = Path(path)
     check_place(target)
+    _check_apart(Path(model), target)
     build_engine(Path(model), target, rtx=rtx, architectures=architectures)
 
 
@@ -252,7 +255,8 @@ def onnxruntime_session(
             two that the installed ONNX Runtime has.
         plugin: A library of ``build_onnxruntime_plugin``; True to build it where it can run; False
             to run the function.
-        options: ``onnxruntime.SessionOptions``; None for the defaults.
+        options: ``onnxruntime.SessionOptions``; None for the defaults. A plugin is registered in
+            them, so that each session with one needs new ones.
 
     Returns:
         ``onnxruntime.InferenceSession``.
@@ -261,13 +265,16 @@ def onnxruntime_session(
         ImportError: onnx or onnxruntime is missing.
         RuntimeError: No provider has an operation of the file for its dtype, as the CPU's for
             bfloat16.
-        ValueError: There is no such file, provider or library, or the file is from another version,
-            for TensorRT's plugins, or without its weights.
+        TypeError: ``options`` or ``plugin`` is of another type.
+        ValueError: There is no such file, provider or library, the file is from another version,
+            for TensorRT's plugins, or without its weights, or ``options`` have a plugin already.
     """
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
     from uta_fx.export.onnxruntime_session import open_session
 
+    if not isinstance(plugin, (bool, str, os.PathLike)):
+        raise TypeError(f"plugin must be a file, True or False, got {plugin!r}")
     library = plugin if isinstance(plugin, bool) else Path(plugin)
     return open_session(Path(path), providers, library, options)
 
@@ -290,8 +297,11 @@ def bind_tensors(
         ``onnxruntime.IOBinding``, for ``session.run_with_iobinding``. It keeps the tensors alive.
 
     Raises:
+        ImportError: onnx or onnxruntime is missing.
         ValueError: A tensor is not contiguous, or not what the file says.
     """
+    require("onnx", extra="onnx")
+    require("onnxruntime", extra="onnx")
     from uta_fx.export.onnxruntime_session import bind
 
     return bind(session, inputs, outputs)
@@ -314,8 +324,9 @@ def build_onnxruntime_plugin(
     Raises:
         ImportError: onnx or Triton is missing.
         RuntimeError: There is no C compiler, or it or Triton failed.
-        ValueError: There is no such file or it is from another version, it has no sparse attention,
-            a size that a kernel needs is dynamic, or the architecture is another.
+        ValueError: There is no such file or it is from another version, ``path`` is the file
+            itself, it has no sparse attention, a size that a kernel needs is dynamic, or the
+            architecture is another.
     """
     require("onnx", extra="onnx")
     require("triton", extra="triton")
@@ -325,6 +336,7 @@ def build_onnxruntime_plugin(
     target = Path(path)
     check_version(Path(model), "model")
     check_place(target)
+    _check_apart(Path(model), target)
     build_plugin(Path(model), architecture, target)
 
 
@@ -369,6 +381,11 @@ def check_place(target: Path, suffix: str | None = None, why: str = "") -> None:
         raise ValueError(f"path must be a file, got the folder {target}")
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"path must lie in a folder that can be written to, got {target}")
+
+
+def _check_apart(model: Path, target: Path) -> None:
+    if target.resolve() == model.resolve():
+        raise ValueError(f"path must be another file than model, got {target} for both")
 
 
 def _opset(model: Any, opset: int | None) -> int:
@@ -420,6 +437,15 @@ def sparse_program(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            "args must be a tuple of the model's positional arguments, and may be empty, got"
+            f" {type(args).__name__}"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"kwargs must be a dict of the model's arguments or None, got {type(kwargs).__name__}"
+        )
     if config.dense_until:
         raise ValueError(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from uta_fx.kernels.ops import block_scores
@@ -82,5 +81,5 @@ def _mean_variance(selection: Selection) -> Tensor:
     """Mean of sigma2 over the key blocks and a row of each query block: float32 ``[B, H, 1]``."""
     rows = selection.query[:, :, :: selection.block_q].float() * selection.scale
     square = rows.square().mean(2)
-    variance = selection.statistics.key_variance.mean(2, dtype=torch.float32)
+    variance = selection.statistics.key_variance.float().mean(2)
     return (square * variance).sum(-1, keepdim=True)
