@@ -80,7 +80,9 @@ def match_softmax(node: Node) -> Written | None:
         apart = end is not node and (weights[-1] != column or turns or not _keeps_rows(last))
         if column not in _renamed(last.right_letters, last, weights):
             objections.append(f"its softmax is over dimension {dim}, which its values do not have")
-        elif not apart and not (fixed and moves):
+        elif fixed and moves:
+            objections.append("its mask or scale is of logits that are moved, not of its product")
+        elif not apart:
             layout = _layout(first, last, weights, column, fixed)
     if layout is None:
         objections.append("its products are laid out in a way that is not understood")

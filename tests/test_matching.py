@@ -843,7 +843,7 @@ def written_to(q, k, v):
         (over_one_bias_of_five_dimensions, "has an attention mask, or a scale, and several dimens"),
         (keys_of_one_sample, "its tensors differ in batch or heads"),
         (keys_without_a_batch, "its tensors differ in the number of dimensions"),
-        (heads_apart_under_a_mask, "looks like attention, but its products are laid out in a way"),
+        (heads_apart_under_a_mask, "looks like attention, but its mask or scale is of logits that"),
         (heads_turned_while_apart, "looks like attention, but its products are laid out in a way"),
         (einsum_of_three, "looks like attention, but its weights go into an einsum of 3 tensors"),
         (logits_of_three, "looks like attention, but its logits come out of an einsum of 3 tensor"),
