@@ -277,6 +277,12 @@ def depth_of_two_dimensions(q, k, v):
     return torch.einsum("bhij,bjhcd->bihdc", weights, v)
 
 
+def normalized(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    q, k = F.normalize(q, dim=-1), k / k.norm(2, -1, keepdim=True).clamp_min(1e-6)
+    return (q @ k.mT * 5).softmax(-1) @ v
+
+
 def einsum_with_dots_and_capitals(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = torch.einsum("...AC,...BC->...AB", q, k).mul(0.25).softmax(-1)
@@ -341,7 +347,7 @@ LAYOUTS = (
     powers_of_a_number, softmin_of_the_opposite, products_of_five_dimensions,
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
-    keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
+    normalized, keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
     heads_apart_between_the_products, flattened,
 )  # fmt: skip
 
