@@ -689,6 +689,12 @@ def logits_of_three(q, k, v):
     return torch.einsum("bhid,bhjd,d->bhij", q, k, torch.ones(DIM)).softmax(-1) @ v
 
 
+def logits_of_two_products(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    text, video = k.split([10, LENGTH - 10], 2)
+    return torch.cat([q @ text.mT, q @ video.mT], -1).softmax(-1) @ v
+
+
 def summed_by_broadcasting(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
@@ -841,6 +847,7 @@ def written_to(q, k, v):
         (heads_turned_while_apart, "looks like attention, but its products are laid out in a way"),
         (einsum_of_three, "looks like attention, but its weights go into an einsum of 3 tensors"),
         (logits_of_three, "looks like attention, but its logits come out of an einsum of 3 tensor"),
+        (logits_of_two_products, "looks like attention, but its logits are of several products"),
         (summed_by_broadcasting, "looks like attention, but its logits come out of sum, which is"),
         (values_summed_by_broadcasting, "looks like attention, but its weights go into sum, which"),
         (projected_keys_with_a_bias, "looks like attention, but its logits come out of linear, wh"),
