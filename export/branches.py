@@ -6,7 +6,7 @@ import contextlib
 import functools
 import linecache
 import sys
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def find_branches(
     beyond ``LARGE``, and nothing that comes of that. Where it fails, as a question about such a
     tensor does, the second computes everything.
     """
-    with contextlib.suppress(Exception), _Sparing() as sparing:
+    with contextlib.suppress(Exception), _kept_whole(model), _Sparing() as sparing:
         return _answers(model, args, kwargs, sparing)
     return _answers(model, args, kwargs)
 
@@ -105,6 +105,20 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
         del model.forward
         if own is not None:
             model.forward = own
+
+
+@contextlib.contextmanager
+def _kept_whole(model: torch.nn.Module) -> Iterator[None]:
+    """A model that would keep tensors without values, in its attributes, is left as it was."""
+    parts = [x for module in model.modules() for x in (vars(module), *vars(module).values())]
+    before = [(x, x.copy()) for x in parts if type(x) in (dict, OrderedDict, list)]
+    try:
+        yield
+    finally:
+        if any(isinstance(x, FakeTensor) for kept, _ in before for x in tree_leaves(kept)):
+            for kept, contents in before:
+                kept.clear()
+                (kept.extend if isinstance(kept, list) else kept.update)(contents)
 
 
 class _Sparing(TorchDispatchMode):
