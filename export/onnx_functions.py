@@ -433,9 +433,9 @@ NUMBERS
 
     score_float = Cast <to = 1> (scores)
     missing = IsNaN (score_float)
-    finite = Min (score_float, largest)
-    numbers = Where (missing, minus_infinity, finite)
-    best_column = ArgMax <axis = -1, keepdims = 1> (score_float)
+    known = Where (missing, minus_infinity, score_float)
+    numbers = Min (known, largest)
+    best_column = ArgMax <axis = -1, keepdims = 1> (known)
     first_column = Squeeze (zero)
     end_column = Squeeze (blocks)
     step = Squeeze (one)
@@ -511,6 +511,7 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     row_count = Constant <value_int: int = @rows> ()
     rows_of_block = Constant <value_int: int = @block_q> ()
     keys_of_block = Constant <value_int: int = @block_kv> ()
+    least_blocks = Constant <value_ints = [SAMPLED_BLOCKS]> ()
     scale_number = Constant <value_float: float = @scale> ()
     weight = Constant <value_float: float = @variance_weight> ()
     lead = Shape <start = 0, end = 2> (query)
@@ -530,20 +531,52 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     sample_float = Cast <to = 1> (sample)
     q = Mul (sample_float, scale_number)
 
-    key_number = Range (first, length_kv, one)
-    key_block = Div (key_number, keys_of_block)
-    key_place = Mod (key_number, keys_of_block)
     blocks = Shape <start = 2, end = 3> (key_mean)
+    spacing = Div (blocks, least_blocks)
+    spacing_number = Squeeze (spacing)
+    every = Max (spacing_number, one)
+    block_count = Squeeze (blocks)
+    sampled_count = Div (block_count, every)
+    sampled = Range (first, sampled_count, one)
+    golden = Constant <value_int = GOLDEN> ()
+    whole_turn = Constant <value_int = 65536> ()
+    angle = Mul (sampled, golden)
+    rest_of_turn = Mod (angle, whole_turn)
+    place_in_turn = Mul (rest_of_turn, every)
+    place_beyond = Div (place_in_turn, whole_turn)
+    first_of_every = Mul (sampled, every)
+    block = Add (first_of_every, place_beyond)
+    first_key = Mul (block, keys_of_block)
+    first_key_column = Unsqueeze (first_key, last_axis)
+    place = Range (first, keys_of_block, one)
+    keys_size = Unsqueeze (keys_of_block, last_axis)
+    number_of_block = Add (first_key_column, place)
+    minus_one = Constant <value_ints = [-1]> ()
+    number = Reshape (number_of_block, minus_one)
+    last_key = Sub (length_kv, one)
+    number_there = Min (number, last_key)
+    exists = Less (number, length_kv)
     counted = Shape <start = 2, end = 3> (key_counts)
     not_counted = Sub (blocks, counted)
     whole_shape = Concat <axis = 0> (lead, not_counted)
     whole = Expand (keys_of_block, whole_shape)
     wide_counts = Cast <to = 7> (key_counts)
     counts = Concat <axis = 2> (wide_counts, whole)
-    count = Gather <axis = 2> (counts, key_block)
-    counts_key = Less (key_place, count)
+    count = Gather <axis = 2> (counts, block)
+    count_column = Unsqueeze (count, last_axis)
+    place_counts = Less (place, count_column)
+    keys_shape = Concat <axis = 0> (lead, minus_one)
+    key_counts_itself = Reshape (place_counts, keys_shape)
+    counts_key = And (key_counts_itself, exists)
     inside = Unsqueeze (counts_key, row_axis)
-    key_float = Cast <to = 1> (key)
+    sampled_key = Gather <axis = 2> (key, number_there)
+    sampled_value = Gather <axis = 2> (value, number_there)
+    block_listed = Gather <axis = 3> (exact, block)
+    block_mean = Gather <axis = 2> (key_mean, block)
+    block_variance = Gather <axis = 2> (key_variance, block)
+    block_value = Gather <axis = 2> (value_mean, block)
+    block_size = Gather <axis = 2> (log_size, block)
+    key_float = Cast <to = 1> (sampled_key)
     key_by_channel = Transpose <perm = [0, 1, 3, 2]> (key_float)
     products = MatMul (q, key_by_channel)
     logits = Where (inside, products, minus_infinity)
@@ -552,15 +585,20 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     powers = Exp (below)
     total = ReduceSum <keepdims = 1> (powers, last_axis)
     weights = Div (powers, total)
-    listed = Gather <axis = 2> (exact, query_block)
+    listed = Gather <axis = 2> (block_listed, query_block)
     not_listed = Not (listed)
     block_in_tail = Cast <to = 1> (not_listed)
-    in_tail = Gather <axis = 3> (block_in_tail, key_block)
+    by_block = Unsqueeze (block_in_tail, last_axis)
+    all_axes = Shape (block_in_tail)
+    wide_shape = Concat <axis = 0> (all_axes, keys_size)
+    by_key = Expand (by_block, wide_shape)
+    sample_shape = Shape (weights)
+    in_tail = Reshape (by_key, sample_shape)
     of_tail = Mul (weights, in_tail)
     of_lists = Sub (weights, of_tail)
     true_mass = ReduceSum <keepdims = 1> (of_tail, last_axis)
     exact_mass = ReduceSum <keepdims = 1> (of_lists, last_axis)
-    value_float = Cast <to = 1> (value)
+    value_float = Cast <to = 1> (sampled_value)
     true_values = MatMul (of_tail, value_float)
     exact_values = MatMul (of_lists, value_float)
 
@@ -581,13 +619,13 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     square_total = ReduceSumSquare <keepdims = 0> (neighbours_inside, neighbour_axis)
     true_rows = ReduceSum <keepdims = 0> (there, neighbour_axis)
     squares = Div (square_total, true_rows)
-    variance_float = Cast <to = 1> (key_variance)
+    variance_float = Cast <to = 1> (block_variance)
     variance_by_channel = Transpose <perm = [0, 1, 3, 2]> (variance_float)
     sigma2 = MatMul (squares, variance_by_channel)
-    mean_float = Cast <to = 1> (key_mean)
+    mean_float = Cast <to = 1> (block_mean)
     mean_by_channel = Transpose <perm = [0, 1, 3, 2]> (mean_float)
     mean_products = MatMul (q, mean_by_channel)
-    size_row = Unsqueeze (log_size, row_axis)
+    size_row = Unsqueeze (block_size, row_axis)
     sized = Add (mean_products, size_row)
     relative = Sub (sized, highest)
     half_weight = Mul (half, weight)
@@ -601,7 +639,7 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     damped_total = ReduceSum <keepdims = 1> (damped, last_axis)
     slope_products = MatMul (q, slope)
     along = Mul (damped_total, slope_products)
-    value_mean_float = Cast <to = 1> (value_mean)
+    value_mean_float = Cast <to = 1> (block_value)
     values = MatMul (masses, value_mean_float)
     mass_of_tail = ReduceSum <keepdims = 1> (masses, last_axis)
 
@@ -620,7 +658,7 @@ STEPS
     gain = Squeeze (gain_factor, two_axes)
 }
 """
-"""Blocks whose keys are not counted hold ``block_kv``; what lies beyond the last key is cut off."""
+"""Blocks whose keys are not counted hold ``block_kv``; what is beyond the last key is left out."""
 
 _FIT_STEP = """
     given_mass_N = Mul (of_mass_P, mass_of_tail)
@@ -769,6 +807,8 @@ def fit_tail_function(opset: int) -> onnx.FunctionProto:
         "MOST": reference.LIMIT,
     }.items():
         text = text.replace(name, f"{float(number)!r}")
+    for name in ("SAMPLED_BLOCKS", "GOLDEN"):
+        text = text.replace(name, str(getattr(reference, name)))
     return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
@@ -873,8 +913,9 @@ def schemas() -> dict[str, OpSchema]:
             make_schema(
                 "FitTail",
                 "By how much the mass of the representatives and the slope of a tail should be"
-                " larger: a few query rows of each head attend to all keys, and a regression on"
-                " them says it.",
+                " larger: a few query rows of each head attend to all keys, or from"
+                f" {2 * reference.SAMPLED_BLOCKS} key blocks on to one of every s blocks with s ="
+                f" Nk / {reference.SAMPLED_BLOCKS}, and a regression on them says it.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key": ("T", "[B, H, Lk, D]"),

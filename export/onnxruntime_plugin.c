@@ -181,7 +181,7 @@ enum { MAP_ARGUMENTS = 9 };
   X(wanted) X(rows) X(blocks) X(share) X(programs)                                                \
   X(mean_ptr) X(var_ptr) X(size_ptr) X(scores_ptr) X(power)                                       \
   X(k_mean_ptr) X(k_var_ptr) X(v_mean_ptr) X(v_var_ptr) X(sums_ptr) X(total_ptr)                  \
-  X(length) X(blocks_per_program) X(parts) X(size)                                                \
+  X(length) X(blocks_per_program) X(every) X(parts) X(size)                                       \
   X(mean_sb) X(mean_sh) X(mean_sn) X(var_sb) X(var_sh) X(var_sn) X(size_sb) X(size_sh)            \
   X(exact_ptr) X(square_ptr) X(values_ptr) X(masses_ptr) X(mass_ptr) X(gain_ptr)                  \
   MAP(X, q_desc) MAP(X, k_desc) MAP(X, v_desc) MAP(X, o_desc)                                     \
@@ -838,9 +838,10 @@ static Status *fit_tail(Run *run) {
   TRY(make_output(run, 1, 2, sizes));
   if (batch_heads == 0) return NULL;
   TRY(begin(run));
-  int64_t parts = smaller(FIT_PROGRAMS / batch_heads, blocks * node->block_kv / FIT_KEYS);
-  int64_t per_program = divide_up(blocks, larger(parts, 1));
-  parts = divide_up(blocks, per_program);
+  int64_t every = larger(blocks / FIT_BLOCKS, 1), sampled = blocks / every;
+  int64_t parts = smaller(FIT_PROGRAMS / batch_heads, sampled * node->block_kv / FIT_KEYS);
+  int64_t per_program = divide_up(sampled, larger(parts, 1));
+  parts = divide_up(sampled, per_program);
   int64_t element = node->dtype == TYPE_FLOAT ? 4 : 2, rows = node->rows;
   size_t bytes = 0, square = reserve(&bytes, batch_heads * rows * dim * 4);
   size_t seen = reserve(&bytes, batch_heads * parts * 3 * rows * dim_v * element);
@@ -865,6 +866,7 @@ static Status *fit_tail(Run *run) {
   values[ARG_length_kv].integer = length_kv;
   values[ARG_rows].integer = rows;
   values[ARG_blocks_per_program].integer = per_program;
+  values[ARG_every].integer = every;
   values[ARG_parts].integer = parts;
   values[ARG_scale].number = node->scale;
   values[ARG_scale_log2].number = node->scale * M_LOG2E;

@@ -37,7 +37,7 @@ from uta_fx.export.onnxruntime_selection import (
     statistics_variants,
 )
 from uta_fx.export.replace_file import folder_beside
-from uta_fx.kernels import triton_attention, triton_fitting
+from uta_fx.kernels import reference, triton_attention, triton_fitting
 from uta_fx.kernels.triton_attention import gluon_attention
 from uta_fx.kernels.triton_selection import PACKED_BLOCKS, SIZES
 from uta_fx.kernels.triton_statistics import PROGRAMS
@@ -248,6 +248,7 @@ def _write_variants(
         "SELECTED_ROWS": SIZES.rows, "SELECTING": SIZES.programs,
         "OPEN": OPEN, "PACKED_BLOCKS": PACKED_BLOCKS,
         "FIT_PROGRAMS": triton_fitting.PROGRAMS, "FIT_KEYS": triton_fitting.MIN_KEYS,
+        "FIT_BLOCKS": reference.SAMPLED_BLOCKS,
         "PROGRAMS": PROGRAMS, "PASSES_16": SIZES.passes[0], "PASSES_32": SIZES.passes[1],
     } | {
         # without Gluon no kernel asks for them

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from typing import Any
 
 import torch
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from uta_fx.export.flex_attention import spell_out_flex
 from uta_fx.export.narrow_masks import narrow_masks
 from uta_fx.export.sort_selected import sort_selected
+from uta_fx.passes.copy_graph import copy_graph
+from uta_fx.passes.inline_subgraphs import inline_subgraphs
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import Plan, rewrite, understand
 
@@ -41,7 +46,7 @@ def sparsify_program(
     program = sort_selected(program, dynamic_shapes)
     args, kwargs = program.example_inputs
     module = program.module()
-    assert isinstance(module, torch.fx.GraphModule)
+    assert isinstance(module, GraphModule)
     dynamic = _dynamic_dims(program)
     pairs = understand(module, plan)
     if fixed := sorted(dynamic - _dynamic_dims(program)):
@@ -62,11 +67,41 @@ def sparsify_program(
     ]
     if not flex and not any(site.sparse for site in sites):
         return program, sites
+    for node in module.graph.nodes:
+        node.target = {_enter_autocast: _enter, _exit_autocast: _exit}.get(node.target, node.target)
+    module.recompile()
     with torch.no_grad():
         sparse = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+        sparse = _without_regions(sparse)
     _list_masked_blocks(sparse)
     narrow_masks(sparse)
     return sparse, sites
+
+
+def _enter(*arguments: Any) -> torch.autocast:
+    """Do what ``_enter_autocast`` does: called in a trace that does no more than note it."""
+    region = torch.autocast(*arguments)
+    region.__enter__()
+    return region
+
+
+def _exit(region: torch.autocast) -> None:
+    region.__exit__(None, None, None)
+
+
+def _without_regions(program: ExportedProgram) -> ExportedProgram:
+    """The same program with casts in place of autocast, if our operators are under it.
+
+    Exporters look for these in the graph itself, not in functions that it calls.
+    """
+    _, *bodies = program.graph_module.modules()
+    nodes = (x for body in bodies if isinstance(body, GraphModule) for x in body.graph.nodes)
+    if not any(str(node.target).startswith("uta.") for node in nodes):
+        return program
+    program = copy.copy(program)
+    program._graph_module = copy_graph(program.graph_module)
+    inline_subgraphs(program.graph_module)
+    return program.run_decompositions({})  # by itself it would lose the paths of modules
 
 
 def _list_masked_blocks(program: ExportedProgram) -> None:

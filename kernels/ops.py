@@ -782,7 +782,8 @@ for _name, _cpu, _cuda, _fake in (
     ("list_blocks", _cpu_list_blocks, _cuda_list_blocks, _fake_list_blocks),
     ("fit_tail", _cpu_fit_tail, _cuda_fit_tail, _fake_fit_tail),
 ):
-    _LIBRARY.impl(_name, _cpu, "CPU")
+    # PyTorch's own operations, which autocast around the operator would reach
+    _LIBRARY.impl(_name, torch.autocast("cpu", enabled=False)(_cpu), "CPU")
     _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"uta::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"uta::{_name}", _refuse_gradient, lib=_LIBRARY)

@@ -1,9 +1,10 @@
-"""Triton kernels of ``uta::fit_tail``: a few rows attend to all keys, and two factors follow.
+"""Triton kernels of ``uta::fit_tail``: a few rows attend to keys, and two factors follow.
 
-The second of three kernels reads keys and values, and does so once: each program takes a part of
-one head's key blocks through a running softmax, apart for those that a row lists and for its tail,
-and the representatives of these blocks through another. What comes of the parts is joined by the
-third, one program a head, which then solves for the factors. Softmax is base 2 inside.
+The second of three kernels reads the keys and values of the sampled blocks, and does so once: each
+program takes a part of one head's through a running softmax, apart for those that a row lists and
+for its tail, and the representatives of these blocks through another. What comes of the parts is
+joined by the third, one program a head, which then solves for the factors. Softmax is base 2
+inside.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
@@ -35,6 +36,7 @@ SOLVE_OPTIONS = {"num_warps": 4}
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
 LIMIT = tl.constexpr(reference.LIMIT)
+GOLDEN = tl.constexpr(reference.GOLDEN)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 
 
@@ -43,6 +45,12 @@ def _sampled_row(i, length, rows):
     """Which of ``length`` query rows is row i of the sample: ``(2 i + 1) length // (2 rows)``."""
     odd, parts = 2 * i + 1, 2 * rows  # no product beyond 32 bits
     return (odd * (length // parts) + odd * (length % parts) // parts).to(tl.int64)
+
+
+@triton.jit
+def _sampled_block(i, every):
+    """As ``reference.sampled_block``."""
+    return i * every + i * GOLDEN % 65536 * every // 65536
 
 
 @triton.jit
@@ -67,7 +75,7 @@ def _square_kernel(
     tl.store(square_ptr + place * D + d, square, mask=inside_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["every"])  # one kernel serves all lengths
 def _sample_kernel(
     q_ptr, k_ptr, v_ptr,
     exact_ptr,  # uint8 [B, H, Nq, Nk], contiguous
@@ -82,6 +90,7 @@ def _sample_kernel(
     v_sb, v_sh, v_sn,
     size_sb, size_sh, size_sn,
     heads, length_q, length_kv, rows, blocks_per_program,
+    every,  # of so many blocks one is looked at
     scale_log2,  # s * log2(e)
     half_weight_log2,  # variance_weight / 2 * log2(e)
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,  # of the mask
@@ -91,7 +100,7 @@ def _sample_kernel(
     COUNTED: tl.constexpr,  # key blocks say how many keys they hold
     PRECISION: tl.constexpr, SQUARE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to ``blocks_per_program`` key blocks of one head, and to their representatives.
+    """Attend to ``blocks_per_program`` sampled blocks of one head, and to their representatives.
 
     Everything is relative to what the program sees. Where that is nothing, values and shares are
     zero and the log-sum-exp is -inf.
@@ -110,8 +119,8 @@ def _sample_kernel(
     blocks = tl.cdiv(length_kv, BLOCK_KV)
     blocks_q = tl.cdiv(length_q, BLOCK_Q)
     exact_rows = exact_ptr + (batch_head * blocks_q + row // BLOCK_Q) * blocks  # [BLOCK_R]
-    first_block = part * blocks_per_program
-    last_block = tl.minimum(first_block + blocks_per_program, blocks)
+    first_sampled = part * blocks_per_program
+    last_sampled = tl.minimum(first_sampled + blocks_per_program, blocks // every)
 
     k_base = k_ptr + batch * k_sb + head * k_sh
     v_base = v_ptr + batch * v_sb + head * v_sh
@@ -120,10 +129,10 @@ def _sample_kernel(
     p_lists = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     of_lists = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     of_tail = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    for step in range(first_block * STEPS_OF_BLOCK, last_block * STEPS_OF_BLOCK):
-        block = step // STEPS_OF_BLOCK
+    for step in range(first_sampled * STEPS_OF_BLOCK, last_sampled * STEPS_OF_BLOCK):
+        block = _sampled_block(step // STEPS_OF_BLOCK, every)
         listed = tl.load(exact_rows + block, mask=inside_r, other=0)  # [BLOCK_R]
-        key = tl.cast(step, tl.int64) * BLOCK_N + n
+        key = tl.cast(block, tl.int64) * BLOCK_KV + step % STEPS_OF_BLOCK * BLOCK_N + n
         inside = key < length_kv
         if COUNTED:
             count = tl.load(counts_ptr + batch_head * blocks + block)
@@ -167,9 +176,10 @@ def _sample_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     damped = tl.zeros([BLOCK_R], tl.float32)
     of_means = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
-    for start in tl.range(first_block, last_block, MEANS, num_stages=2):
-        block = start + tl.arange(0, MEANS)
-        inside = block < last_block
+    for start in tl.range(first_sampled, last_sampled, MEANS, num_stages=2):
+        sampled = start + tl.arange(0, MEANS)
+        inside = sampled < last_sampled
+        block = _sampled_block(sampled, every)
         place_k = (batch_head * blocks + block)[:, None] * D + d[None, :]
         place_v = (batch_head * blocks + block)[:, None] * DV + dv[None, :]
         k_mask, v_mask = inside[:, None] & inside_d[None, :], inside[:, None] & inside_dv[None, :]
@@ -201,7 +211,7 @@ def _sample_kernel(
     tl.store(masses_ptrs + 3 * rows, damped * inverse, mask=inside_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])  # for one part sums would have another order
 def _solve_kernel(
     q_ptr,
     slope_ptr,  # float32 [B, H, D, Dv], contiguous
@@ -449,7 +459,8 @@ def attend_sampled_rows(
     """
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = value.shape[-2:]
-    blocks = -(-length_kv // block_kv)
+    every = reference.spacing(exact.shape[3])
+    blocks = exact.shape[3] // every
     parts = max(1, min(PROGRAMS // (batch * heads), blocks * block_kv // MIN_KEYS))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
@@ -469,7 +480,7 @@ def attend_sampled_rows(
             *(x.contiguous() for x in (key_mean, key_variance, value_mean)), log_size,
             values, masses,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_size.stride(),
-            heads, length_q, length_kv, rows, per_program,
+            heads, length_q, length_kv, rows, per_program, every,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
             **sample_options(*sizes, key_counts.shape[2] > 0, tile),
         )  # fmt: skip

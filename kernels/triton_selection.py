@@ -173,8 +173,9 @@ def _first_pass_kernel(
             column = before + tl.arange(0, COLUMNS)
             inside = real[:, None] & (column < blocks)[None, :]
             key = _load_keys(row_ptrs[:, None] + column[None, :], inside)  # [ROWS, COLUMNS]
+            # no mask: Triton may reshape it to another order than that of the digits
             digit = tl.reshape(_digit(key, 0, PASSES, BITS), [ROWS * COLUMNS])
-            counts += tl.histogram(digit, BINS, mask=tl.reshape(inside, [ROWS * COLUMNS]))
+            counts += tl.histogram(digit, BINS)
             ranked = (key.to(WORD) << (0 if PACKED else 32)) + (LAST - column)[None, :]
             best = tl.maximum(best, ranked)
         ranked = tl.max(best, 1)
@@ -182,6 +183,10 @@ def _first_pass_kernel(
         key = (ranked - (ranked & LAST)) if PACKED else (ranked >> 32).to(tl.int32)
         tl.store(best_ptr + group * rows + row, place, mask=real)
         counts -= _histogram_of_best(key, real, 0, PASSES, BITS)
+    loaded = tl.cdiv(last - first, ROWS) * ROWS * (tl.cdiv(blocks, COLUMNS) * COLUMNS)
+    outside = loaded - (last - first) * blocks  # each counted as -inf
+    lowest = _digit(tl.cast(LOWEST - _MINUS_INFINITY, tl.int32), 0, PASSES, BITS)
+    counts -= tl.where(tl.arange(0, BINS) == lowest, outside, 0)
     counts_ptrs = counts_ptr + group * PASSES * DIGITS + tl.arange(0, BINS)
     tl.atomic_add(counts_ptrs, counts.to(tl.int64), mask=counts != 0, sem="relaxed")
 

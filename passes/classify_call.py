@@ -17,7 +17,8 @@ def classify_call(call: Call, trace: Trace) -> str:
     them. Those of a cross-attention differ. Tokens that differ without being projected in this
     graph leave the call unknown: it may be a part of a model, with queries and keys handed in. So
     do tokens of which both come out of operations that cannot be followed, such as being written
-    into buffers: they may be the same.
+    into buffers: they may be the same. And so does a near miss of which no more than logits is
+    known: whatever made them may have made their rows and columns too.
     """
     tokens = trace.axis(call.query.node, call.query.token_dim)
     keys = trace.axis(call.key.node, call.key.token_dim)
@@ -25,6 +26,8 @@ def classify_call(call: Call, trace: Trace) -> str:
         return "self" if _have_one_origin(trace, tokens) else "joint"
     if place_in(keys, tokens) is not None:
         return "joint"
+    if not call.value.order:
+        return "unknown"
     projected = _is_projected(call.query.node) and _is_projected(call.key.node)
     followed = not (_is_opaque(trace, tokens) and _is_opaque(trace, keys))
     return "cross" if projected and followed else "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from uta_fx.passes.expand_multi_head import MULTI_HEAD, objection_to_expansion
+from uta_fx.passes.match_near_miss import match_near_miss
 from uta_fx.passes.match_operators import Fused, match_operator
 from uta_fx.passes.match_softmax import Written, match_softmax
 from uta_fx.passes.site import Operand, Order, value_of
@@ -87,7 +89,7 @@ def module_path(node: Node) -> str:
     return ".".join(word for word in words if word not in _NOT_MODULES)
 
 
-def find_calls(gm: GraphModule) -> list[Call]:
+def find_calls(gm: GraphModule, is_long: Callable[[Any], bool]) -> list[Call]:
     """Every attention call of the graph, in order.
 
     Calls of ``scaled_dot_product_attention``, arguments positional or by keyword, tensors of two
@@ -95,8 +97,13 @@ def find_calls(gm: GraphModule) -> list[Call]:
     products. A softmax that is almost that is a call with an objection, as is an
     ``nn.MultiheadAttention`` that could not be expanded, a whole ``nn.TransformerEncoderLayer`` and
     an operator that is not known.
+
+    Args:
+        gm: The graph.
+        is_long: Whether a size may be that of a video: a softmax that is not even almost that is a
+            call where its rows and columns are.
     """
-    calls = []
+    calls, softmaxes = [], set[Node]()
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in SDPA_TARGETS:
             calls.append(_bound(node))
@@ -108,8 +115,14 @@ def find_calls(gm: GraphModule) -> list[Call]:
             if fused.result is not None:
                 calls.append(_fused(fused, fused.result))
         elif written := match_softmax(node):
+            softmaxes.add(written.softmax)
             calls.append(_described(written))
-    return calls
+    for node in gm.graph.nodes:
+        near = None if node in softmaxes else match_near_miss(node)
+        if near and is_long(near.query.shape[-2]) and is_long(near.key.shape[-2]):
+            calls.append(_described(near))
+    place = {node: index for index, node in enumerate(gm.graph.nodes)}
+    return sorted(calls, key=lambda call: place[call.node])
 
 
 def _bound(node: Node) -> Call:

@@ -14,12 +14,16 @@ from torch.fx import GraphModule, Node
 from uta_fx.passes.site import Operand, Order, in_order, recorded
 
 _HEADS_FIRST, _TOKENS_FIRST = in_order(0, 1, 2, 3), in_order(0, 2, 1, 3)
+# of three dimensions: tokens of all samples one after another, and heads that are samples too
+_PACKED: Order = ((), (1,), (0,), (2,))
+_MERGED: Order = ((0,), (), (1,), (2,))
 
 # where [B, H, L, D] are in the tensors of each operator. Sources: flash_attn 2.8 and flash_attn_3
 # (flash_attn_interface.py), diffusers 0.42 (attention_dispatch.py), xformers 0.0.34 (ops/fmha),
 # torch 2.13
 _LAYOUTS = {
     "flash_attn::_flash_attn_forward": _TOKENS_FIRST,
+    "flash_attn::_flash_attn_varlen_forward": _TOKENS_FIRST,
     "flash_attn_3::_flash_attn_forward": _TOKENS_FIRST,
     "_diffusers_flash_attn_3::_flash_attn_forward": _TOKENS_FIRST,
     "xformers_flash::flash_fwd": _TOKENS_FIRST,
@@ -152,7 +156,7 @@ def _known(node: Node, name: str) -> Fused:
     query, key, value = (_operand(roles.pop(role), layout) for role in ("query", "key", "value"))
     result, other = _results(node)
     objection = objection or (f"another output of {name} is used" if other else None)
-    return Fused(node, result, query, key, value, layout, objection, **roles)
+    return Fused(node, result, query, key, value, query.order, objection, **roles)
 
 
 def _flex(gm: GraphModule, node: Node) -> Fused:
@@ -180,12 +184,12 @@ def _unknown(node: Node, name: str) -> Fused | None:
     result, _ = _results(node)
     if len(tensors) < 3:
         return None
-    shape = recorded(tensors[0]).shape
+    *_, first, second, _ = recorded(tensors[0]).shape
     # more tokens than heads
-    tokens_first = len(shape) == 4 and str(shape[1]) != str(shape[2]) and _larger(shape[1:3])
+    tokens_first = str(first) != str(second) and _larger((first, second))
     layout = _TOKENS_FIRST if tokens_first else _HEADS_FIRST
     q, k, v = (_operand(x, layout) for x in tensors)
-    return Fused(node, result, q, k, v, layout, f"{name} is not known to be plain attention")
+    return Fused(node, result, q, k, v, q.order, f"{name} is not known to be plain attention")
 
 
 def _larger(pair: Any) -> bool:
@@ -195,6 +199,8 @@ def _larger(pair: Any) -> bool:
 
 def _operand(node: Node, layout: Order) -> Operand:
     rank = recorded(node).dim()
+    if rank == 3:
+        return Operand(node, _PACKED if layout is _TOKENS_FIRST else _MERGED)
     return Operand(node, layout if rank == 4 else in_order(*range(rank)))
 
 

@@ -24,6 +24,7 @@ from uta_fx.passes.match_operators import Fused, match_operator, operands_of
 from uta_fx.passes.read_mask import hides
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import (
+    VIEWS,
     Size,
     argument,
     equation_of,
@@ -31,6 +32,7 @@ from uta_fx.passes.trace_axes import (
     name_of,
     number_of,
     plain,
+    reduced_dims,
     same,
     written_by,
 )
@@ -109,8 +111,6 @@ def discards(
         places: Where each input is permuted.
     """
     name = name_of(node)
-    if _rule_of(node) is not _operator and not _is_known(node):
-        return False
     if name in _SHAPES or (name == "getattr" and not isinstance(recorded(node), torch.Tensor)):
         return True
     if name in _LIKE or name in _CONSTANTS:
@@ -140,7 +140,7 @@ def may_alias(node: Node) -> list[Node]:
         return list(written)
     if not isinstance(recorded(node), (torch.Tensor, tuple, list)):
         return []
-    if name in _VIEWS:
+    if name in VIEWS:
         source = argument(node, 0, "input")
         return [source] if isinstance(source, Node) else []
     if _rule_of(node) is not None:
@@ -152,19 +152,7 @@ def may_alias(node: Node) -> list[Node]:
 def _rule_of(node: Node) -> Rule | None:
     if operands_of(node) is not None:
         return _operator
-    return _RULES.get(name_of(node)) if _is_known(node) else None
-
-
-def _is_known(node: Node) -> bool:
-    """Whether an operation is PyTorch's or Python's, and so what its name says."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace == "aten"
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
-    home = getattr(target, "__module__", None) or "torch"
-    known = home.split(".")[0] in ("torch", "_operator", "builtins")
-    return node.op == "call_method" or (node.op == "call_function" and known)
+    return _RULES.get(name_of(node))
 
 
 def _fits(node: Node, place: Place, tokens: Size) -> bool:
@@ -630,23 +618,11 @@ def _hides_nothing(mask: Node, start: int, tokens: Size) -> bool:
 
 def _reduction(node: Node, place: Place, tokens: Size) -> Needs | None:
     rank = len(_shape(_first(node)))
-    gone = _reduced(node)
+    gone = reduced_dims(node)
     if len(_shape(node)) == rank:
         return None if place.dim in gone else {_first(node): place}
     kept = [dim for dim in range(rank) if dim not in gone]
     return {_first(node): Place(kept[place.dim], place.start)}
-
-
-def _reduced(node: Node) -> set[int]:
-    """The dimensions that a reduction sums over."""
-    rank = len(_shape(_first(node)))
-    with_order = name_of(node) in ("norm", "linalg_vector_norm")
-    dims = argument(node, 2 if with_order else 1, "dim")
-    if isinstance(dims, bool):
-        raise TypeError("unbiased in place of dim")
-    if dims is None:
-        return set(range(rank))
-    return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
 def _outer(node: Node, place: Place, tokens: Size) -> Needs | None:
@@ -710,7 +686,7 @@ def _summed(node: Node) -> list[Mapping[Node, set[int]]]:
             return []
         return [{x.node: {x.token_dim} for x in (call.key, call.value)}]
     if _RULES.get(name) is _reduction:
-        return [{_first(node): _reduced(node)}]
+        return [{_first(node): reduced_dims(node)}]
     if _RULES.get(name) is _matmul:
         _, left, right = _factors(node)
         if left is right or min(len(_shape(left)), len(_shape(right))) < 2:
@@ -820,15 +796,6 @@ _CONSTANTS = {
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty",
 }  # fmt: skip
 _SHAPES = {"size", "sym_size", "dim", "numel", "sym_numel", "stride", "ndimension", "len"}
-# a cast to what a tensor is already returns it
-_VIEWS = {
-    "transpose", "t", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
-    "expand", "expand_as", "view_as", "broadcast_to", "squeeze", "unsqueeze", "chunk", "split",
-    "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "slice", "contiguous", "to",
-    "type", "type_as", "float", "half", "bfloat16", "double", "bool", "int", "long", "detach",
-    "alias", "movedim", "moveaxis", "mT", "mH", "real", "imag", "conj", "view_as_complex",
-    "view_as_real", "dropout", "identity", "lift_fresh", "requires_grad", "nan_to_num",
-}  # fmt: skip
 
 _RULES: dict[str, Rule] = {}
 for _rule, _names in (
@@ -850,7 +817,7 @@ for _rule, _names in (
     (_permute, "permute"),
     (_transpose, "transpose t"),
     (_movedim, "movedim moveaxis"),
-    (_transposed_attribute, "getattr mT mH"),
+    (_transposed_attribute, "getattr mT mH T H"),
     (_reshape, "view view_as reshape flatten unflatten squeeze unsqueeze"),
     (_complex, "view_as_complex view_as_real"),
     (_expand, "expand broadcast_to repeat tile expand_as"),

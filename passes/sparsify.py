@@ -84,7 +84,8 @@ def understand(gm: GraphModule, plan: Plan) -> list[tuple[Call, Site]]:
     inline_subgraphs(gm)
     expand_multi_head(gm)
     trace = Trace(gm)
-    found = [_without_idle_mask(call) for call in find_calls(gm)]
+    calls = find_calls(gm, lambda size: not _is_short(size, plan))
+    found = [_without_idle_mask(call) for call in calls]
     axes = [trace.axis(x.query.node, x.query.token_dim) for x in found]
     if plan.symbolic and all(is_clear(gm, trace, axis) for axis in axes):
         sites = _sites(found, trace, plan)

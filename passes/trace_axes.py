@@ -24,12 +24,20 @@ from uta_fx.passes.site import recorded
 
 Size = int | torch.SymInt
 
-# operations whose output may share memory with their input
+# operations whose output may share memory with their input: a cast to what a tensor is returns it
 VIEWS = (
-    "transpose", "permute", "view", "reshape", "unflatten", "flatten", "getitem", "getattr",
-    "expand", "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "slice",
-    "contiguous", "to", "split_with_sizes", "detach", "alias", "movedim", "mT",
+    "transpose", "t", "T", "mT", "H", "mH", "permute", "movedim", "moveaxis", "view", "view_as",
+    "reshape", "reshape_as", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "broadcast_to", "getitem", "getattr", "chunk", "split", "split_with_sizes", "tensor_split",
+    "unbind", "narrow", "select", "slice", "contiguous", "to", "type", "type_as", "float", "half",
+    "bfloat16", "double", "bool", "int", "long", "detach", "alias", "real", "imag", "conj",
+    "view_as_complex", "view_as_real", "dropout", "identity", "lift_fresh", "requires_grad",
+    "nan_to_num",
 )  # fmt: skip
+
+
+SIDES = "uta_fx.sides"
+"""In the meta of a graph's input: what another graph knows of it, as of ``Trace.sides_of``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +127,15 @@ class Trace:
                         break
         return found
 
+    def sides_of(self, node: Node) -> dict[int, tuple[Size, ...]]:
+        """Of a tensor's dimensions those that are flattened ones, and the lengths of these."""
+        return {
+            dim: stretch.source.sides
+            for dim, axis in enumerate(self.of(node))
+            for stretch in self.stretches(axis)
+            if (stretch.start, stretch.end) == (0, len(axis)) and len(stretch.source.sides) > 1
+        }
+
     def _visit(self, node: Node) -> Any:
         value = recorded(node)
         if isinstance(value, torch.Tensor):
@@ -181,7 +198,8 @@ class Trace:
     def leaf(self, node: Node, dim: int, size: Size, part: int = 0, opaque: bool = False) -> Axis:
         """An axis whose positions come into being here."""
         size = plain(size)
-        return self._source((node, dim, part), Source(node, size, (size,), opaque))
+        sides = node.meta.get(SIDES, {}).get(dim, (size,))
+        return self._source((node, dim, part), Source(node, size, sides, opaque))
 
     def gathered(self, node: Node, axis: Axis, index: Any, size: Size) -> Axis:
         """An axis of positions picked out of another by ``index``."""
@@ -262,12 +280,23 @@ def equal(a: Axis, b: Axis) -> bool:
 
 
 def name_of(node: Node) -> str:
-    """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``."""
+    """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``.
+
+    An operation that is not PyTorch's or Python's may do something else under the same name, and
+    has that of its library in front: ``library::add``. A node that calls nothing has its kind.
+    """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    if isinstance(target, str):
+        name = target
+    elif found := overloads(target):
+        name = found[0]._schema.name.removeprefix("aten::")
     else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        name = getattr(target, "__name__", str(target))
+        library = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+        if library not in ("torch", "_operator", "builtins"):
+            name = f"{library}::{name}"
     # operators and methods in place: iadd, __iadd__, add_
     name = name.strip("_") if name != "_" else name
     return _ALIASES.get(name, name)
@@ -458,7 +487,7 @@ Rule = Callable[[Trace, Node], Any]
 
 def _apply(trace: Trace, node: Node) -> Any:
     """Axes of a node's output (a list of them for several outputs), or None: not understood."""
-    rule = _RULES.get(name_of(node))
+    rule = _RULES.get(name_of(node)) if operands_of(node) is None else _operator
     try:
         return rule(trace, node) if rule else None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -725,8 +754,8 @@ def _pad(trace: Trace, node: Node) -> Axes:
 
 
 def _linear(trace: Trace, node: Node) -> Axes:
-    axes = trace.of(argument(node, 0, "input"))
-    return (*axes[:-1], trace.leaf(node, len(axes) - 1, _shape(node)[-1]))
+    weight = trace.of(argument(node, 1, "weight"))
+    return (*trace.of(argument(node, 0, "input"))[:-1], *weight[:-1])
 
 
 def _matmul(trace: Trace, node: Node) -> Axes | None:
@@ -742,10 +771,13 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
     """Letters of the operands and of the output of an einsum, and the operands.
 
     Dots are capital letters in their place, which are aligned at their end; an output that is not
-    written has the letters that come once, as torch has it.
+    written has the letters that come once, as torch has it. Dimensions may be numbered too, each
+    operand before its list.
     """
     equation, *operands = _all(node)
-    if isinstance(operands[0], (tuple, list)):
+    if isinstance(equation, Node):
+        equation, operands = _spelled(_all(node))
+    elif isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     left, arrow, output = str(equation).replace(" ", "").partition("->")
     inputs = left.split(",")
@@ -754,9 +786,8 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
         for letters, x in zip(inputs, operands, strict=True)
         if "..." in letters
     ]
-    capitals = string.ascii_uppercase[: max(widths, default=0)]
-    if set(capitals) & set(equation):
-        raise ValueError(f"an einsum of dots and capital letters: {equation}")
+    free = [x for x in string.ascii_uppercase if x not in equation]
+    capitals = "".join(free[: max(widths, default=0)])
     if not arrow:
         once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
         output = ("..." if widths else "") + "".join(once)
@@ -770,6 +801,18 @@ def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
     return inputs, output.replace("...", capitals), operands
 
 
+def _spelled(arguments: Sequence[Any]) -> tuple[str, list[Node]]:
+    """Equation and operands of an einsum whose dimensions are numbered, the output's last."""
+    operands = [x for x in arguments if isinstance(x, Node)]
+    words = [
+        "".join("..." if x is Ellipsis else string.ascii_letters[x] for x in numbers)
+        for numbers in arguments
+        if not isinstance(numbers, Node)
+    ]
+    inputs, output = words[: len(operands)], words[len(operands) :]
+    return "->".join([",".join(inputs), *output]), operands
+
+
 def _einsum(trace: Trace, node: Node) -> Axes:
     inputs, output, operands = equation_of(node)
     known: dict[str, Axis] = {}
@@ -780,11 +823,13 @@ def _einsum(trace: Trace, node: Node) -> Axes:
 
 
 def _convolution(trace: Trace, node: Node) -> Axes:
-    axes = trace.of(argument(node, 0, "input"))
-    return (
-        axes[0],
-        *(trace.leaf(node, dim, size) for dim, size in enumerate(_shape(node)) if dim),
+    source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    new = [trace.leaf(node, dim, size) for dim, size in enumerate(_shape(node))]
+    # each output from one position: a projection
+    pointwise = all(same(size, 1) for size in _shape(weight)[2:]) and all(
+        map(same, _shape(source)[2:], _shape(node)[2:])
     )
+    return (trace.of(source)[0], new[1], *(trace.of(source) if pointwise else new)[2:])
 
 
 def _attention(trace: Trace, node: Node) -> Axes:
@@ -807,13 +852,23 @@ def _operator(trace: Trace, node: Node) -> Any:
 
 def _reduction(trace: Trace, node: Node) -> Axes:
     axes = list(trace.of(argument(node, 0, "input")))
-    dims = argument(node, 1, "dim")
-    dims = range(len(axes)) if dims is None else dims if isinstance(dims, (tuple, list)) else [dims]
-    for dim in sorted((dim % len(axes) for dim in dims), reverse=True):
+    for dim in sorted(reduced_dims(node), reverse=True):
         axes.pop(dim)
         if len(_shape(node)) == len(_shape(argument(node, 0, "input"))):
             axes.insert(dim, trace.leaf(node, dim, 1))
     return tuple(axes)
+
+
+def reduced_dims(node: Node) -> set[int]:
+    """The dimensions that a reduction sums over."""
+    rank = len(_shape(argument(node, 0, "input")))
+    with_order = name_of(node) in ("norm", "linalg_vector_norm")
+    dims = argument(node, 2 if with_order else 1, "dim")
+    if isinstance(dims, bool):
+        raise TypeError("unbiased in place of dim")
+    if dims is None:
+        return set(range(rank))
+    return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
 def _attribute(trace: Trace, node: Node) -> Axes | None:
@@ -895,7 +950,7 @@ _ALIASES = {
     "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "special_softmax": "softmax",
+    "special_softmax": "softmax", "numpy_T": "T", "clamp_min": "clamp", "clamp_max": "clamp",
 }  # fmt: skip
 
 _IN_PLACE = {
@@ -954,18 +1009,11 @@ for _rule, _names in (
     (_convolution, "conv1d conv2d conv3d convolution"),
     (_attention, "scaled_dot_product_attention"),
     (
-        _operator,
-        "flash_attn_forward flash_fwd flash_attention_forward efficient_attention_forward"
-        " scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu"
-        " scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention"
-        " scaled_dot_product_fused_attention_overrideable flex_attention",
-    ),
-    (
         _reduction,
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",
     ),
     (_fresh, "arange zeros ones empty full rand randn tensor linspace embedding eye"),
-    (_attribute, "getattr mT mH"),
+    (_attribute, "getattr mT mH T H"),
     (_outer, "outer ger"),
     (_meshgrid, "meshgrid"),
     (_complex, "view_as_complex view_as_real"),

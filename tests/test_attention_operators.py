@@ -57,6 +57,10 @@ SCHEMAS = {
     " float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right,"
     " float softcap, Tensor? alibi_slopes, bool return_softmax)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    # the same of tokens of all samples one after another
+    "flash_attn::_flash_attn_varlen_forward": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p,"
+    " float softmax_scale, bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
     # nobody's
     "mylib::fancy_attn": "(Tensor q, Tensor k, Tensor v) -> Tensor",
 }
@@ -78,9 +82,9 @@ def stand_in(name, schema):
     def attend(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
         scale = given.get("softmax_scale")
-        q, k, v = (x.transpose(1, 2) for x in args[:3])
+        q, k, v = (x.transpose(-3, -2) for x in args[:3])
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-        return outputs(out.transpose(1, 2).contiguous())
+        return outputs(out.transpose(-3, -2).contiguous())
 
     def fake(q, k, v, *args, **kwargs):
         return outputs(q.new_empty((*q.shape[:-1], v.shape[-1])))
@@ -272,6 +276,12 @@ def descaled(q, k, v):
     return flash_3(q, k, v, k_descale=torch.ones(BATCH, HEADS))
 
 
+def packed(q, k, v):
+    ends = torch.tensor([0, LENGTH], dtype=torch.int32)
+    op = torch.ops.flash_attn._flash_attn_varlen_forward
+    return op(q[0], k[0], v[0], ends, ends, LENGTH, LENGTH, 0.0, 0.3, False)[0][None]
+
+
 def with_log_sum_exp(q, k, v):
     out, lse, *_ = torch.ops.flash_attn_3._flash_attn_forward(q, k, v)
     return out, lse
@@ -316,6 +326,7 @@ def sage(q, k, v):
         (flex_scored, "FlexAttention has a score_mod"),
         (flex_masked, "FlexAttention has a block mask"),
         (unknown, "mylib::fancy_attn is not known to be plain attention"),
+        (packed, "flash_attn::_flash_attn_varlen_forward has cu_seqlens_q"),
     ],
 )
 def test_an_operator_that_does_more_stays_dense_and_says_why(form, reason):
@@ -323,7 +334,8 @@ def test_an_operator_that_does_more_stays_dense_and_says_why(form, reason):
     module, x = Attention(form), tokens()
     (site,) = uta_fx.explain(module, x, config=Config(**SMALL)).sites
     assert not site.sparse and re.match(reason, site.reason), site.reason
-    assert site.shape == (BATCH, HEADS, LENGTH, DIM)
+    assert site.kind == "self"
+    assert site.shape == (1 if form is packed else BATCH, HEADS, LENGTH, DIM)
     with torch.no_grad():
         torch._dynamo.reset()
         compiled = torch.compile(module, backend="uta", options={**SMALL, "inner": "eager"})

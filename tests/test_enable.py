@@ -257,6 +257,36 @@ def test_a_model_that_is_compiled_already_is_refused(compiled):
         uta_fx.enable(compiled())
 
 
+class Asking(nn.Module):
+    """Looks at the values of a clip between embedding it and its blocks, which breaks its graph."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(3, 32, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Model() for _ in range(2))
+
+    def forward(self, clip):
+        x = self.patch(clip).flatten(2).mT
+        if clip.mean() > 0:
+            x = x * 2
+        for block in self.blocks:
+            x = x + block(x)[:, 0]
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_blocks_are_told_their_grid_by_a_model_whose_graph_breaks(sign):
+    """What a graph hands to the next one lies there as it lay: the same as with a grid given."""
+    clip, outputs = sign * torch.rand(1, 3, 4, 8, 16), []
+    for grid in ((4, 4, 8), None):
+        config = Config(**{**FAST, "reorder": "tile"}, density=0.3, grid=grid, strict=True)
+        model = uta_fx.enable(Asking(), config, blocks=True, fullgraph=True)
+        outputs.append(model(clip))
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], Asking()(clip))
+
+
 def test_blocks_need_a_list_of_blocks():
     with pytest.raises(ValueError, match="a model with a list of blocks, got a Model"):
         uta_fx.enable(Model(), Config(grid=(2, 8, 8)), blocks=True)

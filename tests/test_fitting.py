@@ -148,6 +148,8 @@ CASES = {
     "several_steps_of_means": Case(block_q=16, block_kv=16, length_kv=1000, heads=1),
     "several_parts": Case(length_kv=3100, block_kv=128, heads=1, batch=2),
     "clusters": Case(length_kv=320, counted=True),
+    "every_second_block": Case(block_q=16, block_kv=16, length_kv=4795, heads=1),
+    "every_third_cluster": Case(block_q=16, block_kv=16, length_kv=6400, heads=1, counted=True),
     "negative_scale": Case(scale=-0.3),
     "zero_scale": Case(scale=0.0),
     "nearly_all_in_tails": Case(scale=1.0, block_q=16, block_kv=16, exact=0.2),
@@ -157,9 +159,9 @@ CASES = {
 def of_sampled_rows(args):
     """What the rows see, plainly: of keys and of means.
 
-    Of the row's softmax over all keys: what lists and what the tail have of the output; the share
-    of the lists; the log-sum-exp. Of that over the means of the tail's blocks: value, log-sum-exp,
-    damping.
+    Of the row's softmax over the keys of the sampled blocks: what lists and what the tail have of
+    the output; the share of the lists; the log-sum-exp. Of that over the means of the tail's
+    blocks: value, log-sum-exp, damping.
     """
     query, key, value, exact, counts, mean, variance, value_mean, log_size, _, *numbers = args
     scale, weight, rows, block_q, block_kv = numbers
@@ -167,14 +169,19 @@ def of_sampled_rows(args):
     sample = query[:, :, place] * scale
     listed = exact[:, :, place // block_q]
     of_keys = listed.repeat_interleave(block_kv, -1)[..., : key.shape[2]]
+    every = max(1, exact.shape[3] // 128)
+    unseen = torch.ones(exact.shape[3], dtype=torch.bool, device=key.device)
+    for i in range(exact.shape[3] // every):
+        unseen[i * every + int(i * 40503 / 65536 % 1 * every)] = False
     logits = sample @ key.mT
+    logits[..., unseen.repeat_interleave(block_kv)[: key.shape[2]]] = -torch.inf
     if counts.shape[2]:
         inside = torch.arange(block_kv, device=key.device) < counts[..., None]
         logits = logits.masked_fill(~inside.flatten(2)[:, :, None], -torch.inf)
     p = logits.softmax(-1)
     sigma2 = reference.pooled_variance(query, variance, scale, block_q)[:, :, place // block_q]
     of_means = sample @ mean.mT + log_size[:, :, None] + weight / 2 * sigma2
-    of_means = of_means.masked_fill(listed, -torch.inf)
+    of_means = of_means.masked_fill(listed | unseen, -torch.inf)
     m = of_means.softmax(-1).nan_to_num(0.0)  # a row without a tail
     return (
         (p * of_keys) @ value, (p * ~of_keys) @ value, (p * of_keys).sum(-1), logits.logsumexp(-1),
@@ -197,6 +204,20 @@ def roundings(args):
     logit = 2**-24 * (dim + 8) * (max(sums) + 5 + sigma2)
     unit = torch.finfo(args[0].dtype).eps if args[0].dtype != torch.float32 else 0.0
     return (2 * logit + 2**-24 * (args[14] + key.shape[2] // 16 + 8) + unit).item()
+
+
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 383, 384, 1182, 2048, 5000])
+def test_one_block_of_every_few_is_looked_at(blocks):
+    """Wherever that is among them: of 16 columns of blocks none is looked at much more often."""
+    every = reference.spacing(blocks)
+    sample = [reference.sampled_block(i, every) for i in range(blocks // every)]
+    assert min(blocks, 128) <= len(sample) < 256
+    assert [block // every for block in sample] == [*range(len(sample))]
+    assert torch.equal(
+        torch.tensor(sample), reference.sampled_block(torch.arange(len(sample)), every)
+    )
+    columns = torch.tensor(sample).remainder(16).bincount(minlength=16)
+    assert blocks < 255 or columns.max() <= 2 * len(sample) / 16
 
 
 @pytest.fixture

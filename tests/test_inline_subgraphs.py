@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import uta_fx
 from uta_fx import Config
+from uta_fx.backend import plan_of
+from uta_fx.export.program import sparsify_program
 from uta_fx.passes.inline_subgraphs import inline_subgraphs
 
 SETTINGS = {"min_tokens": 128, "block_q": 32, "block_kv": 32}
@@ -41,6 +43,21 @@ def checkpointed(block, x):
 
 def one_in_another(block, x):
     return checkpoint(lambda x: checkpointed(block, x) * 2, x, use_reentrant=False)
+
+
+def under_autocast(block, x):
+    with torch.autocast("cpu", torch.float16):
+        return sum(block(x))
+
+
+def without_autocast(block, x):
+    with torch.autocast("cpu", torch.float16), torch.autocast("cpu", enabled=False):
+        return sum(block(x.float()))
+
+
+@torch.no_grad()
+def without_gradients(block, x):
+    return sum(block(x))
 
 
 def region(block, x):
@@ -80,6 +97,27 @@ def test_attention_in_a_function_is_that_of_the_graph(call):
     options = {**SETTINGS, "density": 1.0, "inner": "eager", "strict": True}
     compiled = torch.compile(model, backend="uta", fullgraph=True, options=options)
     torch.testing.assert_close(compiled(video), model(video), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [under_autocast, without_autocast, without_gradients])
+def test_a_region_of_torch_export_is_a_part_of_the_graph(call):
+    """One operator in the program; density 1 is dense, to sums' order or a rounding of float16."""
+    model, video = Model(call).eval(), clip()
+    program = torch.export.export(model, (video,))
+    assert any("wrap_with" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        plan = plan_of(Config(**SETTINGS, density=1.0))
+        sparse, sites = sparsify_program(program, plan)
+        assert [(x.name, x.sparse, x.grid) for x in sites] == [("block", True, (4, 5, 8))] * 2
+        assert not any("wrap_with" in str(node.target) for node in sparse.graph.nodes)
+        torch._dynamo.reset()
+        options = {**SETTINGS, "density": 1.0, "inner": "eager", "strict": True}
+        compiled = torch.compile(program.module(), backend="uta", fullgraph=True, options=options)
+        expected = model(video)
+        tolerance = 2**-10 if call is under_autocast else 1e-5
+        for output in (sparse.module()(video), compiled(video)):
+            assert output.dtype == expected.dtype
+            torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_with_gradients_a_checkpoint_stays():

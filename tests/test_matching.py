@@ -1,5 +1,6 @@
 """Attention in every form in which models write it, and what only looks like it."""
 
+import copy
 import math
 import re
 
@@ -276,6 +277,55 @@ def depth_of_two_dimensions(q, k, v):
     return torch.einsum("bhij,bjhcd->bihdc", weights, v)
 
 
+def einsum_with_dots_and_capitals(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum("...AC,...BC->...AB", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("...AB,...BD->...AD", weights, v)
+
+
+def einsum_of_numbers(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = torch.einsum(q, [0, 1, 2, 3], k, [0, 1, 4, 3], [0, 1, 2, 4]).mul(0.25).softmax(-1)
+    return torch.einsum(weights, [..., 0, 1], v, [..., 1, 2])
+
+
+def linear_of_keys(q, k, v):
+    return F.linear(F.linear(q[1], k[1]).mul(0.2).softmax(-1), v[1].T)
+
+
+def inner(q, k, v):
+    return torch.softmax(torch.inner(q[1], k[1]) / 5, -1).mm(v[1])
+
+
+def tensordot(q, k, v):
+    weights = torch.tensordot(k[1], q[1], dims=([-1], [1])).mul(0.2).softmax(0)
+    return torch.tensordot(weights.t(), v[1], 1)
+
+
+def addmm(q, k, v):
+    logits = torch.addmm(q.new_zeros(LENGTH), q[1], k[1].t(), beta=0, alpha=0.2)
+    return logits.softmax(-1) @ v[1]
+
+
+def keys_of_one_head(q, k, v):
+    q, k, v = heads(q), k[1, :, :DIM], v[1, :, :DIM]
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+def heads_apart_between_the_products(q, k, v):
+    """As Megatron's: batch and heads are one dimension in the products, two in the softmax."""
+    q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
+    logits = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=0.25)
+    weights = F.dropout(logits.view(BATCH, HEADS, LENGTH, LENGTH).softmax(-1), 0.1, training=False)
+    return torch.bmm(weights.view(logits.shape), v).view(BATCH, HEADS, LENGTH, DIM)
+
+
+def flattened(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    return logits.flatten(0, 1).softmax(-1).view_as(logits) @ v
+
+
 FORMS = (
     sdpa, sdpa_of_three_dimensions, grouped, grouped_and_repeated, grouped_and_expanded, matmul,
     matmul_divided, scaled_before, scale_on_the_left,
@@ -290,7 +340,9 @@ LAYOUTS = (
     keys_before_queries, weights_turned, heads_after_keys, times_the_inverse_of_the_sum,
     powers_of_a_number, softmin_of_the_opposite, products_of_five_dimensions,
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
-    grouped_by_einsum, depth_of_two_dimensions,
+    grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
+    keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
+    heads_apart_between_the_products, flattened,
 )  # fmt: skip
 
 
@@ -613,10 +665,81 @@ def keys_without_a_batch(q, k, v):
     return F.scaled_dot_product_attention(q[:, :1], k[:, 0], v[:, 0])
 
 
-def flattened(q, k, v):
+def heads_apart_under_a_mask(q, k, v):
+    q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
+    mask = torch.arange(LENGTH) < 100
+    logits = torch.where(mask, (q @ k.mT).unflatten(0, (BATCH, HEADS)), -torch.inf)
+    return logits.softmax(-1).flatten(0, 1) @ v
+
+
+def heads_turned_while_apart(q, k, v):
+    q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
+    weights = (q @ k.mT).unflatten(0, (BATCH, HEADS)).softmax(-1)
+    return weights.transpose(0, 1).flatten(0, 1) @ v
+
+
+def einsum_of_three(q, k, v):
     q, k, v = map(heads, (q, k, v))
-    logits = q @ k.mT
-    return logits.flatten(0, 1).softmax(-1).view_as(logits) @ v
+    weights = (q @ k.mT).softmax(-1)
+    return torch.einsum("bhij,bhjd,h->bihd", weights, v, torch.ones(HEADS))
+
+
+def logits_of_three(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.einsum("bhid,bhjd,d->bhij", q, k, torch.ones(DIM)).softmax(-1) @ v
+
+
+def summed_by_broadcasting(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(-2)
+
+
+def values_summed_by_broadcasting(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    weights = (q @ k.mT).exp()
+    weights = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
+    return (weights * v.unsqueeze(2)).sum(-2)
+
+
+def projected_keys_with_a_bias(q, k, v):
+    return F.linear(q[0], k[0], q.new_ones(LENGTH)).softmax(-1) @ v[0]
+
+
+@torch.library.custom_op("elsewhere::softmax", mutates_args=())
+def not_a_softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of a library that has no more than the name in common with PyTorch."""
+    return x.relu()
+
+
+@torch.library.custom_op("elsewhere::matmul", mutates_args=())
+def not_a_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Likewise."""
+    return x @ y + 1
+
+
+not_a_softmax.register_fake(lambda x, dim: torch.empty_like(x))
+not_a_matmul.register_fake(lambda x, y: x @ y)
+
+
+def softmax_of_elsewhere(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.ops.elsewhere.softmax(q @ k.mT, -1) @ v
+
+
+def product_of_elsewhere(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return torch.ops.elsewhere.matmul((q @ k.mT).softmax(-1), v)
+
+
+def gumbel(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return F.gumbel_softmax(q @ k.mT, dim=-1) @ v
+
+
+def values_of_one_sample(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).softmax(-1) @ v[0, 0]
 
 
 def mask_scaled(q, k, v):
@@ -714,7 +837,20 @@ def written_to(q, k, v):
         (over_one_bias_of_five_dimensions, "has an attention mask, or a scale, and several dimens"),
         (keys_of_one_sample, "its tensors differ in batch or heads"),
         (keys_without_a_batch, "its tensors differ in the number of dimensions"),
-        (flattened, "looks like attention, but view_as changes the weights"),
+        (heads_apart_under_a_mask, "looks like attention, but its products are laid out in a way"),
+        (heads_turned_while_apart, "looks like attention, but its products are laid out in a way"),
+        (einsum_of_three, "looks like attention, but its weights go into an einsum of 3 tensors"),
+        (logits_of_three, "looks like attention, but its logits come out of an einsum of 3 tensor"),
+        (summed_by_broadcasting, "looks like attention, but its logits come out of sum, which is"),
+        (values_summed_by_broadcasting, "looks like attention, but its weights go into sum, which"),
+        (projected_keys_with_a_bias, "looks like attention, but its logits come out of linear, wh"),
+        (softmax_of_elsewhere, "looks like attention, but elsewhere::softmax is not known to be a"),
+        (
+            product_of_elsewhere,
+            "looks like attention, but its weights go into elsewhere::matmul, ",
+        ),
+        (gumbel, "looks like attention, but gumbel_softmax is not known to be a plain softmax"),
+        (values_of_one_sample, "looks like attention, but its products are laid out in a way that"),
         (weights_returned, "looks like attention, but its logits or weights are used elsewhere"),
         (dropped_out, "looks like attention, but it has dropout"),
         (filled, "its attention mask differs from query to query"),
@@ -753,6 +889,44 @@ def test_a_near_miss_stays_dense_and_says_which_condition_failed(form, reason):
     (site,) = uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
     assert not site.sparse and re.match(reason, site.reason), site.reason
     assert site.expected and (site.kind, site.length_kv) == ("self", LENGTH)
+
+
+def test_heads_may_attend_one_by_one():
+    """A site each, of two dimensions; density 1 is the loop itself."""
+
+    def loop(q, k, v):
+        heads = zip(*(x[0].unflatten(-1, (HEADS, DIM)).unbind(1) for x in (q, k, v)), strict=True)
+        return torch.stack([(q @ k.T * 0.25).softmax(-1) @ v for q, k, v in heads], 1)
+
+    module, x = Attention(loop).eval(), tokens()
+    sites = uta_fx.explain(module, x, config=Config(**SMALL)).sites
+    assert [(site.sparse, site.shape) for site in sites] == [(True, (1, 1, LENGTH, DIM))] * HEADS
+    torch._dynamo.reset()
+    options = {**SMALL, "density": 1.0, "inner": "eager", "strict": True}
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="uta", fullgraph=True, options=options)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=2e-6)
+
+
+def test_a_convolution_of_one_position_is_a_projection():
+    """As in the attention of autoencoders; one of several positions is not."""
+
+    class Convolutions(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.patch = nn.Conv3d(3, 32, 1)
+            convolution = nn.Conv1d(32, HEADS * DIM, size, padding=size // 2)
+            self.q, self.k, self.v = (copy.deepcopy(convolution) for _ in range(3))
+
+        def forward(self, video):
+            x = self.patch(video).flatten(2)
+            return matmul(*(f(x).mT for f in (self.q, self.k, self.v)))
+
+    video, config = torch.randn(1, 3, 4, 5, 8), Config(**SMALL)
+    (site,) = uta_fx.explain(Convolutions(1), video, config=config).sites
+    assert site.sparse and site.grid == (4, 5, 8)
+    (site,) = uta_fx.explain(Convolutions(3), video, config=config).sites
+    assert not site.sparse and site.kind == "unknown"
 
 
 @torch.no_grad()
@@ -819,12 +993,19 @@ def test_other_parts_of_the_tokens_stay_dense(module, reason):
 
 
 def test_what_is_not_attention_is_no_site():
-    """A softmax alone, two products without one, a router."""
+    """A softmax alone, two products without one, a router, linear attention, a pooling."""
 
     def router(q, k, v):
         return q.softmax(-1) * k @ v.mT
 
-    assert uta_fx.explain(Attention(router).eval(), tokens(), config=Config(**SMALL)).sites == ()
+    def linear(q, k, v):
+        return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+    def pooling(q, k, v):
+        return (q.softmax(1) * v).sum(1)
+
+    for form in (router, linear, pooling):
+        assert not uta_fx.explain(Attention(form).eval(), tokens(), config=Config(**SMALL)).sites
 
 
 class Rotated(nn.Module):

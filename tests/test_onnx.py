@@ -140,6 +140,8 @@ def test_the_function_of_scores_is_the_operator(power):
         "everything_exact",
         "head_dims_of_their_own",
         "clusters",
+        "every_second_block",
+        "every_third_cluster",
         "nearly_all_in_tails",
     ],
 )
@@ -992,7 +994,7 @@ def test_no_tensor_has_a_place_for_every_pair_of_tokens(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 10])
-@pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "infinite", "nan"])
 def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     """The best of every row, then the highest, of equal ones the first; and lists of them."""
 
@@ -1006,6 +1008,7 @@ def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
         "normal": x,
         "ties": x.round(),
         "infinite": x.masked_fill(x < 0, -torch.inf).masked_fill(x > 2, torch.inf),
+        "nan": x.masked_fill(x > 1, torch.nan).masked_fill(x < 0, -torch.inf),
     }[kind]
     path = tmp_path / "select.onnx"
     program = torch.export.export(Select(), (scores,))

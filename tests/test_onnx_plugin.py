@@ -546,7 +546,10 @@ def test_the_plugin_lists_as_the_operator(tmp_path, blocks, caplog):
 @needs_cuda_runtime
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("name", ["ragged", "head_dims_of_their_own", "several_parts", "clusters"])
+@pytest.mark.parametrize(
+    "name",
+    ["ragged", "head_dims_of_their_own", "several_parts", "clusters", "every_third_cluster"],
+)
 def test_the_plugin_fits_as_the_operator(tmp_path, name, known, dtype, caplog):
     """Bit for bit, twice, for the scale of the file."""
     case, path = FITS[name], tmp_path / "model.onnx"

@@ -387,7 +387,16 @@ def test_launches_of_a_counted_selection_are_the_operator_s(
 
 @pytest.mark.parametrize(("dtype", "known"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize(
-    "name", ["ragged", "one_token", "wide_head_dims", "several_parts", "clusters", "many_heads"]
+    "name",
+    [
+        "ragged",
+        "one_token",
+        "wide_head_dims",
+        "several_parts",
+        "clusters",
+        "many_heads",
+        "every_second_block",
+    ],
 )
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_launches_of_a_fit_are_the_operator_s(

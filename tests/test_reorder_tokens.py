@@ -443,7 +443,7 @@ def test_a_tensor_that_a_kernel_writes_into_keeps_the_model_s_order():
     outputs, sites, _ = variants(model, inputs)
     check(outputs)
     assert {site.reordered for site in sites} == {
-        "in parts: norm_into in layers.0.between needs the model's order"
+        "in parts: uta_fx_tests::norm_into in layers.0.between needs the model's order"
     }
 
 

@@ -299,6 +299,17 @@ def test_a_gpu_selects_as_the_reference(kind, budget, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "blocks"), [(300, 320), (66, 64), (40, 16), (96, 768)], ids=str)
+def test_a_gpu_selects_among_columns_loaded_several_at_a_time(rows, blocks, dtype):
+    """16 divides their number; rows, and columns, fill their last tile or do not."""
+    for kind in ("ties", "nan"):
+        scores = scores_of(kind, (1, 2, rows, blocks), device=DEVICE).to(dtype)
+        mask = ops.select_blocks(scores, rows * blocks // 5, rows)
+        assert torch.equal(mask, reference.select_blocks(scores, rows * blocks // 5, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cuda_graph_replays_with_new_scores(dtype):
     """Few scores are equal at first, and nearly all when it is replayed."""
     scores = scores_of("normal", (1, 4, 200, 250), device=DEVICE).to(dtype)

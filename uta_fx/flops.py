@@ -15,6 +15,7 @@ import torch
 
 from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
+from uta_fx.kernels.reference import spacing
 from uta_fx.order import Grid
 from uta_fx.passes.site import Cost
 
@@ -165,10 +166,17 @@ def _fit(
     *,
     out_shape: Any,
 ) -> int:
-    """A row costs ``2 (D + Dv)`` a key, ``2 (2 D + Dv)`` a representative, ``2 D Dv`` the slope."""
+    """A row costs ``2 (D + Dv)`` a key, ``2 (2 D + Dv)`` a representative, ``2 D Dv`` the slope.
+
+    Both count for the blocks that are looked at.
+    """
     batch, heads, length, dim = key
-    dim_v, blocks = value[-1], key_mean[2]
-    row = 2 * length * (dim + dim_v) + 2 * blocks * (2 * dim + dim_v) + 2 * dim * dim_v
+    dim_v, blocks = value[-1], key_mean[2] // spacing(key_mean[2])
+    row = (
+        2 * min(length, blocks * block_kv) * (dim + dim_v)
+        + 2 * blocks * (2 * dim + dim_v)
+        + 2 * dim * dim_v
+    )
     return _add(parts, "tail", batch * heads * rows * row)
 
 

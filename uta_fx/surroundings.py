@@ -14,6 +14,7 @@ from uta_fx.config import Config
 from uta_fx.explain import FULL_CAPTURE
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import understand
+from uta_fx.passes.trace_axes import SIDES, Trace
 
 
 def with_surroundings(
@@ -25,7 +26,8 @@ def with_surroundings(
     """Settings for the blocks of a model: with its grid, and its masks trusted where it shows why.
 
     Traces the model, which takes Dynamo seconds, and computes nothing from the graph on whose
-    attention shows a grid.
+    attention shows a grid. Where the model's graph breaks before that, the graphs in front of it
+    run, and what tokens they hand on lie as they have put them.
 
     Args:
         config: Settings without a grid.
@@ -37,11 +39,27 @@ def with_surroundings(
         ValueError: The model shows no grid for its blocks, or several.
     """
     sites: list[Site] = []
+    handed_on: dict[int, tuple[torch.Tensor, Mapping[int, Any]]] = {}
 
-    def look(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    def look(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if id(value) in handed_on:
+                node.meta[SIDES] = handed_on[id(value)][1]
         found = [site for _, site in understand(gm, plan_of(config))]
         sites.extend(site for site in found if site.expected)
-        return _stop if any(site.grid for site in sites) else gm.forward
+        if any(site.grid for site in sites):
+            return _stop
+        trace = Trace(gm)
+        nodes: Any = gm.graph.output_node().args[0]
+
+        def run(*arguments: Any) -> Any:
+            values = gm.forward(*arguments)
+            for node, value in zip(nodes, values, strict=True):
+                if isinstance(value, torch.Tensor):  # which is kept: another would get its id
+                    handed_on[id(value)] = value, trace.sides_of(node)
+            return values
+
+        return run
 
     with torch.no_grad(), torch._dynamo.config.patch(FULL_CAPTURE):
         try:

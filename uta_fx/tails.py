@@ -53,10 +53,10 @@ class Tail:
         fit: Of ``first_order`` and ``gaussian`` with a slope for each head: so many query rows of
             each head, evenly spaced, are attended to exactly, and the mass of the tail and its
             slope are multiplied by what fits these best (``uta::fit_tail``). None: 16 there, which
-            are enough and the most (``docs/measured.md``); 0 for neither. Keys and values are read
-            once for that, in three launches on a GPU, which meanwhile take under 1 % of the memory
-            of query, key and value where there are many tokens (0.8 % at Wan 1.3B's 480p, 0.1 % at
-            14B's 720p).
+            are enough and the most (``docs/measured.md``); 0 for neither. The keys and values of
+            128 to 255 blocks, or of all where there are fewer, are read once for that, in three
+            launches on a GPU, which meanwhile take under 1 % of the memory of query, key and value
+            where there are many tokens.
         keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its
             share goes to the exact keys, as in the published code; False leaves it out, as the
             paper writes.
