@@ -56,12 +56,14 @@ def find_branches(
 ) -> tuple[Branch, ...]:
     """Run a model and note what it asks its tensors, in that order.
 
-    Most ask about what they are given, not about what they make of it: a first run computes nothing
-    beyond ``LARGE``, and nothing that comes of that. Where it fails, as a question about such a
-    tensor does, the second computes everything.
+    Most ask about what they are given, not about what they make of it. So a run ends where it comes
+    to something beyond ``LARGE``, and another computes neither that nor what comes of it. Where
+    this one fails, as a question about such a tensor does, the last computes everything.
     """
+    with contextlib.suppress(Exception):
+        return _answers(model, args, kwargs, limit=LARGE)
     with contextlib.suppress(Exception), _kept_whole(model), _Sparing() as sparing:
-        return _answers(model, args, kwargs, sparing)
+        return _answers(model, args, kwargs, sparing=sparing)
     return _answers(model, args, kwargs)
 
 
@@ -69,9 +71,11 @@ def _answers(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    limit: int | None = None,
     sparing: _Sparing | None = None,
 ) -> tuple[Branch, ...]:
-    with torch.no_grad(), _Listener(sparing) as listener:
+    with torch.no_grad(), _Listener(limit, sparing) as listener:
         model(*args, **kwargs)
     return tuple(listener.heard)
 
@@ -153,22 +157,23 @@ class _Sparing(TorchDispatchMode):
 class _Listener(TorchFunctionMode):
     """Notes each answer of a tensor that is asked whether it is true, or for whole numbers."""
 
-    def __init__(self, sparing: _Sparing | None) -> None:
+    def __init__(self, limit: int | None, sparing: _Sparing | None) -> None:
         super().__init__()
         self.heard: list[Branch] = []
-        self._sparing = sparing
+        self._limit, self._sparing = limit, sparing
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            self._sparing
-            and func is scaled_dot_product_attention
-            and _pairs(*args, **kwargs) > LARGE
-        ):
+        pairs = _pairs(*args, **kwargs) if func is scaled_dot_product_attention else 0
+        if self._sparing is not None and pairs > LARGE:
             args, kwargs = (self._sparing.without_values(x) for x in (args, kwargs))
+        if self._limit is not None and pairs > self._limit:
+            raise MemoryError(f"an attention of {pairs} pairs")
         result = func(*args, **kwargs)
+        if self._limit is not None and isinstance(result, Tensor) and result.nbytes > self._limit:
+            raise MemoryError(f"a tensor of {result.nbytes} bytes")
         if _asks(func, args):
             self.heard.append(Branch(*_asked_from(), func.__name__, result))
         return result
