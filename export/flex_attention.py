@@ -13,12 +13,11 @@ from torch.fx.node import map_arg
 from uta_fx.export.mask_groups import MaskGroups, group_tokens
 from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.match_operators import FLEX
+from uta_fx.passes.read_node import VIEWS, is_random, name_of, written_by
 from uta_fx.passes.site import value_of
-from uta_fx.passes.trace_axes import VIEWS, is_random, name_of, written_by
 
 LISTED = "the blocks that its own FlexAttention lists"
-NESTING = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
-"""Around what a vmap in a model computes; no node takes what they return."""
+_NESTING = ("_vmap_increment_nesting", "_vmap_decrement_nesting")
 GROUPED = "what its own FlexAttention shows, by groups of tokens"
 
 
@@ -295,7 +294,7 @@ def _constants(module: GraphModule, arguments: Any) -> Any:
     interpreter = Interpreter(module)
     for node in module.graph.nodes:
         # what a vmap in the model computes has to run inside of it again
-        if node in needed or getattr(node.target, "__name__", "") in NESTING:
+        if node in needed or getattr(node.target, "__name__", "") in _NESTING:
             interpreter.env[node] = interpreter.run_node(node)
     return map_arg(arguments, interpreter.env.__getitem__)
 

@@ -511,7 +511,7 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     row_count = Constant <value_int: int = @rows> ()
     rows_of_block = Constant <value_int: int = @block_q> ()
     keys_of_block = Constant <value_int: int = @block_kv> ()
-    least_blocks = Constant <value_ints = [BLOCKS]> ()
+    least_blocks = Constant <value_ints = [SAMPLED_BLOCKS]> ()
     scale_number = Constant <value_float: float = @scale> ()
     weight = Constant <value_float: float = @variance_weight> ()
     lead = Shape <start = 0, end = 2> (query)
@@ -535,9 +535,17 @@ FitTail <scale, variance_weight, rows, block_q, block_kv>
     spacing = Div (blocks, least_blocks)
     spacing_number = Squeeze (spacing)
     every = Max (spacing_number, one)
-    before = Div (every, two)
     block_count = Squeeze (blocks)
-    block = Range (before, block_count, every)
+    sampled_count = Div (block_count, every)
+    sampled = Range (first, sampled_count, one)
+    golden = Constant <value_int = GOLDEN> ()
+    whole_turn = Constant <value_int = 65536> ()
+    angle = Mul (sampled, golden)
+    rest_of_turn = Mod (angle, whole_turn)
+    place_in_turn = Mul (rest_of_turn, every)
+    place_beyond = Div (place_in_turn, whole_turn)
+    first_of_every = Mul (sampled, every)
+    block = Add (first_of_every, place_beyond)
     first_key = Mul (block, keys_of_block)
     first_key_column = Unsqueeze (first_key, last_axis)
     place = Range (first, keys_of_block, one)
@@ -799,7 +807,8 @@ def fit_tail_function(opset: int) -> onnx.FunctionProto:
         "MOST": reference.LIMIT,
     }.items():
         text = text.replace(name, f"{float(number)!r}")
-    text = text.replace("BLOCKS", str(reference.SAMPLED_BLOCKS))
+    for name in ("SAMPLED_BLOCKS", "GOLDEN"):
+        text = text.replace(name, str(getattr(reference, name)))
     return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
@@ -905,8 +914,8 @@ def schemas() -> dict[str, OpSchema]:
                 "FitTail",
                 "By how much the mass of the representatives and the slope of a tail should be"
                 " larger: a few query rows of each head attend to all keys, or from"
-                f" {2 * reference.SAMPLED_BLOCKS} key blocks on to every s-th block with s = Nk /"
-                f" {reference.SAMPLED_BLOCKS}, and a regression on them says it.",
+                f" {2 * reference.SAMPLED_BLOCKS} key blocks on to one of every s blocks with s ="
+                f" Nk / {reference.SAMPLED_BLOCKS}, and a regression on them says it.",
                 {
                     "query": ("T", "[B, H, Lq, D]"),
                     "key": ("T", "[B, H, Lk, D]"),

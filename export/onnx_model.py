@@ -173,7 +173,10 @@ def write_onnx(
         try:
             onnx.checker.check_model(folder / path.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ValueError(f"model cannot be written in opset {opset}: {error}") from error
+            raise ValueError(
+                f"model cannot be written in opset {opset}: {str(error).strip().rstrip('.')}. A"
+                " later opset may know this: convolutions take bfloat16 from 22 on"
+            ) from error
         (folder / REPLACED).write_text("\n".join(_files_of_weights(path)))
         if data is not None:
             os.replace(folder / data, path.parent / data)

@@ -838,7 +838,7 @@ static Status *fit_tail(Run *run) {
   TRY(make_output(run, 1, 2, sizes));
   if (batch_heads == 0) return NULL;
   TRY(begin(run));
-  int64_t every = larger(blocks / FIT_BLOCKS, 1), sampled = divide_up(blocks - every / 2, every);
+  int64_t every = larger(blocks / FIT_BLOCKS, 1), sampled = blocks / every;
   int64_t parts = smaller(FIT_PROGRAMS / batch_heads, sampled * node->block_kv / FIT_KEYS);
   int64_t per_program = divide_up(sampled, larger(parts, 1));
   parts = divide_up(sampled, per_program);

@@ -14,6 +14,7 @@ from torch import Tensor
 RIDGE = 0.3  # how strongly both factors of a fit are held to 1, relative to what the sample says
 STEPS = 2  # of Gauss and Newton, since mass is in the denominator too
 SAMPLED_BLOCKS = 128  # of keys, at least, that a fit looks at where there are more
+GOLDEN = 40503  # 2^16 over the golden ratio
 LIMIT = 4.0  # mass lies between one part in so many and so many times, the slope below
 
 
@@ -423,7 +424,7 @@ def fit_tail(
 ) -> tuple[Tensor, Tensor]:
     """By how much the mass of the representatives and the slope of a tail should be larger.
 
-    Some query rows of each head, evenly spaced, attend to the keys of ``sampled_blocks``, as if
+    Some query rows of each head, evenly spaced, attend to the keys of each ``sampled_block``, as if
     there were no others. For such a row i, with its output o_i, what lists and tail give it with
     both factors, and sums over the blocks b that it does not attend to exactly:
 
@@ -460,12 +461,13 @@ def fit_tail(
         not finite do not count.
     """
     accumulator = _accumulator(query)
-    blocks = sampled_blocks(exact.shape[3])
-    if blocks.step > 1:
-        block = torch.arange(blocks.start, blocks.stop, blocks.step, device=key.device)
+    every = spacing(exact.shape[3])
+    if every > 1:
+        many = exact.shape[3] // every
+        block = sampled_block(torch.arange(many, device=key.device), every)
         number = block[:, None] * block_kv + torch.arange(block_kv, device=key.device)
-        beyond = max(0, (blocks[-1] + 1) * block_kv - key.shape[2])  # the last key
-        number = number.flatten()[: len(blocks) * block_kv - beyond]
+        beyond = max(0, (sampled_block(many - 1, every) + 1) * block_kv - key.shape[2])
+        number = number.flatten()[: many * block_kv - beyond]
         key, value = (x.index_select(2, number) for x in (key, value))
         exact = exact.index_select(3, block)
         of_blocks = (key_mean, key_variance, value_mean, log_size)
@@ -513,10 +515,18 @@ def fit_tail(
     return of_mass, of_slope / of_mass
 
 
-def sampled_blocks(blocks: int) -> range:
-    """Which of so many key blocks a fit looks at: evenly spaced, fewer than twice the least."""
-    every = max(1, blocks // SAMPLED_BLOCKS)
-    return range(every // 2, blocks, every)
+def spacing(blocks: int) -> int:
+    """Of how many key blocks a fit looks at one."""
+    return max(1, blocks // SAMPLED_BLOCKS)
+
+
+def sampled_block(i: Any, every: int) -> Any:
+    """Which key block is number i, an int or a tensor, of those that a fit looks at.
+
+    One of every ``every``; which one of them follows the golden ratio, because blocks at equal
+    distances may all be of one column of the frames.
+    """
+    return i * every + i * GOLDEN % 2**16 * every // 2**16
 
 
 def _least_squares(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ SOLVE_OPTIONS = {"num_warps": 4}
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
 LIMIT = tl.constexpr(reference.LIMIT)
+GOLDEN = tl.constexpr(reference.GOLDEN)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 
 
@@ -44,6 +45,12 @@ def _sampled_row(i, length, rows):
     """Which of ``length`` query rows is row i of the sample: ``(2 i + 1) length // (2 rows)``."""
     odd, parts = 2 * i + 1, 2 * rows  # no product beyond 32 bits
     return (odd * (length // parts) + odd * (length % parts) // parts).to(tl.int64)
+
+
+@triton.jit
+def _sampled_block(i, every):
+    """As ``reference.sampled_block``."""
+    return i * every + i * GOLDEN % 65536 * every // 65536
 
 
 @triton.jit
@@ -83,7 +90,7 @@ def _sample_kernel(
     v_sb, v_sh, v_sn,
     size_sb, size_sh, size_sn,
     heads, length_q, length_kv, rows, blocks_per_program,
-    every,  # blocks b with b % every == every // 2 are looked at
+    every,  # of so many blocks one is looked at
     scale_log2,  # s * log2(e)
     half_weight_log2,  # variance_weight / 2 * log2(e)
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,  # of the mask
@@ -112,9 +119,8 @@ def _sample_kernel(
     blocks = tl.cdiv(length_kv, BLOCK_KV)
     blocks_q = tl.cdiv(length_q, BLOCK_Q)
     exact_rows = exact_ptr + (batch_head * blocks_q + row // BLOCK_Q) * blocks  # [BLOCK_R]
-    skipped = every // 2  # before the first that is looked at
     first_sampled = part * blocks_per_program
-    last_sampled = tl.minimum(first_sampled + blocks_per_program, tl.cdiv(blocks - skipped, every))
+    last_sampled = tl.minimum(first_sampled + blocks_per_program, blocks // every)
 
     k_base = k_ptr + batch * k_sb + head * k_sh
     v_base = v_ptr + batch * v_sb + head * v_sh
@@ -124,7 +130,7 @@ def _sample_kernel(
     of_lists = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     of_tail = tl.zeros([BLOCK_R, DV_PADDED], tl.float32)
     for step in range(first_sampled * STEPS_OF_BLOCK, last_sampled * STEPS_OF_BLOCK):
-        block = step // STEPS_OF_BLOCK * every + skipped
+        block = _sampled_block(step // STEPS_OF_BLOCK, every)
         listed = tl.load(exact_rows + block, mask=inside_r, other=0)  # [BLOCK_R]
         key = tl.cast(block, tl.int64) * BLOCK_KV + step % STEPS_OF_BLOCK * BLOCK_N + n
         inside = key < length_kv
@@ -173,7 +179,7 @@ def _sample_kernel(
     for start in tl.range(first_sampled, last_sampled, MEANS, num_stages=2):
         sampled = start + tl.arange(0, MEANS)
         inside = sampled < last_sampled
-        block = sampled * every + skipped
+        block = _sampled_block(sampled, every)
         place_k = (batch_head * blocks + block)[:, None] * D + d[None, :]
         place_v = (batch_head * blocks + block)[:, None] * DV + dv[None, :]
         k_mask, v_mask = inside[:, None] & inside_d[None, :], inside[:, None] & inside_dv[None, :]
@@ -453,10 +459,11 @@ def attend_sampled_rows(
     """
     batch, heads, length_q, dim = query.shape
     length_kv, dim_v = value.shape[-2:]
-    blocks = reference.sampled_blocks(triton.cdiv(length_kv, block_kv))
-    parts = max(1, min(PROGRAMS // (batch * heads), len(blocks) * block_kv // MIN_KEYS))
-    per_program = triton.cdiv(len(blocks), parts)
-    parts = triton.cdiv(len(blocks), per_program)
+    every = reference.spacing(exact.shape[3])
+    blocks = exact.shape[3] // every
+    parts = max(1, min(PROGRAMS // (batch * heads), blocks * block_kv // MIN_KEYS))
+    per_program = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, per_program)
     sizes = (query.dtype, dim, dim_v, block_q, block_kv)
     tile = tile or sample_tile(*sizes, shared_limit(query))
     square = query.new_empty((batch, heads, rows, dim), dtype=torch.float32)
@@ -473,7 +480,7 @@ def attend_sampled_rows(
             *(x.contiguous() for x in (key_mean, key_variance, value_mean)), log_size,
             values, masses,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_size.stride(),
-            heads, length_q, length_kv, rows, per_program, blocks.step,
+            heads, length_q, length_kv, rows, per_program, every,
             scale * LOG2_E.value, variance_weight / 2 * LOG2_E.value,
             **sample_options(*sizes, key_counts.shape[2] > 0, tile),
         )  # fmt: skip

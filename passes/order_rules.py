@@ -22,20 +22,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.passes.match_operators import Fused, match_operator, operands_of
 from uta_fx.passes.read_mask import hides
+from uta_fx.passes.read_node import VIEWS, argument, equation_of, name_of, reduced_dims, written_by
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import (
-    VIEWS,
-    Size,
-    argument,
-    equation_of,
-    index_entries,
-    name_of,
-    number_of,
-    plain,
-    reduced_dims,
-    same,
-    written_by,
-)
+from uta_fx.passes.trace_axes import Size, index_entries, number_of, plain, same
 
 
 class Place(NamedTuple):

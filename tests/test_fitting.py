@@ -170,7 +170,9 @@ def of_sampled_rows(args):
     listed = exact[:, :, place // block_q]
     of_keys = listed.repeat_interleave(block_kv, -1)[..., : key.shape[2]]
     every = max(1, exact.shape[3] // 128)
-    unseen = torch.arange(exact.shape[3], device=key.device) % every != every // 2
+    unseen = torch.ones(exact.shape[3], dtype=torch.bool, device=key.device)
+    for i in range(exact.shape[3] // every):
+        unseen[i * every + int(i * 40503 / 65536 % 1 * every)] = False
     logits = sample @ key.mT
     logits[..., unseen.repeat_interleave(block_kv)[: key.shape[2]]] = -torch.inf
     if counts.shape[2]:
@@ -204,12 +206,18 @@ def roundings(args):
     return (2 * logit + 2**-24 * (args[14] + key.shape[2] // 16 + 8) + unit).item()
 
 
-@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 383, 384, 1182, 5000])
-def test_a_sample_of_blocks_spans_them_evenly(blocks):
-    sample = reference.sampled_blocks(blocks)
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 383, 384, 1182, 2048, 5000])
+def test_one_block_of_every_few_is_looked_at(blocks):
+    """Wherever that is among them: of 16 columns of blocks none is looked at much more often."""
+    every = reference.spacing(blocks)
+    sample = [reference.sampled_block(i, every) for i in range(blocks // every)]
     assert min(blocks, 128) <= len(sample) < 256
-    assert blocks - 1 - sample[-1] < sample.step and sample[0] == sample.step // 2
-    assert blocks >= 256 or list(sample) == [*range(blocks)]
+    assert [block // every for block in sample] == [*range(len(sample))]
+    assert torch.equal(
+        torch.tensor(sample), reference.sampled_block(torch.arange(len(sample)), every)
+    )
+    columns = torch.tensor(sample).remainder(16).bincount(minlength=16)
+    assert blocks < 255 or columns.max() <= 2 * len(sample) / 16
 
 
 @pytest.fixture

@@ -552,6 +552,17 @@ class Untranslatable(nn.Module):
         return torch.linalg.eigvals(x)
 
 
+class Rounded(nn.Conv1d):
+    """It computes in bfloat16 with weights of float32."""
+
+    def __init__(self):
+        super().__init__(4, 4, 1)
+
+    def forward(self, x):
+        weight = self.weight.bfloat16()
+        return nn.functional.conv1d(x[None].bfloat16(), weight)
+
+
 class Branching(nn.Module):
     """What it does depends on its input."""
 
@@ -578,6 +589,7 @@ BRANCH = Branching.forward.__code__.co_firstlineno + 1  # its line
             "model.onnx",
             "dense_until=0.2 cannot be exported",
         ),
+        (Rounded().eval(), {}, "model.onnx", "written in opset 18: .* take bfloat16 from 22 on"),
         (Untranslatable().eval(), {}, "model.onnx", "cannot be written as ONNX: No ONNX function"),
         (Branching().eval(), {}, "model.onnx", "model cannot be traced by torch.export: "),
         (Branching().eval(), {}, "model.onnx", "unless decide_branches=True takes the way"),

@@ -15,7 +15,7 @@ import torch
 
 from uta_fx.attention import sparse_attention
 from uta_fx.config import Config
-from uta_fx.kernels.reference import sampled_blocks
+from uta_fx.kernels.reference import spacing
 from uta_fx.order import Grid
 from uta_fx.passes.site import Cost
 
@@ -171,7 +171,7 @@ def _fit(
     Both count for the blocks that are looked at.
     """
     batch, heads, length, dim = key
-    dim_v, blocks = value[-1], len(sampled_blocks(key_mean[2]))
+    dim_v, blocks = value[-1], key_mean[2] // spacing(key_mean[2])
     row = (
         2 * min(length, blocks * block_kv) * (dim + dim_v)
         + 2 * blocks * (2 * dim + dim_v)
