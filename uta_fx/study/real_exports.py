@@ -82,10 +82,10 @@ image of {image}; the error of the file's output in ONNX Runtime on the CPU, rel
   frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices that only a
   run knows, and stays dense.
 * Cosmos is without its padding mask, which torchvision would resize. AnyFlow FAR and the refiner of
-  Sana WM are without their caches, with the whole video at once. Sana WM takes the rays of its
-  camera, which its class computes on a CPU in float32 alone. The generation pass of Wan Animate 2
-  has not been tried at its real size. JoyImage's other image is not counted; Framepack and Helios
-  make 33 frames at a time.
+  Sana WM are without their caches, with the whole video at once. Sana WM is without the attention
+  of its camera branch: on a CPU its class computes the camera in float32 alone. The generation pass
+  of Wan Animate 2 has not been tried at its real size. JoyImage's other image is not counted;
+  Framepack and Helios make 33 frames at a time.
 * HunyuanVideo 1.5 and Wan Animate 2 are written with `decide_branches`. The grid is given to
   Cosmos 3 Omni, the refiner of Sana WM, Flux.1 and Flux.3, whose graphs do not show it.
   [onnx.md](onnx.md) says what errors are relative to with FlexAttention (AnyFlow FAR, Kandinsky 6
@@ -413,18 +413,12 @@ def _minimax_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
 
 
 def _sana_wm_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
-    """The camera comes as rays: on a CPU the class computes them in float32 alone."""
-    tokens = math.prod(grid)
+    """Without the camera of each frame, to which layers attend in bfloat16."""
     return {
         "hidden_states": meta(1, 128, *latent),
         "timestep": meta(1, 1, latent[0], dtype=torch.float32),
         "encoder_hidden_states": meta(1, 1, 300, 2304),
         "mask": meta(1, 300, dtype=torch.int64),
-        "camera_conditions": meta(1, latent[0], 20),
-        "cam_pos_embeds": {
-            "absmap": meta(1, 3, *latent), "P": meta(1, tokens, 4, 4),
-            "P_inv": meta(1, tokens, 4, 4),
-        },
         "chunk_plucker": meta(1, 48, *latent),
     }
 
@@ -795,7 +789,7 @@ OTHERS = (
         inputs=_minimax_inputs,
     ),
     RealModel(
-        title="Sana WM",
+        title="Sana WM, without its camera branch",
         class_name="SanaWMTransformer3DModel",
         settings={"num_layers": 4, "chunk_plucker_post_attn_blocks": 4},  # of 20, one of softmax
         stacks={},
