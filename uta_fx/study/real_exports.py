@@ -73,10 +73,11 @@ image of {image}; the error of the file's output in ONNX Runtime on the CPU, rel
 
 * Settings have not been compared with released files for EasyAnimate, Kandinsky 5 Lite, Latte,
   ConsisID, Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V, CogVideoX 1.5 and all from HunyuanVideo
-  Framepack on. Of these AnyFlow FAR, MiniMax H3, Stable Diffusion 3.5 and JoyImage have those of
-  diffusers' conversion scripts, and Motif-Video those of its authors' nodes for ComfyUI. The others
-  have their classes' own defaults, with switches that the release needs for Framepack, Kandinsky 6
-  and Flux.1 dev, and with ModelScope's widths for the temporal transformer.
+  Framepack on. Of these AnyFlow FAR, MiniMax H3, JoyImage and, but for its 24 layers, Stable
+  Diffusion 3.5 have those of diffusers' conversion scripts, and Motif-Video those of its authors'
+  nodes for ComfyUI. The others have their classes' own defaults, with switches that the release
+  needs for Framepack, Kandinsky 6 and Flux.1 dev, and with ModelScope's widths for the temporal
+  transformer.
 * Latte's frames of 1,024 tokens are shorter than `min_tokens`; attention over video is linear in
   Sana-Video and in three layers of four of Sana WM; the temporal transformer attends across 16
   frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices that only a
