@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.match_softmax import Written
-from uta_fx.passes.read_node import argument, equation_of, name_of
+from uta_fx.passes.read_node import argument, equation_of, is_call, name_of
 from uta_fx.passes.read_product import is_product, is_weight
 from uta_fx.passes.read_softmax import is_softmax, read_softmax
 from uta_fx.passes.site import Operand, recorded, value_of
-from uta_fx.passes.walk_upstream import NEAR, is_call, leads_to, up
+from uta_fx.passes.walk_upstream import NEAR, leads_to, up
 
 _SUMS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear", "inner", "tensordot",
          "sum", "mv", "vecdot", "linalg_vecdot")  # fmt: skip

@@ -28,6 +28,11 @@ NEGATIONS = ("invert", "bitwise_not", "logical_not")
 """Operations that turn a mask into its complement."""
 
 
+def is_call(node: Any) -> bool:
+    """Whether a node is an operation on others."""
+    return isinstance(node, Node) and node.op in ("call_function", "call_method")
+
+
 def name_of(node: Node) -> str:
     """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``.
 
@@ -35,7 +40,7 @@ def name_of(node: Node) -> str:
     has that of its library in front: ``library::add``. A node that calls nothing has its kind.
     """
     target = node.target
-    if node.op not in ("call_function", "call_method"):
+    if not is_call(node):
         return node.op
     if isinstance(target, str):
         name = target
@@ -59,7 +64,7 @@ def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
 def written_by(node: Node) -> tuple[Node, ...]:
     """The tensors that an operation writes into; their values, not what autograd knows of them."""
     target = node.target
-    if node.op not in ("call_function", "call_method") or name_of(node) == "detach":
+    if not is_call(node) or name_of(node) == "detach":
         return ()
     if isinstance(target, HigherOrderOperator):
         # somebody's Triton kernel: which of its tensors it writes into is in its code alone

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from uta_fx.passes.read_node import VIEWS, argument, equation_of, name_of
+from uta_fx.passes.read_node import VIEWS, argument, equation_of, is_call, name_of
 from uta_fx.passes.site import recorded, value_of
-from uta_fx.passes.walk_upstream import is_call
 
 # of each product the places and names of its sides
 _SIDES = {

@@ -22,6 +22,7 @@ from uta_fx.passes.read_node import (
     VIEWS,
     argument,
     equation_of,
+    is_call,
     is_random,
     name_of,
     reduced_dims,
@@ -134,14 +135,14 @@ class Trace:
     def _visit(self, node: Node) -> Any:
         value = recorded(node)
         if isinstance(value, torch.Tensor):
-            if node.op not in ("call_function", "call_method"):
+            if not is_call(node):
                 return self._leaves(node, value.shape)
             if node.target in ("copy_", torch.ops.aten.copy_.default):
                 target, source, *_ = _all(node)
                 _write(self, node, target, Ellipsis, source)
                 return self.of(target)
             return self._checked(node, _apply(self, node), value.shape)
-        if isinstance(value, (tuple, list)) and node.op in ("call_function", "call_method"):
+        if isinstance(value, (tuple, list)) and is_call(node):
             parts = _apply(self, node)
             return [
                 self._checked(node, parts[i] if parts else None, part.shape, i)
@@ -165,7 +166,7 @@ class Trace:
         Some models make the rotary table of queries and that of keys apart, positions included.
         """
         if (
-            node.op not in ("call_function", "call_method")
+            not is_call(node)
             or not (node.all_input_nodes or name_of(node) == "arange")
             or written_by(node)
             or is_random(node)

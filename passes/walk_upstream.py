@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from uta_fx.passes.read_node import argument, name_of, written_by
+from uta_fx.passes.read_node import argument, is_call, name_of, written_by
 from uta_fx.passes.site import recorded, value_of
 from uta_fx.passes.trace_axes import same
 
@@ -21,11 +21,6 @@ _MOVES = ("transpose", "permute", "getattr", *_TURNS, *_RESHAPES)
 NEAR = (*CASTS, *_MOVES, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp",
         "tanh", "expand", "repeat_interleave", "nan_to_num", "neg", "sigmoid", "cat", "squeeze",
         "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal")  # fmt: skip
-
-
-def is_call(node: Any) -> bool:
-    """Whether a node is an operation on others."""
-    return isinstance(node, Node) and node.op in ("call_function", "call_method")
 
 
 def uncast(node: Node) -> Node:
