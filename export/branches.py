@@ -6,7 +6,7 @@ import contextlib
 import functools
 import linecache
 import sys
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +56,14 @@ def find_branches(
 ) -> tuple[Branch, ...]:
     """Run a model and note what it asks its tensors, in that order.
 
-    Most ask about what they are given, not about what they make of it: a first run computes nothing
-    beyond ``LARGE``, and nothing that comes of that. Where it fails, as a question about such a
-    tensor does, the second computes everything.
+    Most ask about what they are given, not about what they make of it. So a run ends where it comes
+    to something beyond ``LARGE``, and another computes neither that nor what comes of it. Where
+    this one fails, as a question about such a tensor does, the last computes everything.
     """
-    with contextlib.suppress(Exception), _Sparing() as sparing:
-        return _answers(model, args, kwargs, sparing)
+    with contextlib.suppress(Exception):
+        return _answers(model, args, kwargs, limit=LARGE)
+    with contextlib.suppress(Exception), _kept_whole(model), _Sparing() as sparing:
+        return _answers(model, args, kwargs, sparing=sparing)
     return _answers(model, args, kwargs)
 
 
@@ -69,9 +71,11 @@ def _answers(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    limit: int | None = None,
     sparing: _Sparing | None = None,
 ) -> tuple[Branch, ...]:
-    with torch.no_grad(), _Listener(sparing) as listener:
+    with torch.no_grad(), _Listener(limit, sparing) as listener:
         model(*args, **kwargs)
     return tuple(listener.heard)
 
@@ -107,6 +111,20 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
             model.forward = own
 
 
+@contextlib.contextmanager
+def _kept_whole(model: torch.nn.Module) -> Iterator[None]:
+    """A model that would keep tensors without values, in its attributes, is left as it was."""
+    parts = [x for module in model.modules() for x in (vars(module), *vars(module).values())]
+    before = [(x, x.copy()) for x in parts if type(x) in (dict, OrderedDict, list)]
+    try:
+        yield
+    finally:
+        if any(isinstance(x, FakeTensor) for kept, _ in before for x in tree_leaves(kept)):
+            for kept, contents in before:
+                kept.clear()
+                (kept.extend if isinstance(kept, list) else kept.update)(contents)
+
+
 class _Sparing(TorchDispatchMode):
     """Tensors beyond ``LARGE``, and what comes of one without values, have no values either."""
 
@@ -139,22 +157,23 @@ class _Sparing(TorchDispatchMode):
 class _Listener(TorchFunctionMode):
     """Notes each answer of a tensor that is asked whether it is true, or for whole numbers."""
 
-    def __init__(self, sparing: _Sparing | None) -> None:
+    def __init__(self, limit: int | None, sparing: _Sparing | None) -> None:
         super().__init__()
         self.heard: list[Branch] = []
-        self._sparing = sparing
+        self._limit, self._sparing = limit, sparing
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            self._sparing
-            and func is scaled_dot_product_attention
-            and _pairs(*args, **kwargs) > LARGE
-        ):
+        pairs = _pairs(*args, **kwargs) if func is scaled_dot_product_attention else 0
+        if self._sparing is not None and pairs > LARGE:
             args, kwargs = (self._sparing.without_values(x) for x in (args, kwargs))
+        if self._limit is not None and pairs > self._limit:
+            raise MemoryError(f"an attention of {pairs} pairs")
         result = func(*args, **kwargs)
+        if self._limit is not None and isinstance(result, Tensor) and result.nbytes > self._limit:
+            raise MemoryError(f"a tensor of {result.nbytes} bytes")
         if _asks(func, args):
             self.heard.append(Branch(*_asked_from(), func.__name__, result))
         return result

@@ -41,12 +41,27 @@ def narrow_masks(program: ExportedProgram) -> None:
     for node in graph.find_nodes(op="call_function", target=_ATEN.slice.Tensor):
         if (part := _part(node)) is not None:
             node.replace_all_uses_with(_narrow(*part, narrowed))
-    for x, *_ in narrowed:
-        for user in list(x.users):
-            if user.target is _ATEN._assert_tensor_metadata.default:
+            _erase(node)
+    for x, *_ in reversed(narrowed):
+        users, checks = list(x.users), _ATEN._assert_tensor_metadata.default
+        if users and all(user.target is checks for user in users):
+            for user in users:
                 graph.erase_node(user)
-    graph.eliminate_dead_code()
+            _erase(x)
     program.graph_module.recompile()
+
+
+def _erase(node: Node) -> None:
+    """Erase a node that nobody reads, and the masks that nobody reads then.
+
+    Nothing else: what nobody reads may open or close something (vmap, autocast).
+    """
+    if node.users or node.op != "call_function" or node.is_impure():
+        return
+    sources = [x for x in node.all_input_nodes if _is_mask(x)]
+    node.graph.erase_node(node)
+    for source in sources:
+        _erase(source)
 
 
 def _is_mask(x: Any) -> bool:
@@ -81,6 +96,8 @@ def _spell_out_split(split: Node) -> None:
             one = split.graph.call_function(_ATEN.slice.Tensor, (x, *bounds))
         one.meta = dict(part.meta)
         part.replace_all_uses_with(one)
+        split.graph.erase_node(part)
+    _erase(split)
 
 
 def _part(node: Node) -> tuple[Node, int, int, int] | None:

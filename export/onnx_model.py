@@ -127,7 +127,7 @@ def write_onnx(
         )
     try:
         with _without_their_own_worries():
-            program = _without_factors(_without_gaps(program))
+            program = _without_factors(_in_float32(_without_gaps(program)))
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -173,7 +173,10 @@ def write_onnx(
         try:
             onnx.checker.check_model(folder / path.name, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ValueError(f"model cannot be written in opset {opset}: {error}") from error
+            raise ValueError(
+                f"model cannot be written in opset {opset}: {str(error).strip().rstrip('.')}. A"
+                " later opset may know this: convolutions take bfloat16 from 22 on"
+            ) from error
         (folder / REPLACED).write_text("\n".join(_files_of_weights(path)))
         if data is not None:
             os.replace(folder / data, path.parent / data)
@@ -290,6 +293,29 @@ def _without_gaps(program: ExportedProgram) -> ExportedProgram:
 
     spelled = (split, einsum, expand, unsqueeze, index_select)
     return program.run_decompositions(dict(zip(gaps, spelled, strict=True)))
+
+
+def _in_float32(program: ExportedProgram) -> ExportedProgram:
+    """What ONNX Runtime's CPU provider has in float32 and not in some dtypes, in float32 there."""
+    aten = torch.ops.aten
+    gaps = {aten.pad.default: torch.bfloat16, aten.avg_pool1d.default: torch.float64}
+
+    def widened(gap: Any, dtype: torch.dtype) -> Callable[..., Any]:
+        def compute(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if x.dtype != dtype:
+                return NotImplemented
+            return gap(x.float(), *arguments, **options).to(dtype)
+
+        return compute
+
+    dtypes = {
+        (gap, node.args[0].meta["val"].dtype)
+        for gap in gaps
+        for node in program.graph.find_nodes(op="call_function", target=gap)
+    }
+    if not dtypes & set(gaps.items()):
+        return program
+    return program.run_decompositions({gap: widened(gap, dtype) for gap, dtype in gaps.items()})
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from uta_fx.passes.count_selected import Counts, count_selected, counted, mask_of
+from uta_fx.passes.read_node import argument, name_of
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import argument, name_of
 
 
 def sort_selected(program: ExportedProgram, dynamic_shapes: Any = None) -> ExportedProgram:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from uta_fx.passes.find_calls import Call
-from uta_fx.passes.trace_axes import Axis, Trace, equal, name_of, place_in
+from uta_fx.passes.read_node import name_of
+from uta_fx.passes.trace_axes import Axis, Trace, equal, place_in
 
 
 def classify_call(call: Call, trace: Trace) -> str:

@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from uta_fx.passes.read_node import NEGATIONS, argument, name_of, written_by
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import NEGATIONS, Size, argument, name_of, written_by
+from uta_fx.passes.trace_axes import Size
 
 Counts = dict[sympy.Symbol, sympy.Expr]
 

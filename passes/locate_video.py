@@ -11,8 +11,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from uta_fx.passes.read_node import name_of
 from uta_fx.passes.site import Grid, Side, recorded
-from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, name_of, plain, same
+from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, plain, same
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.match_softmax import Written
-from uta_fx.passes.read_product import is_weight, read_product
+from uta_fx.passes.read_node import argument, equation_of, is_call, name_of
+from uta_fx.passes.read_product import is_product, is_weight
 from uta_fx.passes.read_softmax import is_softmax, read_softmax
 from uta_fx.passes.site import Operand, recorded, value_of
-from uta_fx.passes.trace_axes import argument, equation_of, name_of
-from uta_fx.passes.walk_upstream import NEAR, is_call, leads_to
+from uta_fx.passes.walk_upstream import NEAR, leads_to, up
 
 _SUMS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "linear", "inner", "tensordot",
          "sum", "mv", "vecdot", "linalg_vecdot")  # fmt: skip
@@ -37,9 +37,11 @@ def match_near_miss(node: Node) -> Written | None:
     taker, rank, value = _taker(node), value_of(node).dim(), recorded(logits)
     if taker is None or rank < 2 or not isinstance(value, torch.Tensor) or value.dim() != rank:
         return None
-    if not leads_to(logits, lambda x: read_product(x) is not None):
+    if not leads_to(logits, is_product):
         objections.append(f"its logits come out of {_described(_origin(logits))}")
-    elif read_product(taker) is None:
+    elif up(logits, is_product, [], "", []) is None:
+        objections.append("its logits are of several products")
+    elif not is_product(taker):
         objections.append(f"its weights go into {_described(taker)}")
     objections.append("its products are laid out in a way that is not understood")
     column = dim % rank

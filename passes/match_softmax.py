@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from uta_fx.passes.read_logits import read_logits
-from uta_fx.passes.read_product import Product, read_product
+from uta_fx.passes.read_node import VIEWS, argument, name_of, written_by
+from uta_fx.passes.read_product import Product, is_product, read_product
 from uta_fx.passes.read_softmax import divided_product, exponent_of, is_softmax, read_softmax
 from uta_fx.passes.site import Operand, Order, value_of
-from uta_fx.passes.trace_axes import VIEWS, argument, name_of, written_by
 from uta_fx.passes.walk_upstream import is_used, leads_to, moved, up
 
 
@@ -58,7 +58,7 @@ def match_softmax(node: Node) -> Written | None:
         logits, dim, base = read_softmax(softmax, objections)
     else:
         logits, base = exponent_of(softmax) or (softmax, 1.0)
-    first_node = up(logits, lambda x: read_product(x) is not None, [], "", [])
+    first_node = up(logits, is_product, [], "", [])
     first = read_product(first_node) if first_node else None
     if first is None:
         return None
@@ -80,7 +80,9 @@ def match_softmax(node: Node) -> Written | None:
         apart = end is not node and (weights[-1] != column or turns or not _keeps_rows(last))
         if column not in _renamed(last.right_letters, last, weights):
             objections.append(f"its softmax is over dimension {dim}, which its values do not have")
-        elif not apart and not (fixed and moves):
+        elif fixed and moves:
+            objections.append("its mask or scale is of logits that are moved, not of its product")
+        elif not apart:
             layout = _layout(first, last, weights, column, fixed)
     if layout is None:
         objections.append("its products are laid out in a way that is not understood")

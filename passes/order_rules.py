@@ -22,20 +22,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.passes.match_operators import Fused, match_operator, operands_of
 from uta_fx.passes.read_mask import hides
-from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import (
+from uta_fx.passes.read_node import (
     VIEWS,
-    Size,
     argument,
     equation_of,
-    index_entries,
+    is_call,
     name_of,
-    number_of,
-    plain,
     reduced_dims,
-    same,
     written_by,
 )
+from uta_fx.passes.site import recorded
+from uta_fx.passes.trace_axes import Size, index_entries, number_of, plain, same
 
 
 class Place(NamedTuple):
@@ -81,7 +78,7 @@ def needs(node: Node, place: Place, tokens: Size) -> Needs | None:
 
 def places_from(node: Node, operand: Node, place: Place, tokens: Size) -> Iterator[Place]:
     """Places of the output that come out permuted when this place of this operand is."""
-    if node.op not in ("call_function", "call_method"):
+    if not is_call(node):
         return
     value = recorded(node)
     if not isinstance(value, torch.Tensor) and isinstance(argument(node, 0, "input"), Node):
@@ -132,7 +129,7 @@ def discards(
 
 def may_alias(node: Node) -> list[Node]:
     """The inputs with which an output may share memory."""
-    if node.op not in ("call_function", "call_method"):
+    if not is_call(node):
         return []
     name = name_of(node)
     written = written_by(node)

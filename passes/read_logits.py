@@ -8,9 +8,10 @@ import torch
 from torch.fx import Node
 
 from uta_fx.passes.read_mask import HIDING
+from uta_fx.passes.read_node import argument, name_of
 from uta_fx.passes.read_product import Product
 from uta_fx.passes.site import recorded, value_of
-from uta_fx.passes.trace_axes import argument, name_of, same
+from uta_fx.passes.trace_axes import same
 from uta_fx.passes.walk_upstream import CASTS, is_move, leads_to_node, uncast
 
 

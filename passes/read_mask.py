@@ -9,18 +9,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from uta_fx.passes.count_selected import count_selected, counted
+from uta_fx.passes.read_node import NEGATIONS, VIEWS, argument, name_of, written_by
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import (
-    NEGATIONS,
-    VIEWS,
-    Size,
-    argument,
-    name_of,
-    number_of,
-    plain,
-    same,
-    written_by,
-)
+from uta_fx.passes.trace_axes import Size, number_of, plain, same
 
 HIDING = -9984.0
 """What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""

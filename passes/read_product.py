@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from uta_fx.passes.read_node import VIEWS, argument, equation_of, is_call, name_of
 from uta_fx.passes.site import recorded, value_of
-from uta_fx.passes.trace_axes import VIEWS, argument, equation_of, name_of
-from uta_fx.passes.walk_upstream import is_call
 
 # of each product the places and names of its sides
 _SIDES = {
@@ -89,10 +88,15 @@ def read_product(node: Node) -> Product | None:
     return letters and Product(node, left, right, *letters)
 
 
+def is_product(node: Node) -> bool:
+    """Whether ``read_product`` has one."""
+    return read_product(node) is not None
+
+
 def is_weight(node: Node) -> bool:
     """Whether a tensor is a parameter of the model, or a view of one."""
-    while name_of(node) in VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while name_of(node) in VIEWS and isinstance(argument(node, 0, "input"), Node):
+        node = argument(node, 0, "input")
     return node.op == "get_attr" or isinstance(recorded(node), nn.Parameter)
 
 
@@ -114,8 +118,8 @@ def _letters(node: Node, name: str, left: int, right: int) -> tuple[str, str, st
 def _letters_of_dims(dims: Any, left: int, right: int) -> tuple[str, str, str] | None:
     """Those of a product over these dimensions of the left and these of the right side."""
     if isinstance(dims, int):
-        dims = range(left - dims, left), range(dims)
-    if not all(isinstance(dim, int) for side in dims for dim in side):
+        dims = list(range(left - dims, left)), list(range(dims))
+    if not (isinstance(dims, (tuple, list)) and all(isinstance(x, (tuple, list)) for x in dims)):
         return None
     a, b = list(string.ascii_lowercase[:left]), list(string.ascii_uppercase[:right])
     for i, j in zip(*dims, strict=True):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.read_node import argument, equation_of, name_of
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import argument, equation_of, name_of
 from uta_fx.passes.walk_upstream import CASTS, is_used, uncast
 
 _SOFTMAXES = ("softmax", "softmin")

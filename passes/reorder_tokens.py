@@ -31,8 +31,9 @@ from uta_fx.passes.order_rules import (
     needs,
     places_from,
 )
+from uta_fx.passes.read_node import name_of, written_by
 from uta_fx.passes.site import Grid, recorded, value_of
-from uta_fx.passes.trace_axes import Size, name_of, same, written_by
+from uta_fx.passes.trace_axes import Size, same
 
 TokenIndex = Callable[..., Tensor]
 MakeIndex = Callable[[Grid | None, Place, bool], TokenIndex]

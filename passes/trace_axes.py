@@ -9,32 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from uta_fx.passes.match_operators import operands_of, overloads
+from uta_fx.passes.match_operators import operands_of
+from uta_fx.passes.read_node import (
+    VIEWS,
+    argument,
+    equation_of,
+    is_call,
+    is_random,
+    name_of,
+    reduced_dims,
+    written_by,
+)
 from uta_fx.passes.site import recorded
 
 Size = int | torch.SymInt
-
-# operations whose output may share memory with their input: a cast to what a tensor is returns it
-VIEWS = (
-    "transpose", "t", "T", "mT", "H", "mH", "permute", "movedim", "moveaxis", "view", "view_as",
-    "reshape", "reshape_as", "unflatten", "flatten", "squeeze", "unsqueeze", "expand", "expand_as",
-    "broadcast_to", "getitem", "getattr", "chunk", "split", "split_with_sizes", "tensor_split",
-    "unbind", "narrow", "select", "slice", "contiguous", "to", "type", "type_as", "float", "half",
-    "bfloat16", "double", "bool", "int", "long", "detach", "alias", "real", "imag", "conj",
-    "view_as_complex", "view_as_real", "dropout", "identity", "lift_fresh", "requires_grad",
-    "nan_to_num",
-)  # fmt: skip
-
 
 SIDES = "uta_fx.sides"
 """In the meta of a graph's input: what another graph knows of it, as of ``Trace.sides_of``."""
@@ -139,14 +135,14 @@ class Trace:
     def _visit(self, node: Node) -> Any:
         value = recorded(node)
         if isinstance(value, torch.Tensor):
-            if node.op not in ("call_function", "call_method"):
+            if not is_call(node):
                 return self._leaves(node, value.shape)
             if node.target in ("copy_", torch.ops.aten.copy_.default):
                 target, source, *_ = _all(node)
                 _write(self, node, target, Ellipsis, source)
                 return self.of(target)
             return self._checked(node, _apply(self, node), value.shape)
-        if isinstance(value, (tuple, list)) and node.op in ("call_function", "call_method"):
+        if isinstance(value, (tuple, list)) and is_call(node):
             parts = _apply(self, node)
             return [
                 self._checked(node, parts[i] if parts else None, part.shape, i)
@@ -170,7 +166,7 @@ class Trace:
         Some models make the rotary table of queries and that of keys apart, positions included.
         """
         if (
-            node.op not in ("call_function", "call_method")
+            not is_call(node)
             or not (node.all_input_nodes or name_of(node) == "arange")
             or written_by(node)
             or is_random(node)
@@ -277,81 +273,6 @@ def equal(a: Axis, b: Axis) -> bool:
         )
         for x, y in zip(a, b, strict=True)
     )
-
-
-def name_of(node: Node) -> str:
-    """What a node does: ``add`` for ``operator.add``, ``Tensor.add`` and ``aten.add.Tensor``.
-
-    An operation that is not PyTorch's or Python's may do something else under the same name, and
-    has that of its library in front: ``library::add``. A node that calls nothing has its kind.
-    """
-    target = node.target
-    if node.op not in ("call_function", "call_method"):
-        return node.op
-    if isinstance(target, str):
-        name = target
-    elif found := overloads(target):
-        name = found[0]._schema.name.removeprefix("aten::")
-    else:
-        name = getattr(target, "__name__", str(target))
-        library = (getattr(target, "__module__", None) or "torch").partition(".")[0]
-        if library not in ("torch", "_operator", "builtins"):
-            name = f"{library}::{name}"
-    # operators and methods in place: iadd, __iadd__, add_
-    name = name.strip("_") if name != "_" else name
-    return _ALIASES.get(name, name)
-
-
-def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of a call by its place or its name."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-NEGATIONS = ("invert", "bitwise_not", "logical_not")
-"""Operations that turn a mask into its complement."""
-
-
-def written_by(node: Node) -> tuple[Node, ...]:
-    """The tensors that an operation writes into; their values, not what autograd knows of them."""
-    target = node.target
-    if node.op not in ("call_function", "call_method") or name_of(node) == "detach":
-        return ()
-    if isinstance(target, HigherOrderOperator):
-        # somebody's Triton kernel: which of its tensors it writes into is in its code alone
-        is_kernel = target.name() == "triton_kernel_wrapper_mutation"
-        return tuple(node.all_input_nodes) if is_kernel else ()
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        written = [
-            argument(node, place, parameter.name)
-            for overload in overloads(target)
-            for place, parameter in enumerate(overload._schema.arguments)
-            if parameter.alias_info is not None and parameter.alias_info.is_write
-        ]
-        return tuple(dict.fromkeys(x for x in written if isinstance(x, Node)))
-    if isinstance(node.kwargs.get("out"), Node):
-        return (node.kwargs["out"],)  # type: ignore[return-value]
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_operator = getattr(target, "__module__", "") == "_operator"
-    if (
-        name == "setitem"
-        or (in_operator and name.strip("_") in _IN_PLACE)
-        or (
-            # operator.and_ is no more than a name that Python does not reserve
-            not in_operator
-            and name.endswith("_")
-            and not name.endswith("__")
-            and name != "requires_grad_"
-        )
-        or argument(node, _INPLACE_ARGUMENT.get(name, len(node.args)), "inplace") is True
-    ):
-        return (argument(node, 0, "input"),)
-    return ()
-
-
-def is_random(node: Node) -> bool:
-    """Whether two calls with the same arguments may give different values."""
-    seeded = torch.Tag.nondeterministic_seeded
-    return name_of(node) in _RANDOM or any(seeded in x.tags for x in overloads(node.target))
 
 
 def _all(node: Node) -> Any:
@@ -767,52 +688,6 @@ def _matmul(trace: Trace, node: Node) -> Axes | None:
     return (*batch, a[-2], b[-1])
 
 
-def equation_of(node: Node) -> tuple[list[str], str, list[Node]]:
-    """Letters of the operands and of the output of an einsum, and the operands.
-
-    Dots are capital letters in their place, which are aligned at their end; an output that is not
-    written has the letters that come once, as torch has it. Dimensions may be numbered too, each
-    operand before its list.
-    """
-    equation, *operands = _all(node)
-    if isinstance(equation, Node):
-        equation, operands = _spelled(_all(node))
-    elif isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
-    left, arrow, output = str(equation).replace(" ", "").partition("->")
-    inputs = left.split(",")
-    widths = [
-        recorded(x).dim() - len(letters.replace("...", ""))
-        for letters, x in zip(inputs, operands, strict=True)
-        if "..." in letters
-    ]
-    free = [x for x in string.ascii_uppercase if x not in equation]
-    capitals = "".join(free[: max(widths, default=0)])
-    if not arrow:
-        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
-        output = ("..." if widths else "") + "".join(once)
-    places = iter(widths)
-    inputs = [
-        letters.replace("...", capitals[len(capitals) - next(places) :])
-        if "..." in letters
-        else letters
-        for letters in inputs
-    ]
-    return inputs, output.replace("...", capitals), operands
-
-
-def _spelled(arguments: Sequence[Any]) -> tuple[str, list[Node]]:
-    """Equation and operands of an einsum whose dimensions are numbered, the output's last."""
-    operands = [x for x in arguments if isinstance(x, Node)]
-    words = [
-        "".join("..." if x is Ellipsis else string.ascii_letters[x] for x in numbers)
-        for numbers in arguments
-        if not isinstance(numbers, Node)
-    ]
-    inputs, output = words[: len(operands)], words[len(operands) :]
-    return "->".join([",".join(inputs), *output]), operands
-
-
 def _einsum(trace: Trace, node: Node) -> Axes:
     inputs, output, operands = equation_of(node)
     known: dict[str, Axis] = {}
@@ -857,18 +732,6 @@ def _reduction(trace: Trace, node: Node) -> Axes:
         if len(_shape(node)) == len(_shape(argument(node, 0, "input"))):
             axes.insert(dim, trace.leaf(node, dim, 1))
     return tuple(axes)
-
-
-def reduced_dims(node: Node) -> set[int]:
-    """The dimensions that a reduction sums over."""
-    rank = len(_shape(argument(node, 0, "input")))
-    with_order = name_of(node) in ("norm", "linalg_vector_norm")
-    dims = argument(node, 2 if with_order else 1, "dim")
-    if isinstance(dims, bool):
-        raise TypeError("unbiased in place of dim")
-    if dims is None:
-        return set(range(rank))
-    return {dim % rank for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
 
 
 def _attribute(trace: Trace, node: Node) -> Axes | None:
@@ -944,29 +807,6 @@ def _write(trace: Trace, node: Node, target: Node, index: Any, value: Any) -> No
         if isinstance(changed, Node) and not isinstance(recorded(changed), torch.Tensor):
             changed = argument(changed, 0, "input")
 
-
-_ALIASES = {
-    "radd": "add", "iadd": "add", "rsub": "sub", "isub": "sub", "rmul": "mul", "imul": "mul",
-    "truediv": "div", "rtruediv": "div", "itruediv": "div", "swapaxes": "transpose",
-    "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
-    "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "special_softmax": "softmax", "numpy_T": "T", "clamp_min": "clamp", "clamp_max": "clamp",
-}  # fmt: skip
-
-_IN_PLACE = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
-    "imatmul", "ilshift", "irshift",
-}  # fmt: skip
-# where torch.nn.functional takes it by its place
-_INPLACE_ARGUMENT = {
-    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "relu6": 1, "leaky_relu": 2, "elu": 2,
-    "dropout": 3,
-}  # fmt: skip
-
-_RANDOM = {
-    "dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal",
-    "new_empty", "empty_like",
-}  # fmt: skip
 
 _RULES: dict[str, Rule] = {}
 for _rule, _names in (

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from uta_fx.passes.read_node import argument, is_call, name_of, written_by
 from uta_fx.passes.site import recorded, value_of
-from uta_fx.passes.trace_axes import argument, name_of, same, written_by
+from uta_fx.passes.trace_axes import same
 
 CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous",
          "clone", "detach")  # fmt: skip
@@ -20,11 +21,6 @@ _MOVES = ("transpose", "permute", "getattr", *_TURNS, *_RESHAPES)
 NEAR = (*CASTS, *_MOVES, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp",
         "tanh", "expand", "repeat_interleave", "nan_to_num", "neg", "sigmoid", "cat", "squeeze",
         "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal")  # fmt: skip
-
-
-def is_call(node: Any) -> bool:
-    """Whether a node is an operation on others."""
-    return isinstance(node, Node) and node.op in ("call_function", "call_method")
 
 
 def uncast(node: Node) -> Node:
@@ -94,7 +90,7 @@ def up(
     """The nearest such node upstream, along the tensor that leads to one.
 
     Anything but a cast, dropout that is off, or a move (put in front of ``moves``) on the way is an
-    objection.
+    objection. Where several that lead to one are joined, there is none.
     """
     for _ in range(12):
         if not is_call(node):
@@ -112,7 +108,8 @@ def up(
         elif name not in CASTS:
             objections.append(f"{name} changes {what}")
         tensors = [x for x in node.all_input_nodes if isinstance(recorded(x), torch.Tensor)]
-        if not tensors:
+        joined = name == "cat" and sum(leads_to(x, is_end) for x in tensors) > 1
+        if not tensors or joined:
             return None
         # a mask may come first: mask + logits
         node = max(tensors[:3], key=lambda x: leads_to(x, is_end))

@@ -277,6 +277,12 @@ def depth_of_two_dimensions(q, k, v):
     return torch.einsum("bhij,bjhcd->bihdc", weights, v)
 
 
+def normalized(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    q, k = F.normalize(q, dim=-1), k / k.norm(2, -1, keepdim=True).clamp_min(1e-6)
+    return (q @ k.mT * 5).softmax(-1) @ v
+
+
 def einsum_with_dots_and_capitals(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = torch.einsum("...AC,...BC->...AB", q, k).mul(0.25).softmax(-1)
@@ -341,7 +347,7 @@ LAYOUTS = (
     powers_of_a_number, softmin_of_the_opposite, products_of_five_dimensions,
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
-    keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
+    normalized, keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
     heads_apart_between_the_products, flattened,
 )  # fmt: skip
 
@@ -689,6 +695,12 @@ def logits_of_three(q, k, v):
     return torch.einsum("bhid,bhjd,d->bhij", q, k, torch.ones(DIM)).softmax(-1) @ v
 
 
+def logits_of_two_products(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    text, video = k.split([10, LENGTH - 10], 2)
+    return torch.cat([q @ text.mT, q @ video.mT], -1).softmax(-1) @ v
+
+
 def summed_by_broadcasting(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
@@ -837,10 +849,11 @@ def written_to(q, k, v):
         (over_one_bias_of_five_dimensions, "has an attention mask, or a scale, and several dimens"),
         (keys_of_one_sample, "its tensors differ in batch or heads"),
         (keys_without_a_batch, "its tensors differ in the number of dimensions"),
-        (heads_apart_under_a_mask, "looks like attention, but its products are laid out in a way"),
+        (heads_apart_under_a_mask, "looks like attention, but its mask or scale is of logits that"),
         (heads_turned_while_apart, "looks like attention, but its products are laid out in a way"),
         (einsum_of_three, "looks like attention, but its weights go into an einsum of 3 tensors"),
         (logits_of_three, "looks like attention, but its logits come out of an einsum of 3 tensor"),
+        (logits_of_two_products, "looks like attention, but its logits are of several products"),
         (summed_by_broadcasting, "looks like attention, but its logits come out of sum, which is"),
         (values_summed_by_broadcasting, "looks like attention, but its weights go into sum, which"),
         (projected_keys_with_a_bias, "looks like attention, but its logits come out of linear, wh"),

@@ -552,6 +552,17 @@ class Untranslatable(nn.Module):
         return torch.linalg.eigvals(x)
 
 
+class Rounded(nn.Conv1d):
+    """It computes in bfloat16 with weights of float32."""
+
+    def __init__(self):
+        super().__init__(4, 4, 1)
+
+    def forward(self, x):
+        weight = self.weight.bfloat16()
+        return nn.functional.conv1d(x[None].bfloat16(), weight)
+
+
 class Branching(nn.Module):
     """What it does depends on its input."""
 
@@ -578,6 +589,7 @@ BRANCH = Branching.forward.__code__.co_firstlineno + 1  # its line
             "model.onnx",
             "dense_until=0.2 cannot be exported",
         ),
+        (Rounded().eval(), {}, "model.onnx", "written in opset 18: .* take bfloat16 from 22 on"),
         (Untranslatable().eval(), {}, "model.onnx", "cannot be written as ONNX: No ONNX function"),
         (Branching().eval(), {}, "model.onnx", "model cannot be traced by torch.export: "),
         (Branching().eval(), {}, "model.onnx", "unless decide_branches=True takes the way"),
@@ -791,6 +803,27 @@ def test_numbers_of_16_bits_are_written(tmp_path, dtype):
     results = run(path, {"x": x.numpy(), "wide": wide.numpy(), "mask": mask.numpy()})
     for got, expected in zip(results, Narrow()(x, wide, mask), strict=True):
         np.testing.assert_allclose(got, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+class Widened(nn.Module):
+    """What ONNX Runtime's CPU provider has in float32, in dtypes in which it has it not."""
+
+    def forward(self, x):
+        padded = nn.functional.pad(x.bfloat16(), (0, 3, 1, 0), value=2.5)
+        return padded.float(), nn.functional.avg_pool1d(x.double(), 2, 2)
+
+
+def test_rows_are_padded_and_averaged_in_any_dtype(tmp_path):
+    """Padding in bfloat16 is exact; averages of float64 are rounded as float32."""
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.onnx"
+    export_onnx(Widened().eval(), (x,), path)
+    padded, averaged = run(path, {"x": x.numpy()})
+    expected, means = Widened()(x)
+    np.testing.assert_array_equal(padded, expected)
+    assert averaged.dtype == np.float64
+    # one rounding of either number, of their sum and of its half
+    np.testing.assert_allclose(averaged, means, rtol=0, atol=4 * 2**-24 * x.abs().max().item())
 
 
 def test_a_model_in_bfloat16_needs_a_gpu(tmp_path):

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from uta_fx.attention import ContinuedSite, SparseSite
 from uta_fx.passes.find_calls import module_path
+from uta_fx.passes.read_node import name_of
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import name_of
 
 
 def readable(gm: GraphModule) -> str:

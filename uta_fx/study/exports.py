@@ -26,7 +26,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils._pytree import tree_leaves
 
 from uta_fx.config import Config
-from uta_fx.explain import FULL_CAPTURE
+from uta_fx.explain import FULL_CAPTURE, Explanation
 from uta_fx.export.flex_attention import GROUPED, LISTED
 from uta_fx.export.onnx_model import KEPT
 from uta_fx.export.state import opened
@@ -166,20 +166,40 @@ def _cells(entry: Model) -> tuple[str, str]:
         except NoKernel as error:
             reason = str(error).rpartition(" : ")[2]
             return "", f"it is written, and ONNX Runtime cannot run it: {reason}"
-    if entry.dense.startswith("FlexAttention"):
-        with torch.no_grad(), _honoured_lists():
-            expected = tensors_of(model(**arguments))
-    elif entry.dense and any(site.sparse for site in found.sites):  # in one graph, not in several
-        program, *_ = sparse_program(model, (), arguments, None, config, decide_branches=True)
-        expected = tensors_of(program.module()(**given.kwargs))
-    else:
-        expected = compiled_outputs(model, config, arguments)
+    expected = expected_outputs(model, config, arguments, found, entry.dense)
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
     notes = [note.partition(": ")[2] for note in found.notes if note.startswith("decided")]
     notes = [f"decided: {note}" for note in notes]
     kinds = {LISTED: "own blocks", GROUPED: "own groups"}
     notes += dict.fromkeys(kinds[x.reason] for x in found.sites if x.reason in kinds)
     return str(nodes), "; ".join([f"{max(errors).item():.1e}", *notes])
+
+
+def expected_outputs(
+    model: torch.nn.Module,
+    config: Config,
+    arguments: dict[str, Any],
+    found: Explanation,
+    dense: str,
+) -> list[Tensor]:
+    """What a file should answer: what the backend does, where the model lets it.
+
+    Args:
+        model: That was exported.
+        config: Settings, likewise.
+        arguments: Likewise.
+        found: In the file.
+        dense: Why the backend leaves its attention dense (``Model.dense``), or empty. FlexAttention
+            is computed by the model itself; what is sparse in the file alone by its program.
+    """
+    if dense.startswith("FlexAttention"):
+        with torch.no_grad(), _honoured_lists():
+            return tensors_of(model(**arguments))
+    if dense and any(site.sparse for site in found.sites):  # in one graph, not in several
+        program, *_ = sparse_program(model, (), arguments, None, config, decide_branches=True)
+        with opened(model, (), arguments) as given:
+            return tensors_of(program.module()(**given.kwargs))
+    return compiled_outputs(model, config, arguments)
 
 
 def compiled_outputs(

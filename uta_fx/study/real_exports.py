@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-import textwrap
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import Any
 import onnxruntime
 import torch
 
+from uta_fx._optional import require
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
+from uta_fx.export.state import opened
 from uta_fx.exporters import export_onnx
 from uta_fx.order import Grid
 from uta_fx.study.exports import (
-    compiled_outputs,
+    expected_outputs,
     open_quietly,
     page_arguments,
     rows_before,
@@ -42,27 +43,56 @@ from uta_fx.study.real_models import (
 )
 
 SMALL_GRID = (4, 12, 16)  # of the video whose file is run
-LATTE_GRID = (16, 32, 32)  # it has one
+IMAGE_GRID = (1, 24, 32)
+RUN_GRIDS = {
+    "Latte": (16, 32, 32),  # it has one
+    "AnyFlow FAR 14B, without its cache": (8, 12, 16),  # so that a frame is compressed
+    "Kandinsky 6 super-resolution": (4, 16, 16),  # of blocks of 8 x 8 tokens
+}
 SMALL_SETTINGS: dict[str, Any] = {"density": 0.3, "min_tokens": 512}
 TEXT = 512
+JOYIMAGE_TEXT = 1024 + 128  # an image and what to do with it
+AUDIO = 218  # of 121 frames, 24 a second
+
+PACKED = ("Cosmos 3 Omni", "Flux.1 dev", "Flux.3", "Sana WM refiner, without its cache")
+"""Models whose graph does not show how their tokens lie: their grid is given."""
+
+DECIDED = ("HunyuanVideo 1.5", "Wan Animate 2, reference pass")
+"""Models that ask for values of tensors: written with ``decide_branches``."""
 
 HEADER = """# Models at their real widths as ONNX files
 
 Made by `python -m uta_fx.study.real_exports docs/onnx_sizes.md`: released configurations of the
 model classes of diffusers {diffusers}, with one layer of each kind and random weights, exported by
-PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video that the
-model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
-{onnxruntime}, and is not run. *Run*: in float32, for a video of {grid} tokens (Latte:
-{latte}) with density 0.3; the error of the file's output in ONNX Runtime on the CPU, relative to
-that of `torch.compile(model, backend="uta")`, in norm. Latte's frames of 1,024 tokens are shorter
-than `min_tokens`, Sana-Video's attention over video is linear. Cosmos is without its padding mask,
-which torchvision would resize. The settings of EasyAnimate, Kandinsky 5 Lite, Latte, ConsisID,
-Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V and CogVideoX 1.5 have not been compared with
-released files. HunyuanVideo 1.5 is written with `decide_branches`.
+PyTorch {torch} on a CPU. *Real size*: in float16 with the default settings, for the video or image
+that the model was released for; the file passes the checks of onnx and is loaded by ONNX Runtime
+{onnxruntime}, and is not run. *Run*: in float32 with density 0.3, for a video of {grid} tokens
+(Latte: 16 x 32 x 32, AnyFlow FAR: 8 x 12 x 16, Kandinsky 6 super-resolution: 4 x 16 x 16) or an
+image of {image}; the error of the file's output in ONNX Runtime on the CPU, relative to that of
+`torch.compile(model, backend="uta")`, in norm.
 
-{others}
+* Settings have not been compared with released files for EasyAnimate, Kandinsky 5 Lite, Latte,
+  ConsisID, Allegro, ChronoEdit, AnyFlow, HunyuanVideo I2V, CogVideoX 1.5 and all from HunyuanVideo
+  Framepack on. Of these AnyFlow FAR, MiniMax H3, JoyImage and, but for its 24 layers, Stable
+  Diffusion 3.5 have those of diffusers' conversion scripts, and Motif-Video those of its authors'
+  nodes for ComfyUI. The others have their classes' own defaults, with switches that the release
+  needs for Framepack, Kandinsky 6 and Flux.1 dev, and with ModelScope's widths for the temporal
+  transformer.
+* Latte's frames of 1,024 tokens are shorter than `min_tokens`; attention over video is linear in
+  Sana-Video and in three layers of four of Sana WM; the temporal transformer attends across 16
+  frames alone. MiniMax H3 scatters text, sound and video into one sequence by indices that only a
+  run knows, and stays dense.
+* Cosmos is without its padding mask, which torchvision would resize. AnyFlow FAR and the refiner of
+  Sana WM are without their caches, with the whole video at once. Sana WM is without the attention
+  of its camera branch: on a CPU its class computes the camera in float32 alone. The generation pass
+  of Wan Animate 2 has not been tried at its real size. JoyImage's other image is not counted;
+  Framepack and Helios make 33 frames at a time.
+* HunyuanVideo 1.5 and Wan Animate 2 are written with `decide_branches`. The grid is given to
+  Cosmos 3 Omni, the refiner of Sana WM, Flux.1 and Flux.3, whose graphs do not show it.
+  [onnx.md](onnx.md) says what errors are relative to with FlexAttention (AnyFlow FAR, Kandinsky 6
+  super-resolution) and in Wan Animate 2.
 
-| model | video, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
+| model | size, tokens | sparse sites | file, seconds to write | run: sparse sites | error |
 |---|---|---|---|---|---|"""
 
 
@@ -208,8 +238,234 @@ def _sana_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
     }
 
 
+def _flux_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {
+        "hidden_states": meta(1, math.prod(grid), 64),
+        "encoder_hidden_states": meta(1, TEXT, 4096),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+        "img_ids": _places(grid),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "guidance": meta(1),
+    }
+
+
+def _flux_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Places have a fourth axis, along which the text lies."""
+    text = torch.nn.functional.pad(torch.arange(480.0)[:, None], (3, 0))
+    return {
+        "hidden_states": meta(1, math.prod(grid), 128),
+        "encoder_hidden_states": meta(1, len(text), 20480),
+        "timestep": meta(1),
+        "img_ids": torch.nn.functional.pad(_places(grid) / 2, (0, 1)),
+        "txt_ids": text,
+    }
+
+
+def _places(grid: Grid) -> torch.Tensor:
+    """Frame, row and column of each token."""
+    return torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+
+
+def _sd3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """The text is of two encoders: 77 and 256 tokens."""
+    return {
+        "hidden_states": meta(1, 16, *latent[1:]),
+        "encoder_hidden_states": meta(1, 77 + 256, 4096),
+        "pooled_projections": meta(1, 2048),
+        "timestep": meta(1),
+    }
+
+
+def _qwen_image_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {
+        "hidden_states": meta(1, math.prod(grid), 64),
+        "encoder_hidden_states": meta(1, TEXT, 3584),
+        "encoder_hidden_states_mask": meta(1, TEXT, dtype=torch.int64),
+        "timestep": meta(1),
+        "img_shapes": [grid],
+    }
+
+
+def _joyimage_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Of two images, the last of which is the new one; the text sees the other."""
+    return {
+        "hidden_states": meta(1, 2, 16, *latent),
+        "encoder_hidden_states": meta(1, JOYIMAGE_TEXT, 4096),
+        "timestep": meta(1),
+    }
+
+
+def _joyimage_plus_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """The new image and, as large, another."""
+    return {
+        "hidden_states": meta(1, 2 * math.prod(grid), 16, 1, 2, 2),
+        "encoder_hidden_states": meta(1, JOYIMAGE_TEXT, 4096),
+        "timestep": meta(1),
+        "shape_list": [[grid, grid]],
+    }
+
+
+def _motif_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Beside the noise the condition, and whether a frame has one."""
+    return {
+        "hidden_states": meta(1, 33, *latent),
+        "encoder_hidden_states": meta(1, TEXT, 2560),
+        "encoder_attention_mask": meta(1, TEXT, dtype=torch.int64),
+        "timestep": meta(1),
+    }
+
+
+def _kandinsky_6_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """With sound; otherwise as Kandinsky 5."""
+    return {
+        "hidden_states": meta(1, *latent, 33),
+        "audio_hidden_states": meta(1, AUDIO, 20),
+        "encoder_hidden_states": meta(1, 256, 3584),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+    }
+
+
+def _framepack_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """After the first image come 9 frames, then the past, of which 1, 2 and 16 frames are left."""
+    _, height, width = latent
+    times = torch.arange(1 + latent[0] + 1 + 2 + 16).split([1, latent[0], 1, 2, 16])
+    return {
+        "hidden_states": meta(1, 16, *latent),
+        "encoder_hidden_states": meta(1, 256, 4096),
+        "encoder_attention_mask": meta(1, 256, dtype=torch.int64),
+        "pooled_projections": meta(1, 768),
+        "image_embeds": meta(1, 729, 1152),
+        "guidance": meta(1),
+        "timestep": meta(1),
+        "indices_latents": times[1],
+        "latents_clean": meta(1, 16, 2, height, width),
+        "indices_latents_clean": torch.cat([times[0], times[2]]),
+        "latents_history_2x": meta(1, 16, 2, height, width),
+        "indices_latents_history_2x": times[3],
+        "latents_history_4x": meta(1, 16, 16, height, width),
+        "indices_latents_history_4x": times[4],
+    }
+
+
+def _helios_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """After the first image the past, of which 16, 2 and 1 frames are left, then 9 frames."""
+    _, height, width = latent
+    times = torch.arange(1 + 16 + 2 + 1 + latent[0])[None].split([1, 16, 2, 1, latent[0]], dim=1)
+    return wan_inputs(latent, grid) | {
+        "indices_hidden_states": times[4],
+        "indices_latents_history_short": torch.cat([times[0], times[3]], dim=1),
+        "indices_latents_history_mid": times[2],
+        "indices_latents_history_long": times[1],
+        "latents_history_short": meta(1, 16, 2, height, width),
+        "latents_history_mid": meta(1, 16, 2, height, width),
+        "latents_history_long": meta(1, 16, 16, height, width),
+    }
+
+
+def _temporal_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    frames, height, width = latent
+    return {"hidden_states": meta(frames, 320, height, width), "num_frames": frames}
+
+
+def _anyflow_far_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """One frame, then three at a time."""
+    more, rest = divmod(latent[0] - 1, 3)
+    parts = [1] + more * [3] + ([rest] if rest else [])
+    return _anyflow_inputs(latent, grid) | {"chunk_partition": parts}
+
+
+def _cosmos_3_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Text, then video, in one sequence without a batch."""
+    tokens = math.prod(grid)
+    video = torch.arange(TEXT, TEXT + tokens)
+    places = torch.cat([torch.arange(float(TEXT))[:, None].expand(-1, 3), _places(grid)])
+    places[TEXT:, 0] += TEXT + 15000  # time goes on far behind the text
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": places.T.contiguous(),
+        "und_len": TEXT, "sequence_length": TEXT + tokens,
+        "vision_tokens": [meta(1, 48, *latent)],
+        "vision_token_shapes": [grid],
+        "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video.clone(),
+        "vision_timesteps": meta(tokens),
+        "vision_noisy_frame_indexes": [torch.arange(grid[0])],
+    }
+
+
+def _minimax_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Text, then sound, then video in one sequence, with a time for video and one for sound."""
+    sound, video = 207, math.prod(grid)
+    kinds = torch.tensor([1, 2, 0]).repeat_interleave(torch.tensor([TEXT, sound, video]))
+    text_places, sound_places, video_places = torch.arange(len(kinds)).split([TEXT, sound, video])
+    places = torch.cat([torch.zeros(TEXT + sound, 3), _places(grid)])
+    return {
+        "hidden_states": meta(1, video, 96),
+        "audio_hidden_states": meta(1, sound, 32),
+        "encoder_hidden_states": meta(1, TEXT, 5120),
+        "timestep": meta(2, dtype=torch.float32),
+        "timestep_indices": (kinds == 2).long(), "token_tags": kinds,
+        "position_ids": places,
+        "video_indices": video_places, "audio_indices": sound_places, "text_indices": text_places,
+    }
+
+
+def _sana_wm_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Without the camera of each frame, to which layers attend in bfloat16."""
+    return {
+        "hidden_states": meta(1, 128, *latent),
+        "timestep": meta(1, 1, latent[0], dtype=torch.float32),
+        "encoder_hidden_states": meta(1, 1, 300, 2304),
+        "mask": meta(1, 300, dtype=torch.int64),
+        "chunk_plucker": meta(1, 48, *latent),
+    }
+
+
+def _sana_refiner_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    tokens = math.prod(grid)
+    return {
+        "hidden_states": meta(1, tokens, 128),
+        "encoder_hidden_states": meta(1, 1024, 3840),
+        "encoder_attention_mask": meta(1, 1024, dtype=torch.int64),
+        "timestep": meta(1, tokens, dtype=torch.float32),
+        "video_rotary_emb": (meta(1, tokens, 4096), meta(1, tokens, 4096)),
+    }
+
+
+def _kandinsky_6_sr_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    return {"hidden_states": meta(1, *latent, 129), "timestep": meta(1)}
+
+
+def _wan_animate_2_inputs(latent: Grid, grid: Grid) -> dict[str, Any]:
+    """Of the first pass, which leaves its keys and values in an object."""
+    module = require("diffusers.models.transformers.transformer_wan_animate_2", extra="diffusers")
+    return {
+        "hidden_states": [meta(16, *latent)],
+        "timestep": meta(1, dtype=torch.float32),
+        "encoder_hidden_states": [meta(TEXT, 4096)],
+        "condition_latents": [meta(20, *latent)],
+        "encoder_hidden_states_image": meta(1, 257, 1280),
+        "kv_cache": module.WanAnimate2KVCache(1), "kv_cache_mode": "extract",
+        "seq_len": math.prod(grid),
+        "offset_grid_sizes": torch.tensor([grid]),
+    }
+
+
+class _InChunks(RealModel):
+    """17 frames are 5 of the latent; the last 5 are 2."""
+
+    def latent(self, size: Size) -> Grid:
+        _, height, width = self.compression
+        return (size.frames - 5) // 17 * 5 + 2, size.height // height, size.width // width
+
+
 WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+JOYIMAGE = {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 40, "theta": 10000}
 HD = {"720p": Size(720, 1280, 81)}
+IMAGE = {"1024p": Size(1024, 1024, 1)}
 
 OTHERS = (
     RealModel(
@@ -447,6 +703,211 @@ OTHERS = (
         sizes={"480p": WAN_SIZES["480p"]},
         inputs=_sana_inputs,
     ),
+    RealModel(
+        title="HunyuanVideo Framepack",
+        class_name="HunyuanVideoFramepackTransformer3DModel",
+        settings={"has_image_proj": True, "has_clean_x_embedder": True},
+        stacks={
+            "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"720p": Size(720, 1280, 33)},  # at a time, of 129
+        inputs=_framepack_inputs,
+    ),
+    RealModel(
+        title="Helios 14B",
+        class_name="HeliosTransformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"384p": Size(384, 640, 33)},  # at a time, of 132
+        inputs=_helios_inputs,
+    ),
+    RealModel(
+        title="Motif-Video 2B",
+        class_name="MotifVideoTransformer3DModel",
+        settings={
+            "num_attention_heads": 12, "num_layers": 12, "text_embed_dim": 2560,
+            "enable_text_cross_attention_single": True,
+            "num_single_layers": 2, "num_decoder_layers": 1,  # of 24 and 8: one of either kind
+        },
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"736p": Size(736, 1280, 121)},
+        inputs=_motif_inputs,
+    ),
+    RealModel(
+        title="Kandinsky 6",
+        class_name="Kandinsky6Transformer3DModel",
+        settings={
+            "text_token_padding": True, "ca_rope": True, "cross_gates": True,
+            "fix_modulation": True,
+        },
+        stacks={
+            "visual_transformer_blocks": "num_visual_blocks",
+            "video_text_transformer_blocks": "num_text_blocks",
+            "audio_text_transformer_blocks": "num_text_blocks",
+        },
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"512p": Size(512, 768, 121)},
+        inputs=_kandinsky_6_inputs,
+    ),
+    RealModel(
+        title="AnyFlow FAR 14B, without its cache",
+        class_name="AnyFlowFARTransformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"480p": WAN_SIZES["480p"]},
+        inputs=_anyflow_far_inputs,
+    ),
+    RealModel(
+        title="Cosmos 3 Omni",
+        class_name="Cosmos3OmniTransformer",
+        settings={},
+        stacks={"layers": "num_hidden_layers"},
+        compression=(4, 16, 16),
+        patch=(1, 2, 2),
+        sizes={"704p": Size(704, 1280, 189)},
+        inputs=_cosmos_3_inputs,
+    ),
+    _InChunks(
+        title="MiniMax H3",
+        class_name="MiniMaxH3Transformer3DModel",
+        settings={},
+        stacks={
+            "transformer_blocks": "num_layers",
+            "token_refiner.refiner_blocks": "num_refiner_layers",
+        },
+        compression=(4, 16, 16),
+        patch=(1, 2, 2),
+        sizes={"768p": Size(768, 1344, 124)},
+        inputs=_minimax_inputs,
+    ),
+    RealModel(
+        title="Sana WM, without its camera branch",
+        class_name="SanaWMTransformer3DModel",
+        settings={"num_layers": 4, "chunk_plucker_post_attn_blocks": 4},  # of 20, one of softmax
+        stacks={},
+        compression=(8, 32, 32),
+        patch=(1, 1, 1),
+        sizes={"704p": Size(704, 1280, 161)},
+        inputs=_sana_wm_inputs,
+    ),
+    RealModel(
+        title="Sana WM refiner, without its cache",
+        class_name="SanaWMLTX2RefinerTransformer3DModel",
+        settings={},
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(8, 32, 32),
+        patch=(1, 1, 1),
+        sizes={"704p": Size(704, 1280, 161)},
+        inputs=_sana_refiner_inputs,
+    ),
+    RealModel(
+        title="Kandinsky 6 super-resolution",
+        class_name="Kandinsky6SRTransformer3DModel",
+        settings={},
+        stacks={"visual_transformer_blocks": "num_visual_blocks"},
+        compression=(4, 16, 16),
+        patch=(1, 1, 1),
+        sizes={"512p": Size(512, 768, 121)},  # a tile
+        inputs=_kandinsky_6_sr_inputs,
+    ),
+    RealModel(
+        title="Wan Animate 2, reference pass",
+        class_name="WanAnimate2Transformer3DModel",
+        settings={},
+        stacks={"blocks": "num_layers"},
+        compression=(4, 8, 8),
+        patch=(1, 2, 2),
+        sizes={"800p": Size(800, 640, 81)},
+        inputs=_wan_animate_2_inputs,
+    ),
+    RealModel(
+        title="Flux.1 dev",
+        class_name="FluxTransformer2DModel",
+        settings={"guidance_embeds": True},
+        stacks={
+            "transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_flux_inputs,
+    ),
+    RealModel(
+        title="Flux.3",
+        class_name="Flux3Transformer2DModel",
+        settings={},
+        stacks={
+            "mode_blocks.image": "num_layers", "mode_blocks.image_cond": "num_layers",
+            "txt_mode_blocks": "num_layers", "single_transformer_blocks": "num_single_layers",
+        },
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_flux_3_inputs,
+    ),
+    RealModel(
+        title="Stable Diffusion 3.5 Medium",
+        class_name="SD3Transformer2DModel",
+        settings={
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_sd3_inputs,
+    ),
+    RealModel(
+        title="Qwen-Image",
+        class_name="QwenImageTransformer2DModel",
+        settings={},
+        stacks={"transformer_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_qwen_image_inputs,
+    ),
+    RealModel(
+        title="JoyImage Edit",
+        class_name="JoyImageEditTransformer3DModel",
+        settings=JOYIMAGE,
+        stacks={"double_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_joyimage_inputs,
+    ),
+    RealModel(
+        title="JoyImage Edit Plus",
+        class_name="JoyImageEditPlusTransformer3DModel",
+        settings=JOYIMAGE,
+        stacks={"double_blocks": "num_layers"},
+        compression=(1, 8, 8),
+        patch=(1, 2, 2),
+        sizes=IMAGE,
+        inputs=_joyimage_plus_inputs,
+    ),
+    RealModel(
+        title="Temporal transformer of ModelScope",
+        class_name="TransformerTemporalModel",
+        settings={"num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 320},
+        stacks={},  # it is one layer
+        compression=(1, 8, 8),
+        patch=(1, 1, 1),
+        sizes={"256p": Size(256, 256, 16)},
+        inputs=_temporal_inputs,
+    ),
 )
 # fmt: on
 
@@ -457,18 +918,12 @@ def header() -> str:
     """What the table is of, and its first lines."""
     import diffusers
 
-    others = sorted({x.class_name for x in MODELS} - {x.class_name for x in ALL.values()})
     return HEADER.format(
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         onnxruntime=onnxruntime.__version__,
         grid=" x ".join(map(str, SMALL_GRID)),
-        latte=" x ".join(map(str, LATTE_GRID)),
-        others=textwrap.fill(
-            "Classes that are files at small widths alone ([onnx.md](onnx.md)), because nobody has"
-            f" put their released settings into this table yet: {', '.join(others)}.",
-            100,
-        ),
+        image=" x ".join(map(str, IMAGE_GRID[1:])),
     )
 
 
@@ -505,7 +960,10 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
     model = _model(real, torch.float16)
     given = _arguments(real, real.latent(size), real.grid(size), torch.float16)
     path, start = folder / "real.onnx", time.perf_counter()
-    found = export_onnx(model, (), path, kwargs=given, decide_branches=real.by_block)
+    config = Config(grid=real.grid(size) if real.title in PACKED else None)
+    found = export_onnx(
+        model, (), path, config=config, kwargs=given, decide_branches=real.title in DECIDED
+    )
     seconds = time.perf_counter() - start
     del model, given
     gc.collect()
@@ -519,16 +977,22 @@ def _real_size(real: RealModel, size: Size, folder: Path) -> tuple[str, str]:
 
 def _run(real: RealModel, folder: Path) -> tuple[str, str]:
     """Of the file in float32 of a small video: its sparse sites and its error."""
-    grid = LATTE_GRID if real.title == "Latte" else SMALL_GRID
-    config = Config(**SMALL_SETTINGS, grid=grid if real.by_block else None)
+    image = real.size().frames == 1
+    grid = RUN_GRIDS.get(real.title, IMAGE_GRID if image else SMALL_GRID)
+    packed = real.by_block or real.title in PACKED
+    config = Config(**SMALL_SETTINGS, grid=grid if packed else None)
     latent = tuple(side * patch for side, patch in zip(grid, real.patch, strict=True))
     model, path = _model(real, torch.float32), folder / "small.onnx"
     given = _arguments(real, latent, grid, torch.float32)  # type: ignore[arg-type]
-    expected = compiled_outputs(model, config, given)
-    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=real.by_block)
+    decide = real.title in DECIDED
+    found = export_onnx(model, (), path, config=config, kwargs=given, decide_branches=decide)
+    dense = next(x.dense for x in MODELS if x.class_name == real.class_name)
+    expected = expected_outputs(model, config, given, found, dense)
+    with opened(model, (), given) as arguments:
+        tensors = tensors_of(arguments.kwargs)
     del model
     gc.collect()
-    outputs, _ = run_file(path, tensors_of(given))
+    outputs, _ = run_file(path, tensors)
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
     return _sparse(found), f"{max(errors).item():.1e}"
 

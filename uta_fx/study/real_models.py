@@ -41,7 +41,8 @@ class Size:
     frames: int
 
     def __str__(self) -> str:
-        return f"{self.height} x {self.width}, {self.frames} frames"
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        return f"{self.height} x {self.width}{frames}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
