@@ -75,7 +75,8 @@ def _square_kernel(
     tl.store(square_ptr + place * D + d, square, mask=inside_d)
 
 
-@triton.jit(do_not_specialize=["every"])  # one kernel serves all lengths
+# one kernel serves all lengths, and whatever stride a batch of one is given
+@triton.jit(do_not_specialize=["every", "size_sb"])
 def _sample_kernel(
     q_ptr, k_ptr, v_ptr,
     exact_ptr,  # uint8 [B, H, Nq, Nk], contiguous
