@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Launch:
 
     Attributes:
         kernel: Of Triton or Gluon.
-        args: What it is called with, a ``Pointer`` in place of each tensor.
+        args: What it is called with, a ``Pointer`` in place of each tensor, that of a tensor map too.
         options: What it is called with by name.
     """
 
@@ -56,12 +57,16 @@ def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         return launch
 
     def note(*args: Any, **options: Any) -> None:
-        pointers = (
-            Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args
-        )
-        noted.append(Launch(kernel, tuple(pointers), options))
+        noted.append(Launch(kernel, tuple(map(_without_memory, args)), options))
 
     return note
+
+
+def _without_memory(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Pointer(x.dtype, x.data_ptr() % 16)
+    base = getattr(x, "base", None)  # of a tensor map
+    return dataclasses.replace(x, base=_without_memory(base)) if isinstance(base, Tensor) else x
 
 
 def note_launches(function: Callable[..., Any], args: Sequence[Any]) -> list[Launch]:

@@ -107,6 +107,48 @@ assert {"_square_kernel", "_sample_kernel", "_solve_kernel"} <= names, names
 """
 )
 
+# two kernels, one of which is given maps of tensors; nothing is launched. Workers have another
+# ptxas, and the cache another place than when they started
+APART = (
+    DRIVER.replace("JITFunction._do_compile = note", "")
+    + """
+import os
+from pathlib import Path
+from torch._inductor.async_compile import AsyncCompile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas_version
+from uta_fx.kernels.launches import note_launches
+
+folder = Path(os.environ["TRITON_CACHE_DIR"])
+folder.mkdir()
+ptxas = folder / "ptxas"
+ptxas.write_text("#!/bin/sh\\necho Cuda compilation tools, release 99.9, V99.9.99")
+ptxas.chmod(0o700)
+found = []
+knobs.compilation.listener = lambda *, src, cache_hit, **rest: found.append((src.name, cache_hit))
+with FakeTensorMode():
+    keys = torch.empty(1, 2, 300, 64, dtype=torch.bfloat16)
+launch = ops.LAUNCHERS[torch.ops.uta.block_statistics.default]
+launches = note_launches(launch, (keys, keys, 64))
+os.environ["TRITON_PTXAS_PATH"] = str(ptxas)
+assert compile_kernels.compile_apart(launches[:1], 0) is None, "no worker has started"
+AsyncCompile.wait_pool_ready()
+del os.environ["TRITON_PTXAS_PATH"]
+pool = AsyncCompile.process_pool()
+versions = [pool.submit(get_ptxas_version, 90).result() for _ in range(4)]
+assert all("99.9" in version for version in versions) and "99.9" not in get_ptxas_version(90)
+os.environ["TRITON_CACHE_DIR"] = str(folder / "elsewhere")
+jobs = [compile_kernels.compile_apart([launch], 0) for launch in launches]
+for job in jobs:
+    job.result()
+assert compile_kernels.compile_apart(launches[:1], 0) is None, "it was asked before"
+for launch in launches:
+    launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+assert found == [("_statistics_kernel", True), ("_sum_kernel", True)], found
+"""
+)
+
 # HunyuanVideo's 33 x 45 x 80 tokens, which go by eight heads
 PARTS = (
     DRIVER
@@ -154,6 +196,12 @@ def test_parts_of_the_heads_share_their_kernels(tmp_path):
     """However many heads they are, and wherever in memory they begin."""
     pytest.importorskip("triton")
     run_script(PARTS, tmp_path)
+
+
+def test_workers_leave_kernels_in_the_cache(tmp_path):
+    """What the process that launches them asks for is found there."""
+    pytest.importorskip("triton")
+    run_script(APART, tmp_path)
 
 
 ON_GPU = (
@@ -292,7 +340,7 @@ def test_what_cannot_be_loaded_is_left_to_the_launch(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     kernel = Kernel()
-    compile_kernels._compile([Launch(kernel, (), {})], 0)
+    compile_kernels._load([Launch(kernel, (), {})], 0, None)
     assert kernel.device_caches == {1: "those of another device"}
 
 

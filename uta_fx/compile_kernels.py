@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,16 +22,17 @@ from uta_fx.passes.locate_video import expected
 
 logger = logging.getLogger(__name__)
 
-WORKERS = 4  # the longest kernel takes about a third of what all take one after another
+THREADS = 8  # that wait for kernels, and load them
 
 
 @contextlib.contextmanager
 def kernels_compiled_beside(gm: GraphModule) -> Iterator[None]:
     """Compile the kernels that a graph's operators will launch, beside the body of a ``with``.
 
-    Triton compiles a kernel at its first launch, when nothing else is left to do; most of that time
-    it holds no lock of Python's. So threads do it earlier, and no thread is left at the end. Only
-    what is not compiled is. An error here is logged: the launch tries again, and raises it.
+    Triton compiles a kernel at its first launch, when nothing else is left to do. So Inductor's
+    worker processes do it earlier, and threads load what they leave in Triton's cache; where these
+    workers have not started yet the threads compile it. No thread is left at the end. Only what is
+    not compiled is. An error here is logged: the launch tries again, and raises it.
 
     Args:
         gm: With operators of ours. Sizes that are symbols are taken as they are in the run that is
@@ -39,10 +43,15 @@ def kernels_compiled_beside(gm: GraphModule) -> Iterator[None]:
         yield
         return
     load_driver({index for _, index in launches})
-    pool = ThreadPoolExecutor(WORKERS, "uta-compile")
+    pool = ThreadPoolExecutor(THREADS, "uta-compile")
     try:
-        for (_, index), some in launches.items():
-            pool.submit(_compile, some, index)
+        for (kernel, index), some in launches.items():
+            compiled = None
+            try:
+                compiled = compile_apart(some, index)
+            except Exception:
+                logger.debug("no worker compiles %s", kernel, exc_info=True)
+            pool.submit(_load, some, index, compiled)
         yield
     except BaseException:
         pool.shutdown(cancel_futures=True)
@@ -117,13 +126,119 @@ def device_of(args: tuple[Any, ...]) -> int | None:
     return torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
 
 
-def _compile(launches: list[Launch], index: int) -> None:
-    """Compile one kernel for each of its launches that is unlike those before, and load it."""
+_compiled_apart: set[str] = set()  # what workers were given, in words
+
+
+def compile_apart(launches: list[Launch], index: int) -> Future[None] | None:
+    """Have a worker of Inductor's compile one kernel for each of its launches.
+
+    Args:
+        launches: Of the same kernel.
+        index: Of the GPU to compile for.
+
+    Returns:
+        Done when Triton's cache has the kernels; None where no worker is ready, or was asked
+        before.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from triton.runtime.driver import driver
+
+    kernel = launches[0].kernel
+    module, name = kernel.__module__, kernel.__name__
+    with torch.cuda.device(index):
+        target = driver.active.get_current_target()
+    calls = [(launch.args, launch.options) for launch in launches]
+    job = repr((module, name, target, calls))
+    findable = getattr(sys.modules.get(module), name, None) is kernel
+    if job in _compiled_apart or not findable or not AsyncCompile.use_process_pool():
+        return None
+    future: Future[None] = AsyncCompile.process_pool().submit(
+        compile_in_worker, module, name, calls, target, _tools()
+    )
+    _compiled_apart.add(job)
+    return future
+
+
+def _tools() -> dict[str, str | None]:
+    """The environment variables that say what Triton compiles with, and where it keeps that."""
+    from triton import knobs
+
+    names = [knob.key for knob in knobs.nvidia.knob_descriptors.values()]
+    return {name: os.environ.get(name) for name in (*names, "TRITON_CACHE_DIR")}
+
+
+class _Target:
+    """What Triton asks its driver while it compiles, where there is a GPU only to compile for."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_in_worker(
+    module: str,
+    name: str,
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    target: Any,
+    tools: Mapping[str, str | None],
+) -> None:
+    """Compile a kernel into Triton's cache, in a process that launches nothing.
+
+    Args:
+        module: Where the kernel is.
+        name: Of it there.
+        calls: Positional arguments and options of its launches.
+        target: Triton's name of the GPU.
+        tools: Environment variables of the process that launches it, None where it has none.
+            Inductor has its workers take another ptxas, by which kernels are other ones to the
+            cache.
+    """
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    driver.set_active(_Target(target))  # type: ignore[arg-type]
+    kernel = getattr(importlib.import_module(module), name)
+    with knobs.nvidia.scope():
+        knobs.nvidia.reset()
+        for variable, value in tools.items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
+        _forget_tools()
+        for args, options in calls:
+            kernel.warmup(*args, grid=(1,), **options)
+    _forget_tools()
+    kernel.device_caches.clear()  # the next job may name another folder
+
+
+def _forget_tools() -> None:
+    """Have Triton ask again what it has asked once in a process."""
+    from triton.backends.nvidia import compiler
+
+    compiler.get_ptxas_version.cache_clear()
+    compiler.get_features.cache_clear()
+
+
+def _load(launches: list[Launch], index: int, compiled: Future[None] | None) -> None:
+    """Load one kernel for each of its launches that is unlike those before."""
+    if compiled is not None:
+        try:
+            compiled.result()
+        except Exception:
+            logger.debug("%s is not compiled apart", launches[0].kernel, exc_info=True)
     for launch in launches:
         try:
             with torch.cuda.device(index):
-                compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
-                compiled.run  # noqa: B018 - what launches it is built when it is asked for
+                kernel = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                kernel.run  # noqa: B018 - what launches it is built when it is asked for
         except Exception:
             logger.debug("%s compiles when launched", launch.kernel, exc_info=True)
             # what was compiled but could not be loaded would be taken for ready
