@@ -20,7 +20,7 @@ class Launch:
 
     Attributes:
         kernel: Of Triton or Gluon.
-        args: What it is called with, a ``Pointer`` in place of each tensor, that of a tensor map too.
+        args: What it is called with, a ``Pointer`` in place of each tensor, in tensor maps too.
         options: What it is called with by name.
     """
 
