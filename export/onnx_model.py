@@ -53,6 +53,7 @@ from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+ATTENTION_OPSET = 23  # from which on dense attention is one operation
 LARGE = 1536 * 1024**2
 """Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
 REPLACED = "replaced"
@@ -128,6 +129,7 @@ def write_onnx(
     try:
         with _without_their_own_worries():
             program = _without_factors(_in_float32(_without_gaps(program)))
+            program = _in_four_dimensions(program, whole_masks=opset >= ATTENTION_OPSET)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -146,6 +148,11 @@ def write_onnx(
         ) from error
     assert exported is not None
     model = exported.model
+    if model.opset_imports[""] != opset:  # the exporter then leaves its own
+        raise ValueError(
+            f"model cannot be written in opset {opset}: the exporter does not know how all of its"
+            " operations are written there. Take a lower opset"
+        )
     _name_forms_of_weights(model)
     with _without_their_own_worries():
         fold_constants(model)
@@ -228,11 +235,12 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _without_their_own_worries() -> Iterator[None]:
-    """No word on operators of torchvision, outputs of None, nodes that stay, or deprecations."""
+    """No word on operators of torchvision, None, nodes that stay, opsets or deprecations."""
     names = (
         "torch.onnx._internal.exporter._core",
         "torch.onnx._internal.exporter._registration",
         "onnxscript.optimizer._constant_folding",
+        "onnxscript.version_converter",
         "onnx_ir._convenience",
     )
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
@@ -316,6 +324,44 @@ def _in_float32(program: ExportedProgram) -> ExportedProgram:
     if not dtypes & set(gaps.items()):
         return program
     return program.run_decompositions({gap: widened(gap, dtype) for gap, dtype in gaps.items()})
+
+
+def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> ExportedProgram:
+    """Dense attention as the exporter takes it; with ``whole_masks`` as ONNX Runtime's node does.
+
+    Its CPU provider wants a row for each query and a column for each key, of which ONNX takes one.
+    """
+    attend = torch.ops.aten.scaled_dot_product_attention.default
+
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        if query.dim() == 3:
+            mask = None if mask is None else mask[None]
+            tensors = (query[None], key[None], value[None], mask)
+            return attend(*tensors, *arguments, **options)[0]
+        if mask is None or not whole_masks:
+            return NotImplemented
+        sizes = query.shape[-2], key.shape[-2]
+        pairs = zip(mask.shape[-2:], sizes, strict=True)
+        if not any(_is_one(got) and not _is_one(size) for got, size in pairs):
+            return NotImplemented
+        mask = mask.expand(*mask.shape[:-2], *sizes)
+        return attend(query, key, value, mask, *arguments, **options)
+
+    calls = program.graph.find_nodes(op="call_function", target=attend)
+    if any(x.args[0].meta["val"].dim() == 3 or (whole_masks and x.args[3:4]) for x in calls):
+        return program.run_decompositions({attend: compute})
+    return program
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:

@@ -26,6 +26,7 @@ from uta_fx.kernels import reference
 from uta_fx.policies import Radial
 from uta_fx.study.models import MODELS
 from uta_fx.study.models import SMALL as SMALL_MODEL
+from uta_fx.tails import Tail
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -602,6 +603,25 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
     assert not os.listdir(tmp_path)
 
 
+def test_settings_that_are_objects_are_noted_by_their_names(tmp_path):
+    """As one writes them: of their fields alone nobody could tell whose they are."""
+    path = tmp_path / "model.onnx"
+    config = Config(policy=Radial(decay=0.3), tail=Tail(kind="block"))
+    export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), path, config=config)
+    (written,) = (x.value for x in onnx.load(path).metadata_props if x.key == "uta_fx.config")
+    settings = json.loads(written)
+    assert settings["policy"] == repr(config.policy) and "Radial(decay=0.3" in written
+    assert settings["tail"] == repr(config.tail)
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 26, reason="needs a later onnx")
+def test_an_opset_that_the_exporter_does_not_know_is_refused(tmp_path):
+    """It would leave the model in another; nothing is written."""
+    with pytest.raises(ValueError, match=r"model cannot be written in opset 26: the exporter"):
+        export_onnx(nn.GELU().eval(), (torch.ones(4),), tmp_path / "m.onnx", opset=26)
+    assert not os.listdir(tmp_path)
+
+
 def test_an_opset_that_is_no_number_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"opset must be a whole number or None, got 18\.0"):
         export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), tmp_path / "m.onnx", opset=18.0)
@@ -1037,6 +1057,34 @@ def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     results = run(path, {"scores": scores.numpy()})
     for got, want in zip(results, Select()(scores), strict=True):
         assert torch.equal(torch.from_numpy(got), want)
+
+
+class Attends(nn.Module):
+    """Dense attention in forms that the exporter or ONNX Runtime's node does not take."""
+
+    def forward(self, q, k, v, mask):
+        attend = nn.functional.scaled_dot_product_attention
+        padding, rows = mask[:, None, :1], mask[:, None, :, :1].float()
+        return (
+            attend(q, k, v, attn_mask=padding), attend(q, k, v, attn_mask=rows),
+            attend(q[0], k[0], v[0], attn_mask=mask[0]), attend(q[0], k[0], v[0]),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_dense_attention_is_written_in_every_form(tmp_path, opset):
+    """Masks that queries or keys share, three dimensions; one operation each from 23 on."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 16, generator=generator) for n in (9, 7, 7))
+    mask = torch.rand(2, 9, 7, generator=generator) < 0.7
+    mask[..., 0] = True  # a row that sees nothing has no result
+    model, path = Attends().eval(), tmp_path / "model.onnx"
+    export_onnx(model, (q, k, v, mask), path, opset=opset)
+    feed = {"q": q.numpy(), "k": k.numpy(), "v": v.numpy(), "mask": mask.numpy()}
+    for got, expected in zip(run(path, feed), model(q, k, v, mask), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("Attention") == (4 if opset >= 23 else 0)
 
 
 class Assigns(nn.Module):

@@ -412,7 +412,8 @@ class _Found(NamedTuple):
 
 
 def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
-    metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr)}
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    metadata = {CONFIG_KEY: json.dumps(settings, default=repr)}
     if branches:
         metadata[BRANCHES_KEY] = json.dumps(branches)
     return metadata
