@@ -10,6 +10,7 @@ import json
 import logging
 import operator
 import os
+import re
 import secrets
 import warnings
 from collections import Counter
@@ -95,6 +96,7 @@ def write_onnx(
     opset: int,
     metadata: Mapping[str, str],
     left: Sequence[str] = (),
+    sizes: Mapping[str, str] | None = None,
     dialect: Dialect | None = None,
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
@@ -112,6 +114,7 @@ def write_onnx(
         metadata: Goes into the model's metadata, beside the version of the library and the sites.
         left: Names of the last outputs, as of ``Opened``. One of an input or a weight gets
             ``_after``, as do ``output``, ``output_0`` ... of the others.
+        sizes: What symbols of the program are called in the file; None for as they are.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
@@ -164,6 +167,7 @@ def write_onnx(
     )
     tidy(model)
     _spell_out_boolean_where(model)
+    _name_sizes(model.graph, sizes or {})
     own = len(model.graph.outputs) - len(left)
     names = ["output"] if own == 1 else [f"output_{index}" for index in range(own)]
     taken = {x.name for x in model.graph.inputs} | model.graph.initializers.keys()
@@ -216,6 +220,20 @@ def _files_of_weights(path: Path) -> list[str]:
         return []
     places = {x.value for w in weights for x in w.external_data if x.key == "location"}
     return [x for x in places if x.startswith(f"{path.name}.") and Path(x).name == x]
+
+
+def _name_sizes(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Call symbols in shapes by their names: ``2*s44`` by ``2*half_width``."""
+    if not names:
+        return
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    for value in (*graph.inputs, *(x for node in graph for x in node.outputs)):
+        if value.shape is not None:
+            texts = (x if isinstance(x, int) else x.value for x in value.shape)
+            value.shape = ir.Shape(
+                symbol.sub(lambda x: names[x[0]], text) if isinstance(text, str) else text
+                for text in texts
+            )
 
 
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:

@@ -445,6 +445,28 @@ def test_batch_and_text_may_be_dynamic(tmp_path):
         assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+class Doubled(nn.Module):
+    """Of as many channels again, scaled sample by sample."""
+
+    def forward(self, x, scales):
+        return torch.cat([x, x * scales["of samples"][:, None]], 1)
+
+
+def test_sizes_have_the_names_of_their_dims(tmp_path):
+    """What follows from them, too; a viewer shows no ``s47`` where the user has said more."""
+    batch, half = torch.export.Dim("batch"), torch.export.Dim("half")
+    shapes = {"x": (batch, 2 * half, None), "scales": {"of samples": {0: batch}}}
+    inputs = (torch.ones(2, 4, 3), {"of samples": torch.ones(2, 3)})
+    path = tmp_path / "model.onnx"
+    export_onnx(Doubled().eval(), inputs, path, dynamic_shapes=shapes)
+    graph = onnx.load(path).graph
+    found = [
+        [dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim]
+        for x in (*graph.input, *graph.output)
+    ]
+    assert found == [["batch", "2*half", 3], ["batch", 3], ["batch", "4*half", 3]]
+
+
 def test_the_size_of_the_video_may_not_where_a_policy_needs_numbers(tmp_path):
     """Radial selects by frames, which are then numbers; nothing is written."""
     model, inputs = wan()

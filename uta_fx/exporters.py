@@ -18,7 +18,7 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
-from uta_fx.export.dynamic_shapes import check_dynamic_shapes
+from uta_fx.export.dynamic_shapes import check_dynamic_shapes, names_of_symbols
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import opened
 from uta_fx.order import COMPUTED_ORDERS
@@ -66,7 +66,8 @@ def export_onnx(
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
-            (``layer_caches.0.key``) for an object. Frames, height and width of the video may be
+            (``layer_caches.0.key``) for an object; ``Dim("batch")`` is ``batch`` in the file, too.
+            Frames, height and width of the video may be
             dynamic (``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails
             ``none``, ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``;
             with others, and where the graph does not show how the grid follows from its inputs,
@@ -114,7 +115,7 @@ def export_onnx(
     program = spell_out_clusters(spell_out_orders(program))
     write_onnx(
         program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
-        left=found.left,
+        left=found.left, sizes=names_of_symbols(model, program, dynamic_shapes),
     )  # fmt: skip
     return explanation
 
