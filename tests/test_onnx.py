@@ -925,6 +925,14 @@ def test_forms_of_a_weight_are_named_after_it(tmp_path):
     np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_inputs_may_be_inference_tensors(tmp_path):
+    """As those are that a pipeline makes under ``torch.inference_mode``."""
+    with torch.inference_mode():
+        x = torch.ones(2, 3, 16)
+    export_onnx(Tied(4).eval(), (x,), tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
 def write_tied(path, rows):
     """Export a model with that many output channels; give what it computes of ones."""
     torch.manual_seed(rows)
