@@ -458,7 +458,7 @@ def test_sizes_have_the_names_of_their_dims(tmp_path):
     shapes = {"x": (batch, 2 * half, None), "scales": {"of samples": {0: batch}}}
     inputs = (torch.ones(2, 4, 3), {"of samples": torch.ones(2, 3)})
     path = tmp_path / "model.onnx"
-    export_onnx(Doubled().eval(), inputs, path, dynamic_shapes=shapes)
+    export_onnx(torch.compile(Doubled().eval()), inputs, path, dynamic_shapes=shapes)
     graph = onnx.load(path).graph
     found = [
         [dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim]

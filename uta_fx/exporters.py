@@ -115,7 +115,7 @@ def export_onnx(
     program = spell_out_clusters(spell_out_orders(program))
     write_onnx(
         program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
-        left=found.left, sizes=names_of_symbols(model, program, dynamic_shapes),
+        left=found.left, sizes=found.sizes,
     )  # fmt: skip
     return explanation
 
@@ -406,10 +406,12 @@ class _Found(NamedTuple):
     Attributes:
         branches: What was decided.
         left: Names of what the model leaves in objects among its arguments, its last outputs.
+        sizes: What ``dynamic_shapes`` call symbols of the program.
     """
 
     branches: tuple[str, ...]
     left: tuple[str, ...]
+    sizes: dict[str, str]
 
 
 def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
@@ -500,7 +502,10 @@ def sparse_program(
     if refused and not any(site.sparse for site in sites):
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
     # a line of code may ask in every layer
-    found = _Found(tuple(dict.fromkeys(map(str, branches))), tuple(given.left))
+    found = _Found(
+        tuple(dict.fromkeys(map(str, branches))), tuple(given.left),
+        names_of_symbols(model, program, dynamic_shapes),
+    )  # fmt: skip
     notes = [f"decided by these inputs, others give NaN: {branch}" for branch in found.branches]
     if found.left:
         notes.append(f"what the model leaves in its arguments is output: {', '.join(found.left)}")
