@@ -10,6 +10,7 @@ import json
 import logging
 import operator
 import os
+import re
 import secrets
 import warnings
 from collections import Counter
@@ -53,6 +54,7 @@ from uta_fx.kernels.constants import CONSTANTS
 from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
+ATTENTION_OPSET = 23  # from which on dense attention is one operation
 LARGE = 1536 * 1024**2
 """Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
 REPLACED = "replaced"
@@ -94,6 +96,7 @@ def write_onnx(
     opset: int,
     metadata: Mapping[str, str],
     left: Sequence[str] = (),
+    sizes: Mapping[str, str] | None = None,
     dialect: Dialect | None = None,
 ) -> None:
     """Write a program from ``sparsify_program`` as an ONNX file.
@@ -111,6 +114,7 @@ def write_onnx(
         metadata: Goes into the model's metadata, beside the version of the library and the sites.
         left: Names of the last outputs, as of ``Opened``. One of an input or a weight gets
             ``_after``, as do ``output``, ``output_0`` ... of the others.
+        sizes: What symbols of the program are called in the file; None for as they are.
         dialect: What becomes of our operators; None for nodes beside their functions.
 
     Raises:
@@ -126,8 +130,10 @@ def write_onnx(
             " returns its tensors alone"
         )
     try:
-        with _without_their_own_worries():
+        # inputs may be inference tensors, of which autograd keeps none
+        with torch.no_grad(), _without_their_own_worries():
             program = _without_factors(_in_float32(_without_gaps(program)))
+            program = _in_four_dimensions(program, whole_masks=opset >= ATTENTION_OPSET)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -146,6 +152,11 @@ def write_onnx(
         ) from error
     assert exported is not None
     model = exported.model
+    if model.opset_imports[""] != opset:  # the exporter then leaves its own
+        raise ValueError(
+            f"model cannot be written in opset {opset}: the exporter does not know how all of its"
+            " operations are written there. Take a lower opset"
+        )
     _name_forms_of_weights(model)
     with _without_their_own_worries():
         fold_constants(model)
@@ -157,6 +168,7 @@ def write_onnx(
     )
     tidy(model)
     _spell_out_boolean_where(model)
+    _name_sizes(model.graph, sizes or {})
     own = len(model.graph.outputs) - len(left)
     names = ["output"] if own == 1 else [f"output_{index}" for index in range(own)]
     taken = {x.name for x in model.graph.inputs} | model.graph.initializers.keys()
@@ -211,6 +223,20 @@ def _files_of_weights(path: Path) -> list[str]:
     return [x for x in places if x.startswith(f"{path.name}.") and Path(x).name == x]
 
 
+def _name_sizes(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Call symbols in shapes by their names: ``2*s44`` by ``2*half_width``."""
+    if not names:
+        return
+    symbol = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    for value in (*graph.inputs, *(x for node in graph for x in node.outputs)):
+        if value.shape is not None:
+            texts = (x if isinstance(x, int) else x.value for x in value.shape)
+            value.shape = ir.Shape(
+                symbol.sub(lambda x: names[x[0]], text) if isinstance(text, str) else text
+                for text in texts
+            )
+
+
 def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
     """Name outputs; what is an input, or another output, as well becomes a value of its own."""
     named = set(graph.inputs)
@@ -228,11 +254,12 @@ def _name_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _without_their_own_worries() -> Iterator[None]:
-    """No word on operators of torchvision, outputs of None, nodes that stay, or deprecations."""
+    """No word on operators of torchvision, None, nodes that stay, opsets or deprecations."""
     names = (
         "torch.onnx._internal.exporter._core",
         "torch.onnx._internal.exporter._registration",
         "onnxscript.optimizer._constant_folding",
+        "onnxscript.version_converter",
         "onnx_ir._convenience",
     )
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
@@ -316,6 +343,44 @@ def _in_float32(program: ExportedProgram) -> ExportedProgram:
     if not dtypes & set(gaps.items()):
         return program
     return program.run_decompositions({gap: widened(gap, dtype) for gap, dtype in gaps.items()})
+
+
+def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> ExportedProgram:
+    """Dense attention as the exporter takes it; with ``whole_masks`` as ONNX Runtime's node does.
+
+    Its CPU provider wants a row for each query and a column for each key, of which ONNX takes one.
+    """
+    attend = torch.ops.aten.scaled_dot_product_attention.default
+
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        if query.dim() == 3:
+            mask = None if mask is None else mask[None]
+            tensors = (query[None], key[None], value[None], mask)
+            return attend(*tensors, *arguments, **options)[0]
+        if mask is None or not whole_masks:
+            return NotImplemented
+        sizes = query.shape[-2], key.shape[-2]
+        pairs = zip(mask.shape[-2:], sizes, strict=True)
+        if not any(_is_one(got) and not _is_one(size) for got, size in pairs):
+            return NotImplemented
+        mask = mask.expand(*mask.shape[:-2], *sizes)
+        return attend(query, key, value, mask, *arguments, **options)
+
+    calls = program.graph.find_nodes(op="call_function", target=attend)
+    if any(x.args[0].meta["val"].dim() == 3 or (whole_masks and x.args[3:4]) for x in calls):
+        return program.run_decompositions({attend: compute})
+    return program
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:

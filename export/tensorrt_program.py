@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export import ExportedProgram
 
 from uta_fx.export.tensorrt_ops import attend_in_steps
@@ -27,10 +26,10 @@ _GEOMETRIC, _ARITHMETIC = 3, 7  # steps: 254 octaves to 1/16, and that to two ne
 def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     """A program of ``torch.export`` without the operations that TensorRT refuses.
 
-    ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold, operators that
-    return a constant that constant, ``uta::rectified_attention`` ``uta::sparse_attention``, and
-    ``uta::block_statistics``, ``uta::select_blocks``, ``uta::list_blocks`` and ``uta::fit_tail``
-    plain PyTorch. Everything else stays as it is.
+    ``topk`` of more than ``MAX_K`` elements becomes a search for the threshold,
+    ``uta::rectified_attention`` ``uta::sparse_attention``, and ``uta::block_statistics``,
+    ``uta::select_blocks``, ``uta::list_blocks`` and ``uta::fit_tail`` plain PyTorch. Everything
+    else stays as it is.
 
     Args:
         program: Of ``uta_fx.export.program.sparsify_program``.
@@ -44,7 +43,6 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     table[torch.ops.uta.select_blocks.default] = _select_blocks
     table[torch.ops.uta.list_blocks.default] = _list_blocks
     table[torch.ops.uta.fit_tail.default] = reference.fit_tail
-    table.update({operator: _written(function) for operator, function in CONSTANTS.items()})
     if plugins:
         table[torch.ops.uta.sparse_attention.default] = attend_in_steps
     with warnings.catch_warnings():
@@ -54,15 +52,24 @@ def spell_out(program: ExportedProgram, *, plugins: bool) -> ExportedProgram:
     return program
 
 
-def _written(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator that returns a constant, as that constant."""
+def with_constants(program: ExportedProgram) -> ExportedProgram:
+    """The same program with what operators of constants return as buffers, for ``torch_tensorrt``.
 
-    def literal(like: Tensor, *arguments: Any) -> Tensor:
-        with unset_fake_temporarily():
-            made = function(*arguments)
-        return torch.ops.aten.lift_fresh_copy.default(made).to(like.device)
-
-    return literal
+    An ONNX file has them as constants already.
+    """
+    module = program.module()
+    assert isinstance(module, torch.fx.GraphModule) and program.example_inputs is not None
+    nodes = [x for x in module.graph.nodes if x.target in CONSTANTS]
+    for index, node in enumerate(nodes):
+        like, *arguments = node.args
+        made = CONSTANTS[node.target](*arguments).to(like.meta["val"].device)
+        module.register_buffer(f"uta_constant_{index}", made, persistent=False)
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(f"uta_constant_{index}"))
+        module.graph.erase_node(node)
+    module.recompile()
+    args, kwargs = program.example_inputs
+    return torch.export.export(module, args, kwargs) if nodes else program
 
 
 def _select_blocks(scores: Tensor, kept: int, rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from uta_fx.export.onnx_functions import DOMAIN
 from uta_fx.export.replace_file import folder_beside
 from uta_fx.export.tensorrt_engine import load_tensorrt
 from uta_fx.export.tensorrt_ops import PLUGINS
+from uta_fx.export.tensorrt_program import with_constants
 
 
 def check_torch_tensorrt() -> None:
@@ -41,6 +42,7 @@ def write_engine(program: ExportedProgram, path: Path) -> None:
 
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
+    program = with_constants(program)
     register_converters()
     engine = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
         program,

@@ -239,16 +239,34 @@ def test_bench_times_what_is_asked_for():
         bench.run(["tiny"], device="cpu", only=["nothing", "all"])
 
 
-def test_bench_times_nothing_that_is_wrong(monkeypatch, capsys, tmp_path):
-    """A thousandth of the output is enough; there is no row and no file then."""
-    attend = ops.block_masked_attention
-
-    def wrong(*args):
-        output, lse = attend(*args)
-        return output * 1.001, lse
-
-    monkeypatch.setattr(ops, "block_masked_attention", wrong)
-    with pytest.raises(ArithmeticError, match=r"output of block_masked_attention .* nothing is"):
+@pytest.mark.parametrize(
+    ("operator", "message", "change"),
+    [
+        (
+            "block_masked_attention",
+            "output of block_masked_attention .* nothing is",
+            lambda result: (result[0] * 1.001, result[1]),
+        ),
+        ("block_scores", "scores differs from float64 .* nothing is", lambda x: x * 1.001),
+        (
+            "block_statistics",
+            "mean of values of blocks differs from float64: nothing is",
+            lambda result: (*result[:2], result[2] * 1.001, *result[3:]),
+        ),
+        (
+            "select_blocks",
+            "select_blocks keeps other blocks than its rule: nothing is",
+            lambda mask: mask.flip(-1),
+        ),
+    ],
+)
+def test_bench_times_nothing_that_is_wrong(
+    monkeypatch, capsys, tmp_path, operator, message, change
+):
+    """A thousandth of a number is enough; there is no row and no file then."""
+    compute = getattr(ops, operator)
+    monkeypatch.setattr(ops, operator, lambda *args: change(compute(*args)))
+    with pytest.raises(ArithmeticError, match=message):
         bench.run(
             ["tiny"], [0.3], device="cpu", dtype=torch.float32, rounds=2, compile=False,
             output=tmp_path / "tiny.json",

@@ -19,6 +19,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from uta_fx.export.clusters import spell_out_clusters  # noqa: E402  # need onnx
 from uta_fx.export.onnx_model import write_onnx  # noqa: E402
+from uta_fx.export.tensorrt_model import standard_dialect  # noqa: E402
+from uta_fx.export.tensorrt_program import spell_out  # noqa: E402
 
 GRID = (5, 6, 9)  # in blocks of 64 and of 16 the last is ragged
 SMALL = {"density": 0.3, "min_tokens": 64, "block_q": 64, "block_kv": 16, "grid": GRID}
@@ -28,6 +30,10 @@ POLICIES = {
     "svg2": SVG2(iterations=2),  # each iteration is nodes of its own
 }
 TAILS = (*KINDS, Tail(kind="gaussian", fit=0))
+FOR_TENSORRT = (
+    "low_delta", "radial", "sliding_tile", "spatial_temporal", "window", "rectified",
+)  # fmt: skip
+"""One that scores blocks, and all that ask operators of constants."""
 REFUSED = {("svg2", "rectified"): "tail rectified has no meaning with policy svg2"}
 
 
@@ -68,9 +74,24 @@ class Attends(nn.Module):
         return tuple(attend(query, key, value) for _ in range(self.count))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+def for_onnx_runtime(program, found, path):
+    """As ``export_onnx`` writes it."""
+    write_onnx(spell_out_clusters(program), found, path, opset=18, metadata={})
+
+
+def for_tensorrt(program, found, path):
+    """As ``export_tensorrt(form="standard")`` writes it."""
+    program = spell_out(program, plugins=False)
+    write_onnx(program, found, path, opset=18, metadata={}, dialect=standard_dialect())
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [(name, for_onnx_runtime) for name in POLICIES]
+    + [(name, for_tensorrt) for name in FOR_TENSORRT],
+)
 @torch.no_grad()
-def test_a_file_computes_what_the_sites_do_or_the_settings_are_refused(tmp_path, name):
+def test_a_file_computes_what_the_sites_do_or_the_settings_are_refused(tmp_path, name, write):
     """All sites of a policy in one graph; float32 differs by the order of sums alone.
 
     So by what roundings do: one of every number of the operands is drawn, and how far it moves the
@@ -93,7 +114,7 @@ def test_a_file_computes_what_the_sites_do_or_the_settings_are_refused(tmp_path,
     program, found = sparsify_program(torch.export.export(model, (x,)), plan)
     assert [site.sparse for site in found] == [True] * len(configs)
     path = tmp_path / "model.onnx"
-    write_onnx(spell_out_clusters(program), found, path, opset=18, metadata={})
+    write(program, found, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

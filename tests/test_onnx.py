@@ -26,6 +26,7 @@ from uta_fx.kernels import reference
 from uta_fx.policies import Radial
 from uta_fx.study.models import MODELS
 from uta_fx.study.models import SMALL as SMALL_MODEL
+from uta_fx.tails import Tail
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -444,6 +445,28 @@ def test_batch_and_text_may_be_dynamic(tmp_path):
         assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+class Doubled(nn.Module):
+    """Of as many channels again, scaled sample by sample."""
+
+    def forward(self, x, scales):
+        return torch.cat([x, x * scales["of samples"][:, None]], 1)
+
+
+def test_sizes_have_the_names_of_their_dims(tmp_path):
+    """What follows from them, too; a viewer shows no ``s47`` where the user has said more."""
+    batch, half = torch.export.Dim("batch"), torch.export.Dim("half")
+    shapes = {"x": (batch, 2 * half, None), "scales": {"of samples": {0: batch}}}
+    inputs = (torch.ones(2, 4, 3), {"of samples": torch.ones(2, 3)})
+    path = tmp_path / "model.onnx"
+    export_onnx(torch.compile(Doubled().eval()), inputs, path, dynamic_shapes=shapes)
+    graph = onnx.load(path).graph
+    found = [
+        [dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim]
+        for x in (*graph.input, *graph.output)
+    ]
+    assert found == [["batch", "2*half", 3], ["batch", 3], ["batch", "4*half", 3]]
+
+
 def test_the_size_of_the_video_may_not_where_a_policy_needs_numbers(tmp_path):
     """Radial selects by frames, which are then numbers; nothing is written."""
     model, inputs = wan()
@@ -599,6 +622,25 @@ def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
     """One sentence, and nothing half written."""
     with pytest.raises(ValueError, match=message):
         export_onnx(model, (torch.ones(4, 4),), tmp_path / path, **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_settings_that_are_objects_are_noted_by_their_names(tmp_path):
+    """As one writes them: of their fields alone nobody could tell whose they are."""
+    path = tmp_path / "model.onnx"
+    config = Config(policy=Radial(decay=0.3), tail=Tail(kind="block"))
+    export_onnx(nn.Linear(4, 4).eval(), (torch.ones(4),), path, config=config)
+    (written,) = (x.value for x in onnx.load(path).metadata_props if x.key == "uta_fx.config")
+    settings = json.loads(written)
+    assert settings["policy"] == repr(config.policy) and "Radial(decay=0.3" in written
+    assert settings["tail"] == repr(config.tail)
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 26, reason="needs a later onnx")
+def test_an_opset_that_the_exporter_does_not_know_is_refused(tmp_path):
+    """It would leave the model in another; nothing is written."""
+    with pytest.raises(ValueError, match=r"model cannot be written in opset 26: the exporter"):
+        export_onnx(nn.GELU().eval(), (torch.ones(4),), tmp_path / "m.onnx", opset=26)
     assert not os.listdir(tmp_path)
 
 
@@ -883,6 +925,14 @@ def test_forms_of_a_weight_are_named_after_it(tmp_path):
     np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_inputs_may_be_inference_tensors(tmp_path):
+    """As those are that a pipeline makes under ``torch.inference_mode``."""
+    with torch.inference_mode():
+        x = torch.ones(2, 3, 16)
+    export_onnx(Tied(4).eval(), (x,), tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
 def write_tied(path, rows):
     """Export a model with that many output channels; give what it computes of ones."""
     torch.manual_seed(rows)
@@ -1037,6 +1087,34 @@ def test_a_file_selects_as_the_operators(tmp_path, kind, rows, dtype):
     results = run(path, {"scores": scores.numpy()})
     for got, want in zip(results, Select()(scores), strict=True):
         assert torch.equal(torch.from_numpy(got), want)
+
+
+class Attends(nn.Module):
+    """Dense attention in forms that the exporter or ONNX Runtime's node does not take."""
+
+    def forward(self, q, k, v, mask):
+        attend = nn.functional.scaled_dot_product_attention
+        padding, rows = mask[:, None, :1], mask[:, None, :, :1].float()
+        return (
+            attend(q, k, v, attn_mask=padding), attend(q, k, v, attn_mask=rows),
+            attend(q[0], k[0], v[0], attn_mask=mask[0]), attend(q[0], k[0], v[0]),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_dense_attention_is_written_in_every_form(tmp_path, opset):
+    """Masks that queries or keys share, three dimensions; one operation each from 23 on."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 16, generator=generator) for n in (9, 7, 7))
+    mask = torch.rand(2, 9, 7, generator=generator) < 0.7
+    mask[..., 0] = True  # a row that sees nothing has no result
+    model, path = Attends().eval(), tmp_path / "model.onnx"
+    export_onnx(model, (q, k, v, mask), path, opset=opset)
+    feed = {"q": q.numpy(), "k": k.numpy(), "v": v.numpy(), "mask": mask.numpy()}
+    for got, expected in zip(run(path, feed), model(q, k, v, mask), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("Attention") == (4 if opset >= 23 else 0)
 
 
 class Assigns(nn.Module):

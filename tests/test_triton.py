@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uta_fx.bench.gate import base2_roundings
+from uta_fx.bench.gate import base2_roundings, require_statistics
 from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -478,48 +478,10 @@ def test_weighed_scores_are_as_accurate_as_their_weights(dtype, weight, power):
 
 
 def assert_statistics_are_accurate(key, value, block_kv):
-    """Every number errs by the roundings on its way, at most.
-
-    Float32 sums of n terms err by 2^-24 of the terms' absolute sum for each addition, and the
-    division once more. A deviation carries the mean's error and is rounded; a variance squares it.
-    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values. What
-    is of the keys' dtype is rounded to it.
-    """
+    """Of their dtypes, and within what roundings are allowed."""
     results = triton_statistics.block_statistics(key, value, block_kv)
-    exact = reference.block_statistics(key.double(), value.double(), block_kv)
     assert [x.dtype for x in results] == [key.dtype] * 3 + [torch.float32] * 2
-    assert not any(x.isnan().any() for x in results)
-    limits = torch.finfo(key.dtype)
-    additions = 2**-24 * (block_kv + 2)
-    largest_k, largest_v = (additions * x.double().abs().max() for x in (key, value))
-
-    def assert_within(got, expected, allowed):
-        if got.dtype != torch.float32:  # half a unit, or half of the smallest number
-            rounded = limits.eps / 2 * (expected.abs() + allowed)
-            allowed = allowed + rounded.clamp(min=limits.smallest_normal * limits.eps / 2)
-        assert ((got.double() - expected).abs() <= allowed).all()
-
-    k_mean, k_var, v_mean, v_var, covariance = exact
-    assert_within(results[0], k_mean, largest_k)
-    assert_within(results[2], v_mean, largest_v)
-    for got, variance, error, channels in (
-        (results[1], k_var, largest_k, 1),
-        (results[3], v_var, largest_v, value.shape[-1]),
-    ):
-        # mean of (x + e)^2 is off by 2 |e| times the mean deviation, at most its root, and e^2
-        allowed = 2 * error * (channels * variance).sqrt() + channels * error**2
-        terms = 2**-24 * (block_kv + channels + 4)
-        assert_within(got, variance, allowed + terms * variance)
-    spread, size = (
-        torch.cat([(x - centre).abs().flatten(2, 3) for x, centre in blocks], 2)
-        for blocks in (
-            [(x, x.mean(3, keepdim=True)) for x in reference.split_blocks(key.double(), block_kv)],
-            [(x, 0.0) for x in reference.split_blocks(value.double(), block_kv)],
-        )
-    )
-    unit = torch.finfo(key.dtype).eps / 2 + 2**-24 * (key.shape[2] + 8)
-    allowed = unit * spread.mT @ size / key.shape[2] + largest_k * size.mean(2)[:, :, None]
-    assert_within(results[4], covariance, allowed)
+    require_statistics(results, key, value, block_kv)
 
 
 STATISTICS_CASES = {  # length, head dims of keys and values, block_kv

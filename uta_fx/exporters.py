@@ -18,7 +18,7 @@ from uta_fx.backend import note_on_layers, plan_of
 from uta_fx.config import Config
 from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
-from uta_fx.export.dynamic_shapes import check_dynamic_shapes
+from uta_fx.export.dynamic_shapes import check_dynamic_shapes, names_of_symbols
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import opened
 from uta_fx.order import COMPUTED_ORDERS
@@ -66,7 +66,8 @@ def export_onnx(
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
-            (``layer_caches.0.key``) for an object. Frames, height and width of the video may be
+            (``layer_caches.0.key``) for an object; ``Dim("batch")`` is ``batch`` in the file, too.
+            Frames, height and width of the video may be
             dynamic (``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails
             ``none``, ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``;
             with others, and where the graph does not show how the grid follows from its inputs,
@@ -114,7 +115,7 @@ def export_onnx(
     program = spell_out_clusters(spell_out_orders(program))
     write_onnx(
         program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
-        left=found.left,
+        left=found.left, sizes=found.sizes,
     )  # fmt: skip
     return explanation
 
@@ -405,14 +406,17 @@ class _Found(NamedTuple):
     Attributes:
         branches: What was decided.
         left: Names of what the model leaves in objects among its arguments, its last outputs.
+        sizes: What ``dynamic_shapes`` call symbols of the program.
     """
 
     branches: tuple[str, ...]
     left: tuple[str, ...]
+    sizes: dict[str, str]
 
 
 def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
-    metadata = {CONFIG_KEY: json.dumps(dataclasses.asdict(config), default=repr)}
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    metadata = {CONFIG_KEY: json.dumps(settings, default=repr)}
     if branches:
         metadata[BRANCHES_KEY] = json.dumps(branches)
     return metadata
@@ -498,7 +502,10 @@ def sparse_program(
     if refused and not any(site.sparse for site in sites):
         logger.warning("no attention was rewritten; %s: %s", refused[0].name, refused[0].reason)
     # a line of code may ask in every layer
-    found = _Found(tuple(dict.fromkeys(map(str, branches))), tuple(given.left))
+    found = _Found(
+        tuple(dict.fromkeys(map(str, branches))), tuple(given.left),
+        names_of_symbols(model, program, dynamic_shapes),
+    )  # fmt: skip
     notes = [f"decided by these inputs, others give NaN: {branch}" for branch in found.branches]
     if found.left:
         notes.append(f"what the model leaves in its arguments is output: {', '.join(found.left)}")

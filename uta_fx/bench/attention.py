@@ -23,7 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import uta_fx
 from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
-from uta_fx.bench.gate import check_attention, check_scores, relative_error
+from uta_fx.bench.gate import (
+    check_attention,
+    check_scores,
+    check_selection,
+    check_statistics,
+    relative_error,
+)
 from uta_fx.bench.inputs import INPUTS, SHAPES, Inputs, Shape
 from uta_fx.kernels import ops
 from uta_fx.order import Grid
@@ -93,7 +99,8 @@ def run(
     Raises:
         ValueError: A name is not in ``SHAPES`` or ``INPUTS`` or nothing that is timed; the policy
             or the tail has an operator of its own.
-        ArithmeticError: A result disagrees with float64; nothing of that shape was timed.
+        ArithmeticError: A result disagrees with float64, or a selection with its rule; nothing of
+            that shape was timed.
     """
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(
@@ -194,6 +201,7 @@ class _Case:
     def _parts_before_attention(self) -> Candidates:
         config, grid = self.config, self.shape.grid
         arguments = LowDelta().arguments(self.selection)
+        check_statistics(*self.ordered[1:], config.block_kv)
         check_scores(arguments)
 
         def reorder(query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -213,6 +221,7 @@ class _Case:
         config = dataclasses.replace(self.config, density=density)
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
+        check_selection(ops.block_scores(*LowDelta().arguments(self.selection)), density)
         check_attention(arguments)
         self.kept[density] = arguments[3].double().mean().item()
 

@@ -147,6 +147,85 @@ def check_scores(arguments: Sequence[Any]) -> None:
     _require("scores", scores[:1, :SAMPLED_HEADS][:, :, chosen], exact, exact, unit * exact.max())
 
 
+def check_statistics(key: Tensor, value: Tensor, block_kv: int) -> None:
+    """Compare the statistics of sampled heads with float64.
+
+    Raises:
+        ArithmeticError: One is further away than ``require_statistics`` allows.
+    """
+    results = ops.block_statistics(key, value, block_kv)
+    *sampled, key, value = (x[:1, :SAMPLED_HEADS] for x in (*results, key, value))
+    require_statistics(sampled, key, value, block_kv)
+
+
+def require_statistics(
+    results: Sequence[Tensor], key: Tensor, value: Tensor, block_kv: int
+) -> None:
+    """Every number errs by the roundings on its way, at most.
+
+    Float32 sums of n terms err by 2^-24 of the terms' absolute sum for each addition, and the
+    division once more. A deviation carries the mean's error and is rounded; a variance squares it.
+    Deviations of keys are rounded to their dtype, by half a unit, before they meet the values. What
+    is of the keys' dtype is rounded to it.
+
+    Args:
+        results: Of ``uta::block_statistics``.
+        key: ``[B, H, L, D]``, of which they are.
+        value: ``[B, H, L, Dv]``, likewise.
+        block_kv: Keys in a block.
+
+    Raises:
+        ArithmeticError: One errs more, or is NaN.
+    """
+    exact = reference.block_statistics(key.double(), value.double(), block_kv)
+    limits = torch.finfo(key.dtype)
+    additions = 2**-24 * (block_kv + 2)
+    largest_k, largest_v = (additions * x.double().abs().max() for x in (key, value))
+
+    def require(name: str, got: Tensor, expected: Tensor, allowed: Tensor) -> None:
+        if got.dtype != torch.float32:  # half a unit, or half of the smallest number
+            rounded = limits.eps / 2 * (expected.abs() + allowed)
+            allowed = allowed + rounded.clamp(min=limits.smallest_normal * limits.eps / 2)
+        if not ((got.double() - expected).abs() <= allowed).all():
+            raise ArithmeticError(f"{name} of blocks differs from float64: nothing is timed")
+
+    k_mean, k_var, v_mean, v_var, covariance = exact
+    require("mean of keys", results[0], k_mean, largest_k)
+    require("mean of values", results[2], v_mean, largest_v)
+    for name, got, variance, error, channels in (
+        ("variance of keys", results[1], k_var, largest_k, 1),
+        ("variance of values", results[3], v_var, largest_v, value.shape[-1]),
+    ):
+        # mean of (x + e)^2 is off by 2 |e| times the mean deviation, at most its root, and e^2
+        allowed = 2 * error * (channels * variance).sqrt() + channels * error**2
+        terms = 2**-24 * (block_kv + channels + 4)
+        require(name, got, variance, allowed + terms * variance)
+    spread, size = (
+        torch.cat([(x - centre).abs().flatten(2, 3) for x, centre in blocks], 2)
+        for blocks in (
+            [(x, x.mean(3, keepdim=True)) for x in reference.split_blocks(key.double(), block_kv)],
+            [(x, 0.0) for x in reference.split_blocks(value.double(), block_kv)],
+        )
+    )
+    unit = limits.eps / 2 + 2**-24 * (key.shape[2] + 8)
+    allowed = unit * spread.mT @ size / key.shape[2] + largest_k * size.mean(2)[:, :, None]
+    require("covariance of keys and values", results[4], covariance, allowed)
+
+
+def check_selection(scores: Tensor, density: float) -> None:
+    """Compare what a budget of the whole site keeps of scores with the rule, block by block.
+
+    Raises:
+        ArithmeticError: It keeps others.
+    """
+    _, heads, blocks_q, blocks = scores.shape
+    rows = heads * blocks_q
+    kept = max(rows, math.ceil(density * rows * blocks))
+    mask = ops.select_blocks(scores, kept, rows)
+    if not torch.equal(mask, reference.select_blocks(scores, kept, rows)):
+        raise ArithmeticError("select_blocks keeps other blocks than its rule: nothing is timed")
+
+
 def relative_error(
     output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> float:
