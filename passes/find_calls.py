@@ -18,7 +18,8 @@ from uta_fx.passes.match_operators import Fused, match_operator
 from uta_fx.passes.match_softmax import Written, match_softmax
 from uta_fx.passes.site import Operand, Order, value_of
 
-SDPA_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_SDPA = torch.ops.aten.scaled_dot_product_attention
+SDPA_TARGETS = (F.scaled_dot_product_attention, _SDPA, _SDPA.default)
 
 # nn.TransformerEncoderLayer, where neither gradients nor export forbid it
 _ENCODER_LAYER = torch._transformer_encoder_layer_fwd

@@ -20,7 +20,8 @@ _MOVES = ("transpose", "permute", "getattr", *_TURNS, *_RESHAPES)
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 NEAR = (*CASTS, *_MOVES, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp",
         "tanh", "expand", "repeat_interleave", "nan_to_num", "neg", "sigmoid", "cat", "squeeze",
-        "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal")  # fmt: skip
+        "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal", "pow", "threshold",
+        "relu")  # fmt: skip
 
 
 def uncast(node: Node) -> Node:

@@ -308,6 +308,16 @@ def tensordot(q, k, v):
     return torch.tensordot(weights.t(), v[1], 1)
 
 
+def by_other_names(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.negative(torch.true_divide(torch.linalg.matmul(q, k.mT), -4.0))
+    return torch.special.log_softmax(logits, -1).exp() @ v
+
+
+def sdpa_of_aten(q, k, v):
+    return torch.ops.aten.scaled_dot_product_attention(*map(heads, (q, k, v)))
+
+
 def addmm(q, k, v):
     logits = torch.addmm(q.new_zeros(LENGTH), q[1], k[1].t(), beta=0, alpha=0.2)
     return logits.softmax(-1) @ v[1]
@@ -348,7 +358,7 @@ LAYOUTS = (
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
     normalized, keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
-    heads_apart_between_the_products, flattened,
+    heads_apart_between_the_products, flattened, by_other_names, sdpa_of_aten,
 )  # fmt: skip
 
 
@@ -535,6 +545,11 @@ def test_the_encoder_layer_of_torch_is_named_or_found():
 def capped(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return torch.tanh(q @ k.mT / 50).mul(50).softmax(-1) @ v
+
+
+def sharpened(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).softmax(-1).pow(2) @ v
 
 
 def wrong_dimension(q, k, v):
@@ -843,6 +858,7 @@ def written_to(q, k, v):
     ("form", "reason"),
     [
         (capped, "looks like attention, but tanh changes the logits"),
+        (sharpened, "looks like attention, but pow changes the weights"),
         (wrong_dimension, "looks like attention, but its softmax is over dimension -2, which i"),
         (filled_and_turned, "looks like attention, but its products are laid out in a way"),
         (turned_less_than_each_key, "looks like attention, but sub changes the logits"),
