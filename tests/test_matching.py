@@ -417,6 +417,16 @@ def test_every_form_is_found_after_export(form):
     torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-3 if half else 2e-6)
 
 
+@torch.no_grad()
+def test_attention_of_matmuls_is_found_in_core_aten():
+    """Where a matmul is a bmm between views and expansions to the shape that there is."""
+    module, x = Attention(matmul).eval(), tokens()
+    program = torch.export.export(module, (x,)).run_decompositions()
+    sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert [site.sparse for site in sites] == [True]
+    torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-6)
+
+
 class OverVideo(nn.Module):
     """A form over the tokens of a video."""
 
