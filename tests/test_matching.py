@@ -500,7 +500,7 @@ def test_the_padding_of_a_multi_head_attention_is_read_as_lengths(added):
 
 
 def test_a_multi_head_attention_with_more_than_attention_stays_dense():
-    """Its weights are asked for, or it has a mask: one site, with the reason."""
+    """Its weights are asked for, or it has a mask or no batch: one site, with the reason."""
 
     class Weights(nn.Module):
         def __init__(self):
@@ -508,12 +508,17 @@ def test_a_multi_head_attention_with_more_than_attention_stays_dense():
             self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
 
         def forward(self, x, mask=None):
-            output, weights = self.attention(x, x, x, attn_mask=mask)
-            return (output, weights) if mask is None else output
+            asked = mask is None and x.dim() == 3
+            output, weights = self.attention(x, x, x, attn_mask=mask, need_weights=asked)
+            return (output, weights) if asked else output
 
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    for arguments, reason in (((), "returns its weights"), ((mask,), "has attn_mask")):
-        found = uta_fx.explain(Weights(), tokens(), *arguments, config=Config(**SMALL)).sites
+    for x, arguments, reason in (
+        (tokens(), (), "returns its weights"),
+        (tokens(), (mask,), "has attn_mask"),
+        (tokens()[0], (), "has no batch"),
+    ):
+        found = uta_fx.explain(Weights(), x, *arguments, config=Config(**SMALL)).sites
         assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
 
 
