@@ -318,10 +318,18 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, k, **self.options)
 
 
+class Mapped(Attention):
+    """Sample by sample."""
+
+    def forward(self, x):
+        return torch.func.vmap(lambda sample: Attention.forward(self, sample))(x[:, None])
+
+
 @pytest.mark.parametrize(
     ("module", "config", "reason"),
     [
         (Attention(is_causal=True), {}, "is causal"),
+        (Mapped(), {"grid": (4, 8, 8)}, "is inside a transform of torch.func, such as vmap"),
         (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
         (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "its attention mask"),
         (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 256"),
