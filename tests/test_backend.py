@@ -498,7 +498,11 @@ def test_the_backend_is_found_without_an_import():
     )
     environment = {**os.environ, "TORCH_LOGS": "uta_fx"}
     done = subprocess.run(
-        [sys.executable, "-c", script], check=True, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        check=True,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert "uta_fx/backend.py" in done.stderr and "4 tokens are fewer than" in done.stderr
 

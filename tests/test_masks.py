@@ -92,7 +92,7 @@ def scaled_complement(seen):
 
 def product_of_rows(seen):
     rows = F.pad(seen.half(), (VIDEO, 0), value=1)
-    return (rows[:, None, None] * rows[:, None, :, None] > 0.5)
+    return rows[:, None, None] * rows[:, None, :, None] > 0.5
 
 
 @torch.no_grad()
