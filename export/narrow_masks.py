@@ -38,10 +38,13 @@ def narrow_masks(program: ExportedProgram) -> None:
     for split in graph.find_nodes(op="call_function", target=_ATEN.split_with_sizes.default):
         _spell_out_split(split)
     narrowed: dict[tuple[Node, int, int, int], Node] = {}
+    replaced = []
     for node in graph.find_nodes(op="call_function", target=_ATEN.slice.Tensor):
         if (part := _part(node)) is not None:
             node.replace_all_uses_with(_narrow(*part, narrowed))
-            _erase(node)
+            replaced.append(node)
+    for node in replaced:  # not before: another may be replaced by what this one alone reads
+        _erase(node)
     for x, *_ in reversed(narrowed):
         users, checks = list(x.users), _ATEN._assert_tensor_metadata.default
         if users and all(user.target is checks for user in users):
@@ -60,7 +63,7 @@ def _erase(node: Node) -> None:
         return
     sources = [x for x in node.all_input_nodes if _is_mask(x)]
     node.graph.erase_node(node)
-    for source in sources:
+    for source in sorted(sources):  # one that another is made of goes with that one
         _erase(source)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 RIDGE = 0.3  # how strongly both factors of a fit are held to 1, relative to what the sample says
 STEPS = 2  # of Gauss and Newton, since mass is in the denominator too
-SAMPLED_BLOCKS = 128  # of keys, at least, that a fit looks at where there are more
+SAMPLED_BLOCKS = 64  # of keys, at least, that a fit looks at where there are more
 GOLDEN = 40503  # 2^16 over the golden ratio
 LIMIT = 4.0  # mass lies between one part in so many and so many times, the slope below
 

@@ -27,7 +27,7 @@ def expand_multi_head(gm: GraphModule) -> None:
 
 def objection_to_expansion(node: Node) -> str | None:
     """Why an ``nn.MultiheadAttention`` is more than projections around an attention, or None."""
-    call = _bind(node)
+    call = bind_multi_head(node)
     for name in ("attn_mask", "bias_k", "bias_v", "static_k", "static_v"):
         if call[name] is not None:
             return f"nn.MultiheadAttention has {name}"
@@ -42,14 +42,15 @@ def objection_to_expansion(node: Node) -> str | None:
     return None
 
 
-def _bind(node: Node) -> dict[str, Any]:
+def bind_multi_head(node: Node) -> dict[str, Any]:
+    """All arguments of such a node by name."""
     bound = _SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def _expand(node: Node) -> None:
-    call, graph = _bind(node), node.graph
+    call, graph = bind_multi_head(node), node.graph
 
     def emit(function: Callable[..., Any], *args: Any) -> Node:
         new = graph.call_function(function, args)

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from uta_fx.passes.expand_multi_head import MULTI_HEAD, objection_to_expansion
+from uta_fx.passes.expand_multi_head import (
+    MULTI_HEAD,
+    bind_multi_head,
+    objection_to_expansion,
+)
 from uta_fx.passes.match_near_miss import match_near_miss
 from uta_fx.passes.match_operators import Fused, match_operator
 from uta_fx.passes.match_softmax import Written, match_softmax
 from uta_fx.passes.site import Operand, Order, value_of
 
-SDPA_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_SDPA = torch.ops.aten.scaled_dot_product_attention
+SDPA_TARGETS = (F.scaled_dot_product_attention, _SDPA, _SDPA.default)
 
 # nn.TransformerEncoderLayer, where neither gradients nor export forbid it
 _ENCODER_LAYER = torch._transformer_encoder_layer_fwd
@@ -134,9 +139,12 @@ def _bound(node: Node) -> Call:
 
 
 def _multi_head(node: Node) -> Call:
-    """One that was not expanded: tensors are ``[L, B, E]``, their heads inside."""
-    arguments: Any = node.args
-    query, key, value = (Operand(x, ((1,), (), (0,), (2,))) for x in arguments[:3])
+    """One that was not expanded: tensors are ``[L, B, E]`` or ``[L, E]``, their heads inside."""
+    arguments = bind_multi_head(node)
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    batched = value_of(query).dim() == 3
+    order: Order = ((1,), (), (0,), (2,)) if batched else ((), (), (0,), (1,))
+    query, key, value = (Operand(x, order) for x in (query, key, value))
     return Call(node, query, key, value, objection=objection_to_expansion(node))
 
 

@@ -800,7 +800,7 @@ for _rule, _names in (
         _pointwise,
         "add sub mul div neg pow sqrt rsqrt exp log sin cos silu gelu relu leaky_relu sigmoid tanh"
         " softplus mish elu hardswish abs square reciprocal float half bfloat16 double to to_copy"
-        " type type_as contiguous clone detach dropout nan_to_num clamp clip where masked_fill"
+        " type type_as contiguous clone detach dropout nan_to_num clamp where masked_fill"
         " maximum minimum addcmul addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not"
         " bitwise_not and or invert bool int long polar alias lift_fresh lift_fresh_copy copy sign"
         " round floor rfloordiv floordiv floor_divide remainder mod conj real imag identity relu6",

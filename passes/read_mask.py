@@ -131,26 +131,45 @@ _NEW = (
 
 def _operands(node: Node, want: bool) -> list[tuple[Node, bool]]:
     """The masks that must all be so (second: True or False) for a mask to be so."""
-    name = name_of(node)
-    if name in ("bool", "to", "contiguous"):
-        return _operands(argument(node, 0, "input"), want)
-    if _is_negation(node):
-        return _operands(argument(node, 0, "input"), not want)
-    if name in (_ANDS if want else _ORS):
-        arguments: Any = node.args
-        return [part for x in arguments for part in _operands(x, want)]
+    if (same_one := _of_the_same_truth(node)) is not None:
+        return _operands(same_one, want)
+    if (other := _negated(node)) is not None:
+        return _operands(other, not want)
+    if name_of(node) in (_ANDS if want else _ORS) and len(node.all_input_nodes) == 2:
+        return [part for x in node.all_input_nodes for part in _operands(x, want)]
     return [(node, want)]
 
 
-_ANDS = ("and", "logical_and", "bitwise_and")
+_ANDS = ("and", "logical_and", "bitwise_and", "mul")
 _ORS = ("or", "logical_or", "bitwise_or")
 
 
-def _is_negation(node: Node) -> bool:
-    """Whether a mask is the complement of its argument, or True where that is 0."""
-    if name_of(node) == "eq":
-        return _fits(argument(node, 1, "other"), False)
-    return name_of(node) in NEGATIONS and recorded(argument(node, 0, "input")).dtype == torch.bool
+def _of_the_same_truth(node: Node) -> Node | None:
+    """What a node is 1 where that is 1, and 0 where it is 0: of a cast, or ``mask > 0``."""
+    name, (a, b) = name_of(node), _both(node)
+    if isinstance(b, (int, float)):
+        asks = {"ne": b == 0, "eq": b == 1, "gt": 0 <= b < 1, "ge": 0 < b <= 1}.get(name, False)
+    else:
+        asks = name in _CASTS
+    return a if asks and isinstance(a, Node) else None
+
+
+_CASTS = (
+    "bool", "to", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as",
+    "to_copy", "contiguous", "clone", "alias",
+)  # fmt: skip
+
+
+def _negated(node: Node) -> Node | None:
+    """What a node is 0 where that is 1, and 1 where it is 0: ``~mask``, ``mask == 0``, 1 - mask."""
+    name, (a, b) = name_of(node), _both(node)
+    if name == "sub":
+        one, x = (b, a) if "rsub" in str(node.target) else (a, b)
+        weighed = argument(node, 2, "alpha", 1) != 1
+        return x if _fits(one, True) and isinstance(x, Node) and not weighed else None
+    if name == "eq":
+        return a if _fits(b, False) else None
+    return a if name in NEGATIONS and recorded(a).dtype == torch.bool else None
 
 
 def _constant(node: Node, dim: int) -> bool:
@@ -160,8 +179,8 @@ def _constant(node: Node, dim: int) -> bool:
         return True
     if name in ("expand", "repeat"):
         return _constant(argument(node, 0, "input"), dim)
-    if name in ("bool", "to", "contiguous") or _is_negation(node):
-        return _constant(argument(node, 0, "input"), dim)
+    if (source := _of_the_same_truth(node) or _negated(node)) is not None:
+        return _constant(source, dim)
     if name == "transpose":
         return _constant(argument(node, 0, "input"), _transposed(node, dim))
     return False
@@ -182,7 +201,7 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
         dim: Negative.
         start: First index.
         stop: One past the last.
-        want: True: not zero; False: zero.
+        want: True: 1; False: 0.
     """
     if not isinstance(node, Node):
         return _fits(node, want)
@@ -196,18 +215,23 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
         return not want
     if name in ("full", "new_full", "full_like"):
         return _fits(argument(node, 2 if name == "new_full" else 1, "fill_value"), want)
-    if name in ("bool", "to", "int", "long", "float", "contiguous", "type_as", "to_copy", "clone"):
-        return _always(argument(node, 0, "input"), dim, start, stop, want)
-    if _is_negation(node):
-        return _always(argument(node, 0, "input"), dim, start, stop, not want)
+    if (same_one := _of_the_same_truth(node)) is not None:
+        return _always(same_one, dim, start, stop, want)
+    if (other := _negated(node)) is not None:
+        return _always(other, dim, start, stop, not want)
     if name in (*_ANDS, *_ORS):
-        both = [_always(x, dim, start, stop, want) for x in node.args]
+        both = [_always(x, dim, start, stop, want) for x in _both(node)]
+        if want and name in _ORS and recorded(node).dtype != torch.bool:
+            return False  # 1 | 2 is 3
         return all(both) if want == (name in _ANDS) else any(both)
-    if name == "masked_fill":
-        x, condition, value = _filled(node)
-        kept = _always(x, dim, start, stop, want)
-        filled = _fits(number_of(value), want)
-        return kept and (filled or _always(condition, dim, start, stop, False))
+    if name in ("masked_fill", "where"):
+        condition, *values = _chosen(node)
+        return all(
+            _fits(number_of(value), want)
+            or _always(value, dim, start, stop, want)
+            or _always(condition, dim, start, stop, not chosen)
+            for value, chosen in zip(values, (True, False), strict=True)
+        )
     if name in ("cat", "pad"):
         pieces = _pieces(node, dim, start, stop)
         return pieces is not None and all(_always(x, dim, a, b, want) for x, a, b in pieces)
@@ -306,19 +330,20 @@ def _first(node: Any, want: bool) -> bool:
     if not isinstance(node, Node):
         return False
     name = name_of(node)
-    if _is_negation(node):
-        return _first(argument(node, 0, "input"), not want)
+    if (other := _negated(node)) is not None:
+        return _first(other, not want)
     if name in ("lt", "le", "gt", "ge"):
         index, bound = _both(node)
         below = name in ("lt", "le")
         if _is_arange(bound):
             index, bound, below = bound, index, not below
-        return _is_arange(index) and _is_one(bound) and below == want
+        if _is_arange(index):
+            return _is_one(bound) and below == want
     if name == "masked_fill":
         x, condition, value = _filled(node)
         all_ones = isinstance(x, Node) and _always(x, -1, 0, _sizes(x)[-1], True)
         return want and all_ones and _fits(number_of(value), False) and _first(condition, False)
-    source = _of_the_same_rows(node)
+    source = _of_the_same_rows(node) or _of_the_same_truth(node)
     return source is not None and _first(source, want)
 
 
@@ -328,7 +353,7 @@ def _added(node: Any) -> bool:
         return False
     name = name_of(node)
     if name == "where":
-        condition, a, b = (argument(node, *x) for x in enumerate(("condition", "input", "other")))
+        condition, a, b = _chosen(node)
         return any(
             _fits(number_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
             for shown, hidden, want in ((a, b, True), (b, a, False))
@@ -339,20 +364,11 @@ def _added(node: Any) -> bool:
         return all_zeros and _is_hiding(value) and _first(condition, False)
     if name == "mul":
         return any(
-            _is_hiding(factor) and factor != -torch.inf and _is_complement(x)
+            _is_hiding(factor) and factor != -torch.inf and _first(x, False)
             for x, factor in (_both(node), _both(node)[::-1])
         )
     source = _of_the_same_rows(node)
     return source is not None and _added(source)
-
-
-def _is_complement(node: Any) -> bool:
-    """Whether entries are 0 before some bound of each row, and 1 behind it: ``1 - mask``, say."""
-    if isinstance(node, Node) and name_of(node) == "sub":
-        one, x = _both(node)[::-1] if "rsub" in str(node.target) else _both(node)
-        weighed = argument(node, 2, "alpha", 1) != 1
-        return _fits(one, True) and _first(x, True) and not weighed
-    return _first(node, False)
 
 
 def _both(node: Node) -> tuple[Any, Any]:
@@ -363,6 +379,15 @@ def _both(node: Node) -> tuple[Any, Any]:
 def _filled(node: Node) -> tuple[Any, Any, Any]:
     """Tensor, mask and value of ``masked_fill``."""
     return argument(node, 0, "input"), argument(node, 1, "mask"), argument(node, 2, "value")
+
+
+def _chosen(node: Node) -> tuple[Any, Any, Any]:
+    """Of ``where`` and ``masked_fill`` the condition, what is taken where it is True, and else."""
+    if name_of(node) == "masked_fill":
+        x, condition, value = _filled(node)
+        return condition, value, x
+    first, second, other = (argument(node, *x) for x in enumerate(("condition", "input", "other")))
+    return (second, first, other) if node.op == "call_method" else (first, second, other)
 
 
 def _is_hiding(number: Any) -> bool:

@@ -169,6 +169,10 @@ _ALIASES = {
     "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "unsafe_view": "view",
     "narrow_copy": "narrow", "multiply": "mul", "divide": "div", "subtract": "sub",
     "special_softmax": "softmax", "numpy_T": "T", "clamp_min": "clamp", "clamp_max": "clamp",
+    "true_divide": "div", "negative": "neg", "clip": "clamp", "linalg_matmul": "matmul",
+    "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp",
+    "special_exp2": "exp2", "greater": "gt", "greater_equal": "ge", "less": "lt",
+    "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
 
 _IN_PLACE = {

@@ -378,6 +378,8 @@ def _is_short(tokens: Size, plan: Plan) -> bool:
 def _objection_to_arguments(call: Call) -> str | None:
     """Why the operator cannot stand for this call, or None."""
     query, key, value = call.query, call.key, call.value
+    if torch._C._functorch.is_functorch_wrapped_tensor(value_of(call.node)):
+        return "is inside a transform of torch.func, such as vmap"
     if len(query.order) != 4 or len(key.order) != 4:
         return f"query has {len(query.order)} dimensions, not the 4 of [B, H, L, D]"
     if objection := _objection_to_rank(call):

@@ -814,7 +814,7 @@ for _rule, _names in (
         _pointwise,
         "add sub mul div neg pow sqrt rsqrt exp log sin cos silu gelu relu leaky_relu sigmoid tanh"
         " softplus mish elu hardswish abs square reciprocal float half bfloat16 double to to_copy"
-        " type type_as contiguous clone detach dropout nan_to_num clamp clip where masked_fill"
+        " type type_as contiguous clone detach dropout nan_to_num clamp where masked_fill"
         " empty_like zeros_like ones_like randn_like full_like maximum minimum addcmul addcdiv lerp"
         " eq ne lt le gt ge logical_and logical_or logical_not bitwise_not and or invert bool int"
         " long polar requires_grad alias lift_fresh_copy lift_fresh copy sign round floor rfloordiv"

@@ -14,13 +14,14 @@ from uta_fx.passes.trace_axes import same
 
 CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous",
          "clone", "detach")  # fmt: skip
-_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten")
+_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "expand")
 _TURNS = ("mT", "T", "t")
 _MOVES = ("transpose", "permute", "getattr", *_TURNS, *_RESHAPES)
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 NEAR = (*CASTS, *_MOVES, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp",
         "tanh", "expand", "repeat_interleave", "nan_to_num", "neg", "sigmoid", "cat", "squeeze",
-        "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal")  # fmt: skip
+        "unsqueeze", "getitem", "slice", "narrow", "normalize", "reciprocal", "pow", "threshold",
+        "relu")  # fmt: skip
 
 
 def uncast(node: Node) -> Node:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -317,10 +318,18 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, k, **self.options)
 
 
+class Mapped(Attention):
+    """Sample by sample."""
+
+    def forward(self, x):
+        return torch.func.vmap(lambda sample: Attention.forward(self, sample))(x[:, None])
+
+
 @pytest.mark.parametrize(
     ("module", "config", "reason"),
     [
         (Attention(is_causal=True), {}, "is causal"),
+        (Mapped(), {"grid": (4, 8, 8)}, "is inside a transform of torch.func, such as vmap"),
         (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
         (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "its attention mask"),
         (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 256"),
@@ -469,20 +478,33 @@ def test_bad_options_are_errors(options, message):
 
 
 def test_the_backend_is_found_without_an_import():
-    """By its entry point, in a fresh process; and the core needs neither Triton nor diffusers."""
+    """By its entry point, in a fresh process; and the core needs neither Triton nor diffusers.
+
+    Its log is one of those that torch's own switch turns on.
+    """
     script = (
         "import sys, torch\n"
         "for name in ('triton', 'diffusers', 'onnx', 'rich', 'typer', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "assert 'uta' in torch._dynamo.list_backends()\n"
         "import torch.nn.functional as F\n"
-        "f = torch.compile(lambda x: x + 1, backend='uta', options={'inner': 'eager'})\n"
-        "assert f(torch.ones(1)) == 2 and 'uta_fx' in sys.modules\n"
+        "def attend(x): return F.scaled_dot_product_attention(x, x, x)\n"
+        "f = torch.compile(attend, backend='uta', options={'inner': 'eager'})\n"
+        "x = torch.ones(1, 1, 4, 8)\n"
+        "assert torch.equal(f(x), x) and 'uta_fx' in sys.modules\n"
         "import uta_fx\n"
         "q = torch.randn(1, 1, 128, 16)\n"
         "assert uta_fx.sparse_attention(q, q, q).shape == q.shape\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    environment = {**os.environ, "TORCH_LOGS": "uta_fx"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "uta_fx/backend.py" in done.stderr and "4 tokens are fewer than" in done.stderr
 
 
 @torch.no_grad()

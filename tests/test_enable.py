@@ -226,6 +226,8 @@ def test_what_cannot_be_enabled_is_named():
         uta_fx.enable(Model(), Config(dense_until=0.2))
     with pytest.raises(TypeError, match="a pipeline with a transformer, got SimpleNamespace"):
         uta_fx.enable(types.SimpleNamespace(unet=Model()))
+    with pytest.raises(TypeError, match="a module in Python, got a scripted one"):
+        uta_fx.enable(torch.jit.trace(Model(), torch.randn(1, 128, 32)))
     uncounted = pipeline_of(Model(), types.SimpleNamespace())
     with pytest.raises(ValueError, match="dense_until needs a scheduler that counts its steps"):
         uta_fx.enable(uncounted, Config(dense_until=0.2))

@@ -81,6 +81,19 @@ class SelfAttention(nn.Module):
         return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_is_not_traced_is_not_said_to_have_no_attention(in_place):
+    """Compiled in place, or scripted: Dynamo hands on no graph of it."""
+    model, inputs = SelfAttention(5).eval(), (torch.ones(1, 4, 2, 4, 4), torch.ones(1, 5, 32))
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.jit.trace(model, inputs)
+    explanation = uta_fx.explain(model, *inputs)
+    (note,) = explanation.notes
+    assert not explanation.sites and note.startswith("nothing of the model was traced: it was")
+
+
 @pytest.mark.parametrize("text", [0, 5])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_operations_are_those_of_the_layers(text, device):

@@ -133,6 +133,27 @@ def test_a_mask_that_is_written_to_stays():
     assert torch.equal(program.module()(a, b), Written()(a, b))
 
 
+class ReadTwice(nn.Module):
+    """Two parts of one part of a mask, as two attentions take them."""
+
+    def forward(self, a, b):
+        both = a & b
+        mask = ~both & both | a
+        return mask[:, 1:4][:, 1:], mask[:, 1:4][:, :2]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_a_mask_that_is_read_twice_is_there_for_both():
+    """And nothing is erased twice, of which torch.fx warns."""
+    a, b = (torch.rand(4, 5, generator=torch.Generator().manual_seed(i)) > 0.5 for i in range(2))
+    program = torch.export.export(ReadTwice(), (a, b))
+    narrow_masks(program)
+    program.graph.lint()
+    assert max(x.meta["val"].numel() for x in program.graph.nodes if x.op == "call_function") < 20
+    for got, expected in zip(program.module()(a, b), ReadTwice()(a, b), strict=True):
+        assert torch.equal(got, expected)
+
+
 class Asking(nn.Module):
     """It asks about its input and, perhaps, about what attention makes of it."""
 

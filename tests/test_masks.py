@@ -80,10 +80,29 @@ def added(seen):
     return torch.cat([torch.zeros(2, VIDEO), text], 1)[:, None, None, :]
 
 
+def chosen(seen):
+    return torch.where(concatenated(seen), 0.0, -torch.inf)
+
+
+def scaled_complement(seen):
+    """As transformers' extended attention masks."""
+    mask = F.pad(seen.float(), (VIDEO, 0), value=1)[:, None, None]
+    return (1.0 - mask) * torch.finfo(mask.dtype).min
+
+
+def product_of_rows(seen):
+    rows = F.pad(seen.half(), (VIDEO, 0), value=1)
+    return rows[:, None, None] * rows[:, None, :, None] > 0.5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "make", [concatenated, padded, counted, below_a_count, outer, of_a_count_of_queries, added]
-)
+    "make",
+    [
+        concatenated, padded, counted, below_a_count, outer, of_a_count_of_queries, added, chosen,
+        scaled_complement, product_of_rows,
+    ],
+)  # fmt: skip
 def test_a_mask_that_hides_only_text_is_honoured(make):
     """Density 1 equals dense, for a text that is whole and one that is padded."""
     model, arguments = Joint(make), inputs()
@@ -164,6 +183,19 @@ def written_to(seen):
     return mask[:, None, None]
 
 
+def complement_of_zeros(seen):
+    return (1.0 - F.pad(seen.float(), (VIDEO, 0)))[:, None, None] * -1e4
+
+
+def chosen_the_other_way(seen):
+    return torch.where(concatenated(seen), -torch.inf, 0.0)
+
+
+def complement_of_more_than_one(seen):
+    one_or_three = torch.ones(2, LENGTH, dtype=torch.int) | 2 * F.pad(seen.int(), (0, VIDEO))
+    return ((1 - one_or_three) * 1e4)[:, None, None]
+
+
 def shifted(seen):
     return torch.cat([torch.ones(2, VIDEO - 1), seen.float(), torch.ones(2, 1)], 1)[
         :, None, None
@@ -176,6 +208,9 @@ def shifted(seen):
         (from_outside, "the graph does not show that its attention mask leaves all video"),
         (video_filled, "the graph does not show that its attention mask leaves all video"),
         (a_smaller_count, "the graph does not show that its attention mask leaves all video"),
+        (complement_of_zeros, "the graph does not show that its attention mask leaves all video"),
+        (chosen_the_other_way, "the graph does not show that its attention mask leaves all vid"),
+        (complement_of_more_than_one, "the graph does not show that its attention mask leaves a"),
         (shifted, "the graph does not show that its attention mask leaves all video"),
         (filled_with_a_half, "the graph does not show that its attention mask leaves all video"),
         (written_to, "its attention mask is made of a tensor that is written to"),

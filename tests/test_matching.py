@@ -308,6 +308,16 @@ def tensordot(q, k, v):
     return torch.tensordot(weights.t(), v[1], 1)
 
 
+def by_other_names(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = torch.negative(torch.true_divide(torch.linalg.matmul(q, k.mT), -4.0))
+    return torch.special.log_softmax(logits, -1).exp() @ v
+
+
+def sdpa_of_aten(q, k, v):
+    return torch.ops.aten.scaled_dot_product_attention(*map(heads, (q, k, v)))
+
+
 def addmm(q, k, v):
     logits = torch.addmm(q.new_zeros(LENGTH), q[1], k[1].t(), beta=0, alpha=0.2)
     return logits.softmax(-1) @ v[1]
@@ -348,7 +358,7 @@ LAYOUTS = (
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
     normalized, keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
-    heads_apart_between_the_products, flattened,
+    heads_apart_between_the_products, flattened, by_other_names, sdpa_of_aten,
 )  # fmt: skip
 
 
@@ -405,6 +415,16 @@ def test_every_form_is_found_after_export(form):
     assert [site.sparse for site in sites] == [True]
     half = form is softmax_in_float32_with_dropout_off
     torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-3 if half else 2e-6)
+
+
+@torch.no_grad()
+def test_attention_of_matmuls_is_found_in_core_aten():
+    """Where a matmul is a bmm between views and expansions to the shape that there is."""
+    module, x = Attention(matmul).eval(), tokens()
+    program = torch.export.export(module, (x,)).run_decompositions()
+    sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert [site.sparse for site in sites] == [True]
+    torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-6)
 
 
 class OverVideo(nn.Module):
@@ -480,7 +500,7 @@ def test_the_padding_of_a_multi_head_attention_is_read_as_lengths(added):
 
 
 def test_a_multi_head_attention_with_more_than_attention_stays_dense():
-    """Its weights are asked for, or it has a mask: one site, with the reason."""
+    """Its weights are asked for, or it has a mask or no batch: one site, with the reason."""
 
     class Weights(nn.Module):
         def __init__(self):
@@ -488,12 +508,17 @@ def test_a_multi_head_attention_with_more_than_attention_stays_dense():
             self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, batch_first=True).eval()
 
         def forward(self, x, mask=None):
-            output, weights = self.attention(x, x, x, attn_mask=mask)
-            return (output, weights) if mask is None else output
+            asked = mask is None and x.dim() == 3
+            output, weights = self.attention(x, x, x, attn_mask=mask, need_weights=asked)
+            return (output, weights) if asked else output
 
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    for arguments, reason in (((), "returns its weights"), ((mask,), "has attn_mask")):
-        found = uta_fx.explain(Weights(), tokens(), *arguments, config=Config(**SMALL)).sites
+    for x, arguments, reason in (
+        (tokens(), (), "returns its weights"),
+        (tokens(), (mask,), "has attn_mask"),
+        (tokens()[0], (), "has no batch"),
+    ):
+        found = uta_fx.explain(Weights(), x, *arguments, config=Config(**SMALL)).sites
         assert [site.reason for site in found] == [f"nn.MultiheadAttention {reason}"]
 
 
@@ -535,6 +560,11 @@ def test_the_encoder_layer_of_torch_is_named_or_found():
 def capped(q, k, v):
     q, k, v = map(heads, (q, k, v))
     return torch.tanh(q @ k.mT / 50).mul(50).softmax(-1) @ v
+
+
+def sharpened(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    return (q @ k.mT).softmax(-1).pow(2) @ v
 
 
 def wrong_dimension(q, k, v):
@@ -843,6 +873,7 @@ def written_to(q, k, v):
     ("form", "reason"),
     [
         (capped, "looks like attention, but tanh changes the logits"),
+        (sharpened, "looks like attention, but pow changes the weights"),
         (wrong_dimension, "looks like attention, but its softmax is over dimension -2, which i"),
         (filled_and_turned, "looks like attention, but its products are laid out in a way"),
         (turned_less_than_each_key, "looks like attention, but sub changes the logits"),

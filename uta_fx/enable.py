@@ -61,8 +61,8 @@ def enable(
         ``target``. A copy of it (``copy.deepcopy``, ``pickle``) is not enabled.
 
     Raises:
-        TypeError: ``target`` is neither, or a text encoder or a VAE; ``config`` is no ``Config``;
-            ``compile_options`` has a ``backend`` or ``options``.
+        TypeError: ``target`` is neither, or a text encoder, a VAE or scripted; ``config`` is no
+            ``Config``; ``compile_options`` has a ``backend`` or ``options``.
         ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` for a model
             that has none; ``dense_until`` without a schedule that can be followed, ``warmup``
             without ``dense_until``. The next call refuses a hook that is put inside later, and
@@ -366,6 +366,11 @@ def _blocks_of(model: nn.Module, config: Config) -> list[nn.Module]:
 
 
 def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"target must be a module in Python, got a scripted one, {_name(model)}: torch.compile"
+            " does not trace it"
+        )
     for library, kind in _OTHER_MODELS.items():
         if any(base.__module__.startswith(library) for base in type(model).__mro__):
             raise TypeError(

@@ -202,7 +202,7 @@ def explain(
     included, but may break into several graphs; what runs between them is not counted.
 
     Args:
-        model: Any module, compiled or not.
+        model: Any module, also as ``torch.compile`` returned it.
         *args: Its arguments.
         config: Settings; None for the defaults.
         **kwargs: Its keyword arguments.
@@ -216,7 +216,12 @@ def explain(
     graphs = run_graphs(getattr(model, "_orig_mod", model), args, kwargs, config)
     notes = [note for graph in graphs for note in graph.notes]
     sites = tuple(site for graph in graphs for site in graph.counted_sites())
-    if not sites:
+    if not graphs:
+        notes.append(
+            "nothing of the model was traced: it was compiled in place or scripted before, or it"
+            " keeps itself from torch.compile; pass it as it was before"
+        )
+    elif not sites:
         where = " outside of these" if notes else ""
         notes.append(f"the model has no attention{where}: there is nothing to make sparse")
     return Explanation(
