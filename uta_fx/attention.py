@@ -447,8 +447,23 @@ def _raster_places(query: Tensor, config: Config, grid: Grid | None) -> Tensor:
 
 
 def choose_exact(selection: Selection, config: Config) -> Tensor:
-    """What the policy chooses, and what is exact for all: boolean ``[B, H, Nq, Nk]``."""
-    exact = config.selection_policy().select(selection)
+    """What the policy chooses, and what is exact for all: boolean ``[B, H, Nq, Nk]``.
+
+    Raises:
+        TypeError: A policy of the user's own chooses by something else.
+    """
+    policy = config.selection_policy()
+    exact: Any = policy.select(selection)
+    if not isinstance(exact, Tensor) or exact.dtype != torch.bool or exact.dim() != 4:
+        got = (
+            f"{exact.dtype} of shape {tuple(exact.shape)}"
+            if isinstance(exact, Tensor)
+            else type(exact).__name__
+        )
+        raise TypeError(
+            f"select of policy {type(policy).__name__} must return a boolean tensor"
+            f" [B, H, Nq, Nk], got {got}"
+        )
     return exact if selection.exact_for_all is None else exact | selection.exact_for_all
 
 
