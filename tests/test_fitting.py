@@ -9,6 +9,7 @@ from cases import LAYOUTS, double, laid_out
 
 from uta_fx import Config
 from uta_fx.attention import pool_blocks
+from uta_fx.bench.gate import exact_fit
 from uta_fx.kernels import ops, reference
 from uta_fx.kernels.reference import LIMIT, RIDGE, STEPS
 from uta_fx.policies import LowDelta
@@ -262,28 +263,6 @@ def assert_parts_are_accurate(kernels, args):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_what_rows_see_is_accurate(kernels, case, dtype):
     assert_parts_are_accurate(kernels, case.inputs(dtype))
-
-
-def exact_fit(args):
-    """The factors, and by how much roundings of a few units may move them.
-
-    How far a rounding moves the factors depends on the equations: four draws of one of all inputs
-    say it, of which the worst counts eightfold, since a draw may happen to move a factor little.
-    What is rounded on the way (weights, sums, the slope) is as many roundings of the same size. A
-    few units of float32 are the arithmetic of the solution.
-    """
-    exact = reference.fit_tail(*double(args))
-    generator = torch.Generator().manual_seed(0)
-    moved = [0.0, 0.0]
-    for _ in range(4):
-        others = double(args)
-        for i in (0, 1, 2, 5, 6, 7, 9):
-            off = 2 * torch.rand(others[i].shape, generator=generator).to(others[i]) - 1
-            others[i] = others[i] * (1 + torch.finfo(args[0].dtype).eps * off)
-        factors = zip(moved, reference.fit_tail(*others), exact, strict=True)
-        moved = [max(worst, (x - true).abs().max().item()) for worst, x, true in factors]
-    units = 8 * torch.finfo(torch.float32).eps
-    return exact, [8 * by + units * true for by, true in zip(moved, exact, strict=True)]
 
 
 def assert_fit_is_accurate(args, found):

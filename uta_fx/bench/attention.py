@@ -25,6 +25,7 @@ import uta_fx
 from uta_fx.attention import list_arguments, operator_arguments, pool_blocks, reorder_tokens
 from uta_fx.bench.gate import (
     check_attention,
+    check_fit,
     check_scores,
     check_selection,
     check_statistics,
@@ -222,6 +223,8 @@ class _Case:
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
         check_selection(ops.block_scores(*LowDelta().arguments(self.selection)), density)
+        if config.tail_form().fit_rows:
+            check_fit(config.tail_form().fit_arguments(selection, arguments[3], *arguments[1:3]))
         check_attention(arguments)
         self.kept[density] = arguments[3].double().mean().item()
 

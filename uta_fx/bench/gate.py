@@ -226,6 +226,57 @@ def check_selection(scores: Tensor, density: float) -> None:
         raise ArithmeticError("select_blocks keeps other blocks than its rule: nothing is timed")
 
 
+def check_fit(arguments: Sequence[Any]) -> None:
+    """Compare what sampled heads' tails are fitted by with float64.
+
+    The factors may err as much as the reference does in the same dtype, plus what ``exact_fit``
+    allows.
+
+    Args:
+        arguments: Of ``uta::fit_tail``.
+
+    Raises:
+        ArithmeticError: One errs more.
+    """
+    results = ops.fit_tail(*arguments)
+    part: list[Any] = [x[:1, :SAMPLED_HEADS] if isinstance(x, Tensor) else x for x in arguments]
+    eager = reference.fit_tail(*part)
+    names = "mass of a fitted tail", "gain of a fitted tail"
+    for name, got, err, exact, allowed in zip(names, results, eager, *exact_fit(part), strict=True):
+        _require(name, got[:1, :SAMPLED_HEADS], err, exact, allowed.max())
+
+
+def exact_fit(arguments: Sequence[Any]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """The factors in float64, and by how much roundings of a few units may move each.
+
+    How far a rounding moves the factors depends on the equations: four draws of one of all inputs
+    say it, of which the worst counts eightfold, since a draw may happen to move a factor little.
+    What is rounded on the way (weights, sums, the slope) is as many roundings of the same size. A
+    few units of float32 are the arithmetic of the solution.
+
+    Args:
+        arguments: Of ``uta::fit_tail``.
+    """
+    double: list[Any] = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    ]
+    exact = reference.fit_tail(*double)
+    generator = torch.Generator(arguments[0].device).manual_seed(0)
+    unit = torch.finfo(arguments[0].dtype).eps
+    moved = [0.0, 0.0]
+    for _ in range(4):
+        others = list(double)
+        for i in (0, 1, 2, 5, 6, 7, 9):
+            drawn = torch.rand(
+                others[i].shape, generator=generator, device=others[i].device, dtype=torch.float32
+            )
+            others[i] = others[i] * (1 + unit * (2 * drawn - 1))
+        factors = zip(moved, reference.fit_tail(*others), exact, strict=True)
+        moved = [max(worst, (x - true).abs().max().item()) for worst, x, true in factors]
+    units = 8 * torch.finfo(torch.float32).eps
+    return exact, [8 * by + units * true for by, true in zip(moved, exact, strict=True)]
+
+
 def relative_error(
     output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> float:

@@ -22,7 +22,7 @@ from uta_fx.bench.attention import (
     format_row,
     time_interleaved,
 )
-from uta_fx.bench.gate import check_attention, relative_error
+from uta_fx.bench.gate import check_attention, check_fit, relative_error
 from uta_fx.bench.inputs import INPUTS, SHAPES
 from uta_fx.flops import sparse_cost
 from uta_fx.kernels import ops
@@ -166,6 +166,7 @@ class _Case:
             candidates["making", name, density] = making
             if tail.fit_rows:
                 fit = tail.fit_arguments(self.selection, exact, key, value)
+                check_fit(fit)
                 candidates["fit", name, density] = bind(ops.fit_tail, *fit)
         return candidates
 
