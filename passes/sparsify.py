@@ -54,6 +54,7 @@ class Plan:
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
+        exact_frames: Sites with no more frames than these stay dense: all their keys are exact.
         trust_masks: Whether a mask that the graph does not show to hide text alone, or padding at
             the end of a video, is taken to.
         no_padding: Why a site whose mask hides padding of its video stays dense; None where it
@@ -72,6 +73,7 @@ class Plan:
     min_tokens: int
     needs_grid: bool
     grid: Grid | None
+    exact_frames: int
     trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
     no_padding: str | None = None
@@ -461,6 +463,9 @@ def _objection_to_video(video: Video | str, kind: str, plan: Plan) -> str | None
         int(video.before)
     except RuntimeError:
         return "how many tokens lie before the video is known only at run time"
+    frames = video.grid[0]
+    if isinstance(frames, int) and frames <= plan.exact_frames:
+        return f"exact_frames={plan.exact_frames} keeps all keys of its {frames} frames"
     return None
 
 

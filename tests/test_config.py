@@ -29,6 +29,13 @@ from uta_fx.tails import Tail
         ({"min_tokens": 1.5}, TypeError, "min_tokens must be an int"),
         ({"grid": (3, 4)}, ValueError, "grid must be three ints"),
         ({"grid": (3, 4, 0)}, ValueError, "grid must hold positive sides"),
+        ({"exact_frames": -1}, ValueError, "exact_frames must be at least 0, got -1"),
+        ({"exact_frames": True}, TypeError, "exact_frames must be an int, got True"),
+        (
+            {"exact_frames": 4, "grid": (3, 8, 8)},
+            ValueError,
+            "exact_frames must be at most the frames of the grid, 3, got 4",
+        ),
         ({"dense_layers": "a-b"}, ValueError, "dense_layers must be numbers and ranges"),
         ({"dense_layers": "0,5-2"}, ValueError, "dense_layers must hold rising ranges, got .5-2."),
         ({"dense_layers": 3}, TypeError, "dense_layers must be a string"),

@@ -40,13 +40,18 @@ REFUSED = {("svg2", "rectified"): "tail rectified has no meaning with policy svg
 def settings_of(name):
     """Of one policy: each of its orders with another tail and budget; other policies, others.
 
+    In every second order a first frame is exact.
+
     Tails go round twice as fast as orders: over all policies each meets each.
     """
     policy, first = POLICIES[name], list(POLICIES).index(name)
     for turn, order in enumerate(x for x in ORDERS if x != "auto"):
         if order in getattr(policy, "orders", ORDERS):
             tail, budget = TAILS[(first + 2 * turn) % len(TAILS)], BUDGETS[(first + turn) % 3]
-            yield {"policy": policy, "tail": tail, "reorder": order, "budget": budget, **SMALL}
+            yield {
+                "policy": policy, "tail": tail, "reorder": order, "budget": budget,
+                "exact_frames": turn % 2, **SMALL,
+            }  # fmt: skip
 
 
 def test_each_tail_meets_each_order():

@@ -38,7 +38,8 @@ def test_a_share_is_rounded_up_in_whole_numbers():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "settings", [{}, {"policy": "topk", "tail": Tail(kind="first_order", fit=8)}]
+    "settings",
+    [{}, {"policy": "topk", "tail": Tail(kind="first_order", fit=8), "exact_frames": 2}],
 )
 def test_one_file_serves_every_grid(tmp_path, settings):
     """Ragged and whole blocks; the allowance is that of the files of one grid."""

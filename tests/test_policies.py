@@ -1,7 +1,9 @@
 """Each policy against a plain statement of its rule."""
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -218,3 +220,45 @@ def test_every_policy_by_its_name_in_the_operation(name):
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, v)
         torch.testing.assert_close(compiled, call(q, k, v))
     assert not compiled.isnan().any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Returning:
+    """A policy of somebody else's, who has not read what to return."""
+
+    made: Any
+
+    def select(self, selection):
+        """Whatever the shape of the site."""
+        return self.made
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (None, "NoneType"),
+        ([True], "list"),
+        (torch.ones(1, 2, 6, 6), r"torch.float32 of shape \(1, 2, 6, 6\)"),
+        (torch.ones(6, 6, dtype=torch.bool), r"torch.bool of shape \(6, 6\)"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("tail", ["gaussian", "rectified"])
+def test_a_policy_that_selects_by_no_mask_is_named(made, got, tail):
+    """What it should return and what it does, however it is called."""
+    q = torch.zeros(1, 2, 96, 16)
+    fields = {"policy": Returning(made), "tail": tail, "block_q": BLOCK, "block_kv": BLOCK}
+    message = (
+        rf"select of policy Returning must return a boolean tensor \[B, H, Nq, Nk\], got {got}"
+    )
+    with pytest.raises(TypeError, match=message):
+        sparse_attention(q, q, q, config=Config(**fields))
+
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, 2 * x, 3 * x)
+
+    if made is None:
+        options = {**fields, "reorder": "none", "min_tokens": 16, "inner": "eager"}
+        compiled = torch.compile(attend, backend="uta", options=options)
+        with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+            compiled(q)

@@ -71,6 +71,10 @@ def check_call(
         )
     if grid is None and config.reorder not in ("auto", "none"):
         raise ValueError(f"grid must be given for reorder={config.reorder!r}, got None")
+    if grid is None and config.exact_frames:
+        raise ValueError(f"grid must be given for exact_frames={config.exact_frames}, got None")
+    if grid is not None:
+        config.check_frames(grid)
     return grid, (text[0], tokens) if any(text) else None
 
 
@@ -89,6 +93,25 @@ def check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[in
         raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
     if objection := objection_to_lengths(config):
         raise ValueError(objection)
+
+
+def check_exact_keys(keys: Tensor, query: Tensor) -> None:
+    """Raise where keys that are exact for all do not fit; arguments as of ``sparse_attention``."""
+    _check_tensor("exact_keys", keys)
+    length = query.shape[2]
+    if keys.dtype not in (torch.bool, torch.int64):
+        raise TypeError(f"exact_keys must be torch.bool or torch.int64, got {keys.dtype}")
+    if keys.dim() != 1 or (keys.dtype == torch.bool and keys.shape[0] != length):
+        wanted = f"[L], here [{length}]" if keys.dtype == torch.bool else "[N]"
+        raise ValueError(f"exact_keys must have shape {wanted}, got {tuple(keys.shape)}")
+    check_device("exact_keys", keys, query)
+    if keys.dtype == torch.bool or torch.compiler.is_compiling() or not keys.numel():
+        return
+    low, high = (int(x) for x in keys.aminmax())
+    if low < 0 or high >= length:
+        raise ValueError(
+            f"exact_keys must hold positions from 0 to {length - 1}, got {low if low < 0 else high}"
+        )
 
 
 def objection_to_lengths(config: Config) -> str | None:

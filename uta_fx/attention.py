@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from uta_fx.arguments import check_call, check_lengths
+from uta_fx.arguments import check_call, check_exact_keys, check_lengths
 from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
 from uta_fx.kernels import ops
@@ -33,6 +33,7 @@ def sparse_attention(
     text: tuple[int, int] = (0, 0),
     attn_mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    exact_keys: Tensor | None = None,
 ) -> Tensor:
     """Self-attention over video tokens, sparse with the tail aggregated, in one eager call.
 
@@ -60,6 +61,10 @@ def sparse_attention(
             token attends to whatever it holds; their output is zero. The density is a share of all
             blocks, padding or not. None where all tokens exist; not with text, whose padding
             ``attn_mask`` hides, in a row for each sample.
+        exact_keys: Keys that every query attends to exactly, in whole blocks, in the order in which
+            tokens come: boolean ``[L]``, or their positions, int64 ``[N]``, each from 0 to L - 1,
+            which is checked, and so waits for a GPU, except under ``torch.compile``. What the
+            policy keeps comes on top, as for ``Config.exact_frames``. None for no other than those.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``.
@@ -71,10 +76,20 @@ def sparse_attention(
     """
     config = Config.of(config)
     grid, video = check_call(query, key, value, attn_mask, config, grid, text, scale)
+    if exact_keys is not None:
+        check_exact_keys(exact_keys, query)
+        if exact_keys.dtype != torch.bool:
+            none = torch.zeros(query.shape[2], dtype=torch.bool, device=query.device)
+            exact_keys = none.index_fill(0, exact_keys, True)
     if lengths is not None:
         check_lengths(lengths, query, config, text)
-        return _attend_to_lengths(query, key, value, lengths[:, None, None], config, grid, scale)
-    return _attend(query, key, value, attn_mask, config, grid, scale, video)[0]
+        return _attend_to_lengths(
+            query, key, value, lengths[:, None, None], config, grid, scale, exact_keys=exact_keys
+        )
+    output, _ = _attend(
+        query, key, value, attn_mask, config, grid, scale, video, exact_keys=exact_keys
+    )
+    return output
 
 
 def clustered_attention(
@@ -303,6 +318,7 @@ def pool_blocks(
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     blocks: Blocks | None = None,
+    exact_tokens: Tensor | None = None,
 ) -> Selection:
     """Pool the blocks of one site: what a policy looks at.
 
@@ -316,6 +332,7 @@ def pool_blocks(
         text_key: ``[B, Hkv, Lt, D]``, keys beside the blocks that all queries see; None for none.
         text_bias: As in ``Selection``.
         blocks: Where tokens were gathered into blocks that are not full: these.
+        exact_tokens: Of ``find_exact_tokens``; ``blocks`` are of what was gathered from its order.
     """
     heads = query.shape[1]
     text_key = key[:, :, :0] if text_key is None else text_key
@@ -324,6 +341,13 @@ def pool_blocks(
         if blocks is None
         else blocks.statistics(key, value)
     )
+    exact_for_all = None
+    if exact_tokens is not None:
+        exact_for_all = (
+            _blocks_holding(exact_tokens, config.block_kv)
+            if blocks is None
+            else blocks.holding(exact_tokens)[:, :, None]
+        )
     return Selection(
         query=query,
         key=for_heads(key, heads),
@@ -338,7 +362,14 @@ def pool_blocks(
         order="none" if grid is None else config.order,
         text_key=for_heads(text_key, heads),
         text_bias=text_bias,
+        exact_for_all=exact_for_all,
     )
+
+
+def _blocks_holding(tokens: Tensor, block: int) -> Tensor:
+    """Blocks ``[ceil(L / block)]`` that hold one of some tokens, a boolean ``[L]``."""
+    missing = -tokens.shape[0] % block
+    return F.pad(tokens, (0, missing)).unflatten(0, (-1, block)).any(1)
 
 
 def pool_tokens(
@@ -351,6 +382,7 @@ def pool_tokens(
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     centroids: Centroids | None = None,
+    exact_tokens: Tensor | None = None,
 ) -> Selection:
     """As ``pool_blocks``; a policy that clusters gets the blocks of its clusters.
 
@@ -364,6 +396,7 @@ def pool_tokens(
         text_key: See there.
         text_bias: See there.
         centroids: Where clusters start; None for anew.
+        exact_tokens: See there.
     """
     policy = config.selection_policy()
     clusters: Clusters | None = None
@@ -374,8 +407,64 @@ def pool_tokens(
         key, value = clusters.key.gather(key), clusters.key.gather(value)
         grid = None  # tokens lie elsewhere
     blocks = clusters.key if clusters is not None else None
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias, blocks)
+    selection = pool_blocks(
+        query, key, value, config, scale, grid, text_key, text_bias, blocks, exact_tokens
+    )
     return dataclasses.replace(selection, clusters=clusters)
+
+
+def find_exact_tokens(
+    query: Tensor, config: Config, grid: Grid | None, exact_keys: Tensor | None
+) -> Tensor | None:
+    """Which tokens have keys that are exact for all: boolean ``[L]``, in block order.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        config: Settings.
+        grid: Frames, height and width of the tokens; None keeps their order.
+        exact_keys: Boolean ``[L]``, those of a call beside ``Config.exact_frames``, in the model's
+            order.
+
+    Returns:
+        None where there are none.
+    """
+    if exact_keys is None and not config.exact_frames:
+        return None
+    place = _raster_places(query, config, grid)
+    exact = None if exact_keys is None else exact_keys.index_select(0, place)
+    if config.exact_frames:
+        assert grid is not None
+        of_frames = place < config.exact_frames * grid[1] * grid[2]
+        exact = of_frames if exact is None else exact | of_frames
+    return exact
+
+
+def _raster_places(query: Tensor, config: Config, grid: Grid | None) -> Tensor:
+    """Where each token of ``[B, H, L, D]`` in block order comes from: int64 ``[L]``."""
+    if grid is None or config.order == "none":
+        return torch.arange(query.shape[2], device=query.device)
+    return token_order(grid, config.order, config.block_kv, query.device).order
+
+
+def choose_exact(selection: Selection, config: Config) -> Tensor:
+    """What the policy chooses, and what is exact for all: boolean ``[B, H, Nq, Nk]``.
+
+    Raises:
+        TypeError: A policy of the user's own chooses by something else.
+    """
+    policy = config.selection_policy()
+    exact: Any = policy.select(selection)
+    if not isinstance(exact, Tensor) or exact.dtype != torch.bool or exact.dim() != 4:
+        got = (
+            f"{exact.dtype} of shape {tuple(exact.shape)}"
+            if isinstance(exact, Tensor)
+            else type(exact).__name__
+        )
+        raise TypeError(
+            f"select of policy {type(policy).__name__} must return a boolean tensor"
+            f" [B, H, Nq, Nk], got {got}"
+        )
+    return exact if selection.exact_for_all is None else exact | selection.exact_for_all
 
 
 def operator_arguments(
@@ -391,7 +480,7 @@ def operator_arguments(
     """
     tail = config.tail_form()
     key, value = (for_heads(x, selection.query.shape[1]) for x in (key, value))
-    exact = config.selection_policy().select(selection)
+    exact = choose_exact(selection, config)
     representatives = tail.representatives(selection, exact, key, value, config.block_kv)
     return (
         selection.query, key, value, exact, *representatives,
@@ -423,6 +512,7 @@ def _attend(
     alone: bool = False,
     centroids: Centroids | None = None,
     in_order: bool = False,
+    exact_keys: Tensor | None = None,
 ) -> tuple[Tensor, Centroids | None]:
     """The output and, of a policy that clusters, where the next step may start.
 
@@ -432,29 +522,35 @@ def _attend(
         attn_mask = attn_mask[None]
     if video is None and attn_mask is not None:
         lengths, misread = _lengths(attn_mask, query)
-        output = _attend_to_lengths(query, key, value, lengths, config, grid, scale, in_order)
+        output = _attend_to_lengths(
+            query, key, value, lengths, config, grid, scale, in_order, exact_keys
+        )
         return (output + misread.to(output.dtype) if config.trust_masks else output), None
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
             none = (key[:, :, :0], value[:, :, :0])
             output = _attend_rectified(
-                query, (key, value), none, None, config, grid, scale, in_order
+                query, (key, value), none, None, config, grid, scale, in_order, exact_keys
             )
             return output, None
     if video is None:
         output, _, centroids = _attend_to_video(
-            query, key, value, config, grid, scale, in_order, centroids=centroids
-        )
+            query, key, value, config, grid, scale, in_order, centroids=centroids,
+            exact_keys=exact_keys,
+        )  # fmt: skip
         return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
     sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
+    if exact_keys is not None:
+        _, exact_keys = _parted(exact_keys, sizes, 0)
     if alone:
         return _attend_to_both(
-            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order
-        )
+            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order,
+            exact_keys,
+        )  # fmt: skip
     # where a graph does not know that there is any text, a row of video attends with it
     spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
@@ -472,7 +568,7 @@ def _attend(
         bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
 
     output, centroids = _attend_to_both(
-        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order
+        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order, exact_keys
     )
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
@@ -515,12 +611,15 @@ def _attend_to_both(
     scale: float | None,
     centroids: Centroids | None,
     in_order: bool,
+    exact_keys: Tensor | None,
 ) -> tuple[Tensor, Centroids | None]:
     """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
     if config.tail_form().kind == "rectified":
-        return _attend_rectified(query, video, text, bias, config, grid, scale, in_order), None
+        return _attend_rectified(
+            query, video, text, bias, config, grid, scale, in_order, exact_keys
+        ), None
     output, lse, centroids = _attend_to_video(
-        query, *video, config, grid, scale, in_order, text[0], bias, centroids
+        query, *video, config, grid, scale, in_order, text[0], bias, centroids, exact_keys
     )
     other, other_lse = _attend_to_text(query, *text, bias, config, scale)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
@@ -539,6 +638,7 @@ def _attend_to_video(
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     centroids: Centroids | None = None,
+    exact_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Centroids | None]:
     """The output ``[B, H, L, Dv]``, the log-sum-exp ``[B, H, L]`` over video keys, and centroids.
 
@@ -547,7 +647,10 @@ def _attend_to_video(
     (query, key, value), inverse = reorder_tokens(
         query, key, value, config, None if in_order else grid
     )
-    selection = pool_tokens(query, key, value, config, scale, grid, text_key, text_bias, centroids)
+    exact_tokens = find_exact_tokens(query, config, grid, exact_keys)
+    selection = pool_tokens(
+        query, key, value, config, scale, grid, text_key, text_bias, centroids, exact_tokens
+    )
     clusters = selection.clusters
     # keys that heads share are copied for each once, in the selection
     arguments = operator_arguments(selection, selection.key, selection.value, config)
@@ -572,16 +675,15 @@ def _attend_to_lengths(
     grid: Grid | None,
     scale: float | None,
     in_order: bool = False,
+    exact_keys: Tensor | None = None,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond.
 
     ``lengths`` ``[B, H or 1, 1]`` are of the model's order, also where tokens come in block order.
     """
-    batch, heads, tokens, _ = query.shape
-    if grid is None or config.order == "none":
-        place = torch.arange(tokens, device=query.device)
-    else:  # where each token came from
-        place = token_order(grid, config.order, config.block_kv, query.device).order
+    batch, heads = query.shape[:2]
+    place = _raster_places(query, config, grid)
+    exact_tokens = find_exact_tokens(query, config, grid, exact_keys)
     (query, key, value), inverse = reorder_tokens(
         query, key, value, config, None if in_order else grid
     )
@@ -589,7 +691,9 @@ def _attend_to_lengths(
     of_query, of_key = apart_from_padding(inside, config.block_q, config.block_kv)
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
-    selection = pool_blocks(query, key, value, config, scale, blocks=of_key)
+    selection = pool_blocks(
+        query, key, value, config, scale, blocks=of_key, exact_tokens=exact_tokens
+    )
     output, _ = _attend_to_gathered(operator_arguments(selection, key, value, config), of_key)
     output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
     return output if inverse is None else output.index_select(2, inverse)
@@ -604,12 +708,16 @@ def _attend_rectified(
     grid: Grid | None,
     scale: float | None,
     in_order: bool,
+    exact_keys: Tensor | None,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
     text_key, text_value = text
     (query, key, value), inverse = reorder_tokens(query, *video, config, None if in_order else grid)
-    selection = pool_blocks(query, key, value, config, scale, grid, text_key, text_bias)
-    exact = config.selection_policy().select(selection)
+    selection = pool_blocks(
+        query, key, value, config, scale, grid, text_key, text_bias,
+        exact_tokens=find_exact_tokens(query, config, grid, exact_keys),
+    )  # fmt: skip
+    exact = choose_exact(selection, config)
     if text_bias is None:
         text_bias = text_key.new_zeros(1, 1, 1, text_key.shape[2], dtype=torch.float32)
     output = ops.rectified_attention(

@@ -176,6 +176,7 @@ def plan_of(config: Config, symbolic: bool = False) -> Plan:
         min_tokens=config.min_tokens,
         needs_grid=config.needs_grid,
         grid=config.grid,
+        exact_frames=config.exact_frames,
         trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
         no_padding=_objection_to_padding(config),

@@ -55,10 +55,9 @@ class Blocks:
         Returns:
             ``[B, H, N * block, D]``.
         """
-        block = self.token.shape[2] // self.count.shape[2]
         index = self.token[..., None].expand(-1, -1, -1, x.shape[3])
-        rows = x.gather(2, index).unflatten(2, (-1, block))  # [B, H, N, block, D]
-        inside = torch.arange(block, device=x.device) < self.count[..., None]
+        inside = self._inside
+        rows = x.gather(2, index).unflatten(2, (-1, inside.shape[3]))  # [B, H, N, block, D]
         count = self.count.clamp(min=1)[..., None]
         mean = rows.float().where(inside[..., None], 0.0).sum(3) / count
         return rows.where(inside[..., None], mean.to(x.dtype)[:, :, :, None]).flatten(2, 3)
@@ -66,6 +65,17 @@ class Blocks:
     def scatter(self, rows: Tensor) -> Tensor:
         """Bring rows ``[B, H, N * block, D]`` back into the order of the tokens."""
         return rows.gather(2, self.place[..., None].expand(-1, -1, -1, rows.shape[3]))
+
+    def holding(self, tokens: Tensor) -> Tensor:
+        """Blocks ``[B, H, N]`` that hold one of some tokens, a boolean ``[L]``."""
+        inside = self._inside
+        return (tokens[self.token].unflatten(2, inside.shape[2:]) & inside).any(-1)
+
+    @property
+    def _inside(self) -> Tensor:
+        """Which rows are no padding: boolean ``[B, H, N, block]``."""
+        block = self.token.shape[2] // self.count.shape[2]
+        return torch.arange(block, device=self.count.device) < self.count[..., None]
 
     def statistics(self, key: Tensor, value: Tensor) -> BlockStatistics:
         """Pool gathered keys and values over the tokens that are there."""

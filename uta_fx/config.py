@@ -34,6 +34,10 @@ class Config:
             ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
+        exact_frames: So many frames at the start of the grid have keys that every query attends to
+            exactly, in whole blocks: what the policy keeps comes on top. For the frames that a
+            model is given (image to video) or generated before. Needs the grid; a site that has no
+            further frames stays dense.
         trust_masks: Take an attention mask for one that hides text alone, or of a video without
             text the padding at the end of each sample, where the graph does not show it, as in a
             block that is compiled by itself. What the mask of a run hides of the video all the
@@ -63,6 +67,7 @@ class Config:
     block_kv: int = 64
     reorder: str = "auto"
     grid: Grid | None = None
+    exact_frames: int = 0
     trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
@@ -89,14 +94,15 @@ class Config:
             _one_of("tail", self.tail, KINDS)
         elif not isinstance(self.tail, Tail):
             raise TypeError(f"tail must be a name or a uta_fx.tails.Tail, got {self.tail!r}")
-        for name in ("bins", "min_tokens"):
+        for name, least in (("bins", 1), ("min_tokens", 1), ("exact_frames", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grid(self.grid))
+            self.check_frames(self.grid)
         for name in ("strict", "trust_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -164,7 +170,16 @@ class Config:
     @property
     def needs_grid(self) -> bool:
         """Whether a site without a known grid cannot be as this says."""
-        return self.order != "none" or getattr(self.selection_policy(), "needs_grid", False)
+        needs = getattr(self.selection_policy(), "needs_grid", False)
+        return self.order != "none" or needs or self.exact_frames > 0
+
+    def check_frames(self, grid: Grid) -> None:
+        """Raise ``ValueError`` where a grid has fewer frames than ``exact_frames``."""
+        if self.exact_frames > grid[0]:
+            raise ValueError(
+                f"exact_frames must be at most the frames of the grid, {grid[0]},"
+                f" got {self.exact_frames}"
+            )
 
     def tail_form(self) -> Tail:
         """The tail itself, where ``tail`` may be its name."""

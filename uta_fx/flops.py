@@ -99,16 +99,17 @@ def _sparse_parts(
     query = torch.empty(shape, dtype=dtype, device="meta")
     key, value = (query.new_empty((batch, kv_heads, tokens, width)) for width in (dim, dim_v))
     parts: Counter[str] = Counter()
+    density = config.density
+    if config.exact_frames and grid is not None:  # what is chosen among them counts once
+        density += (1 - density) * config.exact_frames / grid[0]
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
         torch.ops.uta.fitted_tail: functools.partial(_fit, parts),
-        torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, config.density),
-        torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, config.density),
+        torch.ops.uta.block_masked_attention: functools.partial(_attention, parts, density),
+        torch.ops.uta.rectified_attention: functools.partial(_rectified, parts, density),
         torch.ops.uta.kmeans: functools.partial(_kmeans, parts),
-        torch.ops.uta.clustered_attention: functools.partial(
-            _clustered, parts, config.density, shape[2]
-        ),
+        torch.ops.uta.clustered_attention: functools.partial(_clustered, parts, density, shape[2]),
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         sparse_attention(query, key, value, config=config, grid=grid)

@@ -42,6 +42,8 @@ class Selection:
         text_bias: Added to the logits of these, float32, broadcasts to ``[B, H, 1, Lt]``; None for
             nothing.
         clusters: Where the blocks are those of clusters: these.
+        exact_for_all: Key blocks that are exact whatever a policy chooses: boolean, broadcasts to
+            ``[B, H, Nq, Nk]``; None for none.
     """
 
     query: Tensor
@@ -58,6 +60,7 @@ class Selection:
     text_key: Tensor
     text_bias: Tensor | None = None
     clusters: Clusters | None = None
+    exact_for_all: Tensor | None = None
 
     def layout(self, policy: str) -> Layout:
         """The grid, its order and the block sizes, as arguments of an operator of constants.
