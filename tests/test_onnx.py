@@ -925,12 +925,18 @@ def test_forms_of_a_weight_are_named_after_it(tmp_path):
     np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_inputs_may_be_inference_tensors(tmp_path):
-    """As those are that a pipeline makes under ``torch.inference_mode``."""
+@pytest.mark.parametrize("weights", [False, True])
+def test_tensors_may_be_inference_tensors(tmp_path, weights):
+    """As those are that a pipeline makes under ``torch.inference_mode``, its model too."""
+    with torch.inference_mode(weights):
+        model = Tied(4).eval()
     with torch.inference_mode():
         x = torch.ones(2, 3, 16)
-    export_onnx(Tied(4).eval(), (x,), tmp_path / "model.onnx")
-    assert os.listdir(tmp_path) == ["model.onnx"]
+        expected = model(x)
+    export_onnx(model, (x,), tmp_path / "model.onnx")
+    (output,) = run(tmp_path / "model.onnx", {"x": x.numpy()})
+    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def write_tied(path, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -109,14 +110,15 @@ def export_onnx(
             " next. Take keep=False, with which each step clusters anew"
         )
     opset = _opset(model, opset)
-    program, explanation, found = sparse_program(
-        model, args, kwargs, dynamic_shapes, config, decide_branches
-    )
-    program = spell_out_clusters(spell_out_orders(program))
-    write_onnx(
-        program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
-        left=found.left, sizes=found.sizes,
-    )  # fmt: skip
+    with _without_gradients(model):
+        program, explanation, found = sparse_program(
+            model, args, kwargs, dynamic_shapes, config, decide_branches
+        )
+        program = spell_out_clusters(spell_out_orders(program))
+        write_onnx(
+            program, explanation.sites, target, opset=opset, left=found.left, sizes=found.sizes,
+            metadata=_metadata(config, found.branches),
+        )  # fmt: skip
     return explanation
 
 
@@ -182,24 +184,25 @@ def export_tensorrt(
     from uta_fx.export.tensorrt_program import spell_out
 
     opset = _opset(model, opset)
-    program, explanation, found = sparse_program(
-        model, args, kwargs, None, config, decide_branches,
-        "its attention mask hides padding, which files for TensorRT leave to dense attention",
-    )  # fmt: skip
-    program = spell_out(program, plugins=form != "standard")
-    if form == "engine":
-        from uta_fx.export.tensorrt_torch import write_engine
-
-        write_engine(program, target)
-    else:
-        from uta_fx.export.onnx_model import write_onnx
-        from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
-
-        dialect = plugin_dialect() if form == "plugin" else standard_dialect()
-        write_onnx(
-            program, explanation.sites, target, opset=opset,
-            metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
+    with _without_gradients(model):
+        program, explanation, found = sparse_program(
+            model, args, kwargs, None, config, decide_branches,
+            "its attention mask hides padding, which files for TensorRT leave to dense attention",
         )  # fmt: skip
+        program = spell_out(program, plugins=form != "standard")
+        if form == "engine":
+            from uta_fx.export.tensorrt_torch import write_engine
+
+            write_engine(program, target)
+        else:
+            from uta_fx.export.onnx_model import write_onnx
+            from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
+
+            dialect = plugin_dialect() if form == "plugin" else standard_dialect()
+            write_onnx(
+                program, explanation.sites, target, opset=opset,
+                metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
+            )  # fmt: skip
     return explanation
 
 
@@ -424,6 +427,15 @@ def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
 
 def _parameters(model: Any) -> Iterator[torch.Tensor]:
     return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+
+
+def _without_gradients(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The mode to export in: weights, or inputs alone, may be inference tensors.
+
+    Weights that were made so and require gradients may only be traced in the mode that made them.
+    """
+    inference = any(x.is_inference() for x in _parameters(model))
+    return torch.inference_mode() if inference else torch.no_grad()
 
 
 def sparse_program(
