@@ -1013,6 +1013,28 @@ def test_an_export_that_is_cut_off_leaves_one_whole_file(tmp_path, monkeypatch, 
     assert len(os.listdir(killed)) == 2
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, monkeypatch):
+    """As ``torch.save`` and ``onnx.save`` do; weights lie where ONNX Runtime looks for them."""
+    monkeypatch.setattr(onnx_model, "LARGE", 0)
+    folder, link = tmp_path / "models", tmp_path / "model.onnx"
+    folder.mkdir()
+    link.symlink_to("models/first.onnx")
+    for rows in (4, 6):  # first it leads to nothing
+        expected = write_tied(link, rows)
+        assert link.is_symlink() and sorted(os.listdir(tmp_path)) == ["model.onnx", "models"]
+        name, data = sorted(os.listdir(folder))
+        assert name == "first.onnx" and data.startswith("first.onnx.")
+        (output,) = run(folder / name, {"x": np.ones((2, 3, 16), np.float32)})
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_device_is_replaced(tmp_path):
+    """Such as ``/dev/null``; here a pipe."""
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"path must be a file or new, got .*model\.onnx"):
+        write_tied(tmp_path / "model.onnx", 4)
+
+
 def test_a_folder_that_is_written_to_is_left_alone(tmp_path):
     """By two at once, of which one ends before the other."""
     target = tmp_path / "model.onnx"
