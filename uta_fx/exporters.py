@@ -69,10 +69,10 @@ def export_onnx(
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
             (``layer_caches.0.key``) for an object; ``Dim("batch")`` is ``batch`` in the file, too.
-            Frames, height and width of the video may be
-            dynamic (``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails
-            ``none``, ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``;
-            with others, and where the graph does not show how the grid follows from its inputs,
+            Frames, height and width of the video may be dynamic (``2 * Dim("rows")``, or
+            ``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails ``none``,
+            ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``; with others,
+            and where the graph does not show how the grid follows from its inputs,
             they are refused here by name. Which sites are sparse is decided for the sizes of
             ``args``: a run below ``min_tokens`` is sparse too.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
