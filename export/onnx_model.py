@@ -130,8 +130,7 @@ def write_onnx(
             " returns its tensors alone"
         )
     try:
-        # inputs may be inference tensors, of which autograd keeps none
-        with torch.no_grad(), _without_their_own_worries():
+        with _without_their_own_worries():
             program = _without_factors(_in_float32(_without_gaps(program)))
             program = _in_four_dimensions(program, whole_masks=opset >= ATTENTION_OPSET)
             exported = torch.onnx.export(
