@@ -452,6 +452,31 @@ class Doubled(nn.Module):
         return torch.cat([x, x * scales["of samples"][:, None]], 1)
 
 
+class Attending(nn.Module):
+    """Dense attention under a mask."""
+
+    def forward(self, query, key, value, mask):
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_query_that_sees_no_key_is_zero(tmp_path, opset, dtype):
+    """As in PyTorch; the mean of all values, which it may not see, is far from that."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 2, 8, 16, generator=generator, dtype=dtype) for _ in range(3)]
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    mask[0, :, :, 5:], mask[1, :, 3] = False, False
+    inputs = dict(zip(("query", "key", "value", "mask"), (*tensors, mask), strict=True))
+    path = tmp_path / "model.onnx"
+    export_onnx(Attending().eval(), tuple(inputs.values()), path, opset=opset)
+    (output,) = run(path, {name: x.numpy() for name, x in inputs.items()})
+    exact = Attending()(*(x.double() for x in tensors), mask).numpy()
+    assert not exact[1, :, 3].any() and not output[1, :, 3].any()
+    # some roundings of numbers up to the size of a value, which is below 4
+    np.testing.assert_allclose(output, exact, atol=16 * torch.finfo(dtype).eps)
+
+
 def test_sizes_have_the_names_of_their_dims(tmp_path):
     """What follows from them, too; a viewer shows no ``s47`` where the user has said more."""
     batch, half = torch.export.Dim("batch"), torch.export.Dim("half")
