@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from uta_fx.export.mask_groups import MaskGroups, group_tokens
-from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from uta_fx.kernels.contract import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.match_operators import FLEX
 from uta_fx.passes.read_node import VIEWS, is_random, name_of, written_by
 from uta_fx.passes.site import value_of

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import re
@@ -55,6 +56,7 @@ from uta_fx.passes.site import Site
 
 SITES_KEY = "uta_fx.sites"
 ATTENTION_OPSET = 23  # from which on dense attention is one operation
+DENSE = torch.ops.aten.scaled_dot_product_attention.default
 LARGE = 1536 * 1024**2
 """Bytes of weights that a file holds itself: ONNX files end at 2 GiB."""
 REPLACED = "replaced"
@@ -130,8 +132,7 @@ def write_onnx(
             " returns its tensors alone"
         )
     try:
-        # inputs may be inference tensors, of which autograd keeps none
-        with torch.no_grad(), _without_their_own_worries():
+        with _without_their_own_worries():
             program = _without_factors(_in_float32(_without_gaps(program)))
             program = _in_four_dimensions(program, whole_masks=opset >= ATTENTION_OPSET)
             exported = torch.onnx.export(
@@ -158,6 +159,7 @@ def write_onnx(
             " operations are written there. Take a lower opset"
         )
     _name_forms_of_weights(model)
+    _hide_by_infinity(model)
     with _without_their_own_worries():
         fold_constants(model)
     _name_nodes(model)
@@ -350,7 +352,6 @@ def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> Exported
 
     Its CPU provider wants a row for each query and a column for each key, of which ONNX takes one.
     """
-    attend = torch.ops.aten.scaled_dot_product_attention.default
 
     def compute(
         query: torch.Tensor,
@@ -363,7 +364,7 @@ def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> Exported
         if query.dim() == 3:
             mask = None if mask is None else mask[None]
             tensors = (query[None], key[None], value[None], mask)
-            return attend(*tensors, *arguments, **options)[0]
+            return DENSE(*tensors, *arguments, **options)[0]
         if mask is None or not whole_masks:
             return NotImplemented
         sizes = query.shape[-2], key.shape[-2]
@@ -371,11 +372,11 @@ def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> Exported
         if not any(_is_one(got) and not _is_one(size) for got, size in pairs):
             return NotImplemented
         mask = mask.expand(*mask.shape[:-2], *sizes)
-        return attend(query, key, value, mask, *arguments, **options)
+        return DENSE(query, key, value, mask, *arguments, **options)
 
-    calls = program.graph.find_nodes(op="call_function", target=attend)
+    calls = program.graph.find_nodes(op="call_function", target=DENSE)
     if any(x.args[0].meta["val"].dim() == 3 or (whole_masks and x.args[3:4]) for x in calls):
-        return program.run_decompositions({attend: compute})
+        return program.run_decompositions({DENSE: compute})
     return program
 
 
@@ -726,6 +727,25 @@ def _spell_out_boolean_where(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], parts, node.outputs, [value]
         )
+
+
+def _hide_by_infinity(model: ir.Model) -> None:
+    """Give zeros where a mask hides every key of a query, as PyTorch and ONNX's Attention do.
+
+    The exporter puts zero for NaN, which a softmax of nothing but -inf is, and yet hides keys by
+    the lowest number, of which the softmax is the same for all.
+    """
+    for node in model.graph:
+        written_for = node.metadata_props.get("namespace", "")
+        if node.op_type != "Where" or not written_for.endswith(f": {DENSE}"):
+            continue
+        hidden = ir.convenience.get_const_tensor(node.inputs[2])
+        if hidden is not None and hidden.numpy() == hidden.dtype.min:
+            infinity = ir.tensor(-math.inf, dtype=hidden.dtype)
+            constant = ir.node("Constant", [], {"value": infinity})
+            constant.outputs[0].shape, constant.outputs[0].dtype = ir.Shape([]), hidden.dtype
+            model.graph.insert_before(node, constant)
+            node.replace_input_with(2, constant.outputs[0])
 
 
 def _name_forms_of_weights(model: ir.Model) -> None:

@@ -13,7 +13,7 @@ from uta_fx.export.onnxruntime_kernels import (
     parameter_type,
 )
 from uta_fx.kernels import triton_fitting
-from uta_fx.kernels.ops import MAX_FIT_ROWS
+from uta_fx.kernels.contract import MAX_FIT_ROWS
 
 _POINTERS = {
     "exact": "u8", "counts": "i32", "square": "fp32", "size": "fp32",

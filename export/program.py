@@ -55,8 +55,8 @@ def sparsify_program(
             f"dynamic_shapes must leave dimension {dim} of {name} fixed: the number of tokens of an"
             " attention depends on it, and with this policy, tail and order, or in this graph, they"
             " must be numbers. Take policy low_delta or topk, tail none, block, first_order or"
-            " gaussian, no hilbert order, and Dim.DYNAMIC for a multiple of a Dim, or export one"
-            " file for each size"
+            " gaussian, no hilbert order, and Dim.DYNAMIC for a Dim to which a number is added, or"
+            " export one file for each size"
         )
     rewrite(module, pairs, plan)
     flex = spell_out_flex(module)

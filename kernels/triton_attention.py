@@ -22,7 +22,7 @@ from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
 from uta_fx.kernels.ops import empty_outputs
-from uta_fx.kernels.reference import text_as_tail
+from uta_fx.kernels.reference import text_arguments, text_as_tail
 from uta_fx.kernels.triton_selection import list_blocks
 
 try:
@@ -521,6 +521,11 @@ def block_masked_attention(
     ``gluon_attention`` does not accept takes a launch that makes lists of the mask.
     """
     return sparse_attention(query, key, value, None, None, *rest, exact=exact)
+
+
+def text_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of the tail; arguments and results as in ``reference``."""
+    return sparse_attention(*text_arguments(*args))
 
 
 def clustered_attention(*args: Any) -> tuple[Tensor, Tensor]:

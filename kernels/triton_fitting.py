@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels import reference
+from uta_fx.kernels.contract import MAX_FIT_ROWS
 from uta_fx.kernels.launches import launcher
-from uta_fx.kernels.ops import MAX_FIT_ROWS
 from uta_fx.kernels.triton_attention import (
     LOG2_E,
     Tile,
@@ -371,6 +371,11 @@ def fit_tail(
             **solve_options(query.dtype, dim, dim_v),
         )  # fmt: skip
     return mass, gain
+
+
+def fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernels and apply the factors; arguments and results as in ``reference``."""
+    return reference.by_factors(*fit_tail(*args), *args)
 
 
 def square_options(dim: int, block_q: int) -> dict[str, Any]:

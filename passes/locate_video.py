@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -89,27 +90,34 @@ def is_clear(gm: GraphModule, trace: Trace, axis: Axis) -> bool:
     return True
 
 
-def symbols_of(gm: GraphModule) -> dict[sympy.Symbol, tuple[Node, int | None]]:
-    """The sizes that a graph knows from its inputs.
+class Known(NamedTuple):
+    """Where the inputs of a graph show a symbol.
 
-    Returns:
-        By symbol an input that is this size, and None; or one that has it, and the dimension.
+    Attributes:
+        node: An input that is a size, or that has one.
+        dim: Which; None for the input itself.
+        times: How often the symbol this size is: 2 for a dimension that is ``2 * Dim("half")``.
     """
-    found: dict[sympy.Symbol, tuple[Node, int | None]] = {}
+
+    node: Node
+    dim: int | None
+    times: int
+
+
+def symbols_of(gm: GraphModule) -> dict[sympy.Symbol, Known]:
+    """The sizes that a graph knows from its inputs, by symbol."""
+    found: dict[sympy.Symbol, Known] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         value = recorded(node)
+        sizes: Iterable[tuple[int | None, Size]] = enumerate(getattr(value, "shape", ()))
         if isinstance(value, torch.SymInt):
-            _note(found, value, (node, None))
-        for dim, size in enumerate(getattr(value, "shape", ())):
-            _note(found, size, (node, dim))
+            sizes = [(None, value)]
+        for dim, size in sizes:
+            if isinstance(size, torch.SymInt):
+                times, symbol = size.node.expr.as_coeff_Mul()
+                if symbol.is_symbol:
+                    found.setdefault(symbol, Known(node, dim, int(times)))
     return found
-
-
-def _note(
-    found: dict[sympy.Symbol, tuple[Node, int | None]], size: Size, place: tuple[Node, int | None]
-) -> None:
-    if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-        found.setdefault(size.node.expr, place)
 
 
 def is_symbolic(grid: Grid) -> bool:

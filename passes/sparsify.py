@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from uta_fx.kernels.ops import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from uta_fx.kernels.contract import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from uta_fx.passes.classify_call import classify_call
 from uta_fx.passes.expand_multi_head import expand_multi_head
 from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
@@ -280,13 +281,15 @@ def _sides(gm: GraphModule, grids: set[Grid]) -> dict[Grid, tuple[int | Node, ..
     found: dict[Grid, tuple[int | Node, ...]] = {}
     with gm.graph.inserting_before(inputs[-1].next if inputs else None):
         wanted = {x for grid in grids for side in grid for x in sympy.sympify(side).free_symbols}
-        for symbol, (node, dim) in symbols_of(gm).items():
+        for symbol, (node, dim, times) in symbols_of(gm).items():
             if symbol not in wanted:
                 continue
             if dim is not None:
                 size = recorded(node).shape[dim]
                 node = gm.graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
                 node.meta["val"] = size
+            if times != 1:
+                node = gm.graph.call_function(operator.floordiv, (node, times))
             proxies[symbol] = torch.fx.Proxy(node, tracer)
         for grid in filter(is_symbolic, grids):
             for side in grid:

@@ -47,12 +47,12 @@ def trace_calls(gm: GraphModule, kind: type, *, share: int | None) -> None:
     symbols: dict[Any, list[Node]] = {}
     for node in calls:
         inputs = [_empty_like(recorded(operand)) for operand in _operands(node)]
-        places = [known.get(x, (None, 0)) for x in sorted(free_symbols(inputs), key=str)]
-        if any(dim is not None for _, dim in places):
+        places = [known[x] for x in sorted(free_symbols(inputs), key=str) if x in known]
+        if any((place.dim, place.times) != (None, 1) for place in places):
             continue
         key = (node.target, str(node.kwargs), *map(_looks, inputs))
         if key not in modules:
-            symbols[key] = [x for x, _ in places if x is not None]
+            symbols[key] = [place.node for place in places]
             numbers = [recorded(x) for x in symbols[key]]
             with enable_python_dispatcher():  # what symbols as sizes need
                 modules[key] = make_fx(_of_operands(node), tracing_mode="fake")(*inputs, *numbers)

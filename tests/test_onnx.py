@@ -452,6 +452,31 @@ class Doubled(nn.Module):
         return torch.cat([x, x * scales["of samples"][:, None]], 1)
 
 
+class Attending(nn.Module):
+    """Dense attention under a mask."""
+
+    def forward(self, query, key, value, mask):
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_query_that_sees_no_key_is_zero(tmp_path, opset, dtype):
+    """As in PyTorch; the mean of all values, which it may not see, is far from that."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 2, 8, 16, generator=generator, dtype=dtype) for _ in range(3)]
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    mask[0, :, :, 5:], mask[1, :, 3] = False, False
+    inputs = dict(zip(("query", "key", "value", "mask"), (*tensors, mask), strict=True))
+    path = tmp_path / "model.onnx"
+    export_onnx(Attending().eval(), tuple(inputs.values()), path, opset=opset)
+    (output,) = run(path, {name: x.numpy() for name, x in inputs.items()})
+    exact = Attending()(*(x.double() for x in tensors), mask).numpy()
+    assert not exact[1, :, 3].any() and not output[1, :, 3].any()
+    # some roundings of numbers up to the size of a value, which is below 4
+    np.testing.assert_allclose(output, exact, atol=16 * torch.finfo(dtype).eps)
+
+
 def test_sizes_have_the_names_of_their_dims(tmp_path):
     """What follows from them, too; a viewer shows no ``s47`` where the user has said more."""
     batch, half = torch.export.Dim("batch"), torch.export.Dim("half")
@@ -925,12 +950,18 @@ def test_forms_of_a_weight_are_named_after_it(tmp_path):
     np.testing.assert_allclose(output, model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_inputs_may_be_inference_tensors(tmp_path):
-    """As those are that a pipeline makes under ``torch.inference_mode``."""
+@pytest.mark.parametrize("weights", [False, True])
+def test_tensors_may_be_inference_tensors(tmp_path, weights):
+    """As those are that a pipeline makes under ``torch.inference_mode``, its model too."""
+    with torch.inference_mode(weights):
+        model = Tied(4).eval()
     with torch.inference_mode():
         x = torch.ones(2, 3, 16)
-    export_onnx(Tied(4).eval(), (x,), tmp_path / "model.onnx")
-    assert os.listdir(tmp_path) == ["model.onnx"]
+        expected = model(x)
+    export_onnx(model, (x,), tmp_path / "model.onnx")
+    (output,) = run(tmp_path / "model.onnx", {"x": x.numpy()})
+    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def write_tied(path, rows):
@@ -1005,6 +1036,28 @@ def test_an_export_that_is_cut_off_leaves_one_whole_file(tmp_path, monkeypatch, 
     check(killed / path.name, expected)
     of_others.rmdir()
     assert len(os.listdir(killed)) == 2
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, monkeypatch):
+    """As ``torch.save`` and ``onnx.save`` do; weights lie where ONNX Runtime looks for them."""
+    monkeypatch.setattr(onnx_model, "LARGE", 0)
+    folder, link = tmp_path / "models", tmp_path / "model.onnx"
+    folder.mkdir()
+    link.symlink_to("models/first.onnx")
+    for rows in (4, 6):  # first it leads to nothing
+        expected = write_tied(link, rows)
+        assert link.is_symlink() and sorted(os.listdir(tmp_path)) == ["model.onnx", "models"]
+        name, data = sorted(os.listdir(folder))
+        assert name == "first.onnx" and data.startswith("first.onnx.")
+        (output,) = run(folder / name, {"x": np.ones((2, 3, 16), np.float32)})
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_device_is_replaced(tmp_path):
+    """Such as ``/dev/null``; here a pipe."""
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"path must be a file or new, got .*model\.onnx"):
+        write_tied(tmp_path / "model.onnx", 4)
 
 
 def test_a_folder_that_is_written_to_is_left_alone(tmp_path):

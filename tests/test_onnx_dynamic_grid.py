@@ -38,15 +38,21 @@ def test_a_share_is_rounded_up_in_whole_numbers():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"policy": "topk", "tail": Tail(kind="first_order", fit=8), "exact_frames": 2}],
+    ("settings", "video"),
+    [
+        ({}, dict.fromkeys((2, 3, 4), Dim.DYNAMIC)),
+        (
+            {"policy": "topk", "tail": Tail(kind="first_order", fit=8), "exact_frames": 2},
+            {2: Dim("t", max=32), 3: 2 * Dim("h", max=32), 4: 2 * Dim("w", max=32)},
+        ),
+    ],
 )
-def test_one_file_serves_every_grid(tmp_path, settings):
+def test_one_file_serves_every_grid(tmp_path, settings, video):
     """Ragged and whole blocks; the allowance is that of the files of one grid."""
     entry = next(entry for entry in MODELS if entry.name == "Wan")
     model, path = entry.build(), tmp_path / "model.onnx"
     kwargs = arguments_of(entry, SIZES[0]) | {"return_dict": False}
-    shapes = dict.fromkeys(kwargs) | {"hidden_states": dict.fromkeys((2, 3, 4), Dim.DYNAMIC)}
+    shapes = dict.fromkeys(kwargs) | {"hidden_states": video}
     options = {**OPTIONS, **settings, "density": 0.3}
     config = Config(**options)
     export_onnx(model, (), path, config=config, kwargs=kwargs, dynamic_shapes=shapes)

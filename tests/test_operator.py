@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uta_fx.export import tensorrt_ops  # noqa: F401  # defines operators
-from uta_fx.kernels import cpu, ops, reference
+from uta_fx.kernels import contract, cpu, ops, reference
 from uta_fx.kernels.constants import CONSTANTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -507,6 +507,6 @@ def test_more_heads_than_a_grid_holds_are_refused_on_a_gpu():
     with torch._subclasses.FakeTensorMode():
         cpu = torch.empty(2, 40000, 64, 16)
         gpu = torch.empty(2, 40000, 64, 16, device="cuda")
-    ops.check_block_statistics(cpu, cpu, 64)
+    contract.check_block_statistics(cpu, cpu, 64)
     with pytest.raises(ValueError, match=r"key must have at most 65535 heads .* got 2 \* 40000"):
-        ops.check_block_statistics(gpu, gpu, 64)
+        contract.check_block_statistics(gpu, gpu, 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uta_fx.config import Config
-from uta_fx.kernels.ops import check_device, check_dtype, check_heads
+from uta_fx.kernels.contract import check_device, check_dtype, check_heads
 from uta_fx.order import Grid, checked_grid
 from uta_fx.policies import LowDelta, Threshold, TopK, TopP
 

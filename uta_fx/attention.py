@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,15 +81,11 @@ def sparse_attention(
         if exact_keys.dtype != torch.bool:
             none = torch.zeros(query.shape[2], dtype=torch.bool, device=query.device)
             exact_keys = none.index_fill(0, exact_keys, True)
+    form = _Form(config, grid, scale, exact_keys=exact_keys)
     if lengths is not None:
         check_lengths(lengths, query, config, text)
-        return _attend_to_lengths(
-            query, key, value, lengths[:, None, None], config, grid, scale, exact_keys=exact_keys
-        )
-    output, _ = _attend(
-        query, key, value, attn_mask, config, grid, scale, video, exact_keys=exact_keys
-    )
-    return output
+        return _attend_to_lengths(query, key, value, lengths[:, None, None], form)
+    return _attend(query, key, value, attn_mask, form, video)[0]
 
 
 def clustered_attention(
@@ -143,9 +139,8 @@ def clustered_attention(
                     f"centroids.{name} must have shape {(*lead, clusters, dim)},"
                     f" got {tuple(got.shape)}"
                 )
-    output, found = _attend(
-        query, key, value, attn_mask, config, grid, scale, video, False, centroids
-    )
+    form = _Form(config, grid, scale)
+    output, found = _attend(query, key, value, attn_mask, form, video, centroids=centroids)
     assert found is not None
     return output, found
 
@@ -189,13 +184,10 @@ class SparseSite:
         output is NaN where masks are trusted (``Config.trust_masks``). Rows of the others, the
         padding, are zero, where the model has attention of padding to what is shown.
         """
-        config, scale, video = self.config, self.scale, self.video
-        grid = self.grid if grid is None else grid
+        video, grid = self.video, self.grid if grid is None else grid
         video = self.known_video if video is None or grid is None else (video[0], math.prod(grid))
-        return _attend(
-            query, key, value, attn_mask, config, grid, scale, video, self.alone,
-            in_order=self.in_order,
-        )[0]  # fmt: skip
+        form = _Form(self.config, grid, self.scale, self.in_order)
+        return _attend(query, key, value, attn_mask, form, video, self.alone)[0]
 
     @property
     def known_video(self) -> tuple[int, int] | None:
@@ -243,10 +235,10 @@ class ContinuedSite:
             The output, and centroids of queries and of keys for the next call.
         """
         site, mask = self.site, others[0] if len(others) == 3 else None
+        form = _Form(site.config, site.grid, site.scale, site.in_order)
         output, centroids = _attend(
-            query, key, value, mask, site.config, site.grid, site.scale, site.known_video,
-            site.alone, Centroids(*others[-2:]), site.in_order,
-        )  # fmt: skip
+            query, key, value, mask, form, site.known_video, site.alone, Centroids(*others[-2:])
+        )
         assert centroids is not None
         return output, *centroids
 
@@ -500,57 +492,62 @@ def _attend_to_gathered(arguments: Sequence[Any], blocks: Blocks) -> tuple[Tenso
     return ops.clustered_attention(*lists[:5], blocks.count, *lists[5:])
 
 
+class _Form(NamedTuple):
+    """What all parts of one call of attention go by.
+
+    A tuple, of functions that are no methods: torch 2.11 cannot trace values of our own in a user's
+    code.
+
+    Attributes:
+        config: Settings.
+        grid: Frames, height and width of the video tokens; None keeps their order.
+        scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        in_order: Whether video tokens come in block order already.
+        exact_keys: Boolean ``[L]``, keys that are exact for all beside ``config.exact_frames``, in
+            the model's order; None for no other.
+    """
+
+    config: Config
+    grid: Grid | None
+    scale: float | None
+    in_order: bool = False
+    exact_keys: Tensor | None = None
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
+    form: _Form,
     video: tuple[int, int] | None,
     alone: bool = False,
     centroids: Centroids | None = None,
-    in_order: bool = False,
-    exact_keys: Tensor | None = None,
 ) -> tuple[Tensor, Centroids | None]:
-    """The output and, of a policy that clusters, where the next step may start.
-
-    A function and not a method: torch 2.11 cannot trace values of our own in a user's code.
-    """
+    """The output and, of a policy that clusters, where the next step may start."""
+    config = form.config
     while attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
     if video is None and attn_mask is not None:
         lengths, misread = _lengths(attn_mask, query)
-        output = _attend_to_lengths(
-            query, key, value, lengths, config, grid, scale, in_order, exact_keys
-        )
+        output = _attend_to_lengths(query, key, value, lengths, form)
         return (output + misread.to(output.dtype) if config.trust_masks else output), None
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
             none = (key[:, :, :0], value[:, :, :0])
-            output = _attend_rectified(
-                query, (key, value), none, None, config, grid, scale, in_order, exact_keys
-            )
-            return output, None
+            return _attend_rectified(query, (key, value), none, None, form), None
     if video is None:
-        output, _, centroids = _attend_to_video(
-            query, key, value, config, grid, scale, in_order, centroids=centroids,
-            exact_keys=exact_keys,
-        )  # fmt: skip
+        output, _, centroids = _attend_to_video(query, key, value, form, centroids=centroids)
         return output, centroids
     # one set of numbers for all: a graph need not know that lengths of a run are equal
     sizes = [*video, key.shape[2] - sum(video)]
     start = sizes[0]
     (text_k, k), (text_v, v) = (_parted(x, sizes, 2) for x in (key, value))
-    if exact_keys is not None:
-        _, exact_keys = _parted(exact_keys, sizes, 0)
+    if form.exact_keys is not None:
+        form = form._replace(exact_keys=_parted(form.exact_keys, sizes, 0)[1])
     if alone:
-        return _attend_to_both(
-            query, (k, v), (text_k, text_v), None, config, grid, scale, centroids, in_order,
-            exact_keys,
-        )  # fmt: skip
+        return _attend_to_both(query, (k, v), (text_k, text_v), None, form, centroids)
     # where a graph does not know that there is any text, a row of video attends with it
     spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
@@ -567,12 +564,11 @@ def _attend(
             rows = _joined([before, video_rows[..., :spare, :], after], -2)
         bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
 
-    output, centroids = _attend_to_both(
-        q, (k, v), (text_k, text_v), bias, config, grid, scale, centroids, in_order, exact_keys
-    )
+    output, centroids = _attend_to_both(q, (k, v), (text_k, text_v), bias, form, centroids)
     others = F.scaled_dot_product_attention(
-        others_q, key, value, attn_mask=rows, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
+        others_q, key, value, attn_mask=rows, scale=form.scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
     # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
     parts = (others[:, :, :start], output, others[:, :, start + spare :])
     joined = _joined([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
@@ -606,22 +602,14 @@ def _attend_to_both(
     video: tuple[Tensor, Tensor],
     text: tuple[Tensor, Tensor],
     bias: Tensor | None,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
+    form: _Form,
     centroids: Centroids | None,
-    in_order: bool,
-    exact_keys: Tensor | None,
 ) -> tuple[Tensor, Centroids | None]:
     """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
-    if config.tail_form().kind == "rectified":
-        return _attend_rectified(
-            query, video, text, bias, config, grid, scale, in_order, exact_keys
-        ), None
-    output, lse, centroids = _attend_to_video(
-        query, *video, config, grid, scale, in_order, text[0], bias, centroids, exact_keys
-    )
-    other, other_lse = _attend_to_text(query, *text, bias, config, scale)
+    if form.config.tail_form().kind == "rectified":
+        return _attend_rectified(query, video, text, bias, form), None
+    output, lse, centroids = _attend_to_video(query, *video, form, text[0], bias, centroids)
+    other, other_lse = _attend_to_text(query, *text, bias, form)
     # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
     share = (other_lse - lse).sigmoid()[..., None]
     return torch.lerp(output.float(), other.float(), share).to(query.dtype), centroids
@@ -631,25 +619,20 @@ def _attend_to_video(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
-    in_order: bool,
+    form: _Form,
     text_key: Tensor | None = None,
     text_bias: Tensor | None = None,
     centroids: Centroids | None = None,
-    exact_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Centroids | None]:
     """The output ``[B, H, L, Dv]``, the log-sum-exp ``[B, H, L]`` over video keys, and centroids.
 
     Centroids are those that a policy that clusters found, starting from ``centroids``.
     """
-    (query, key, value), inverse = reorder_tokens(
-        query, key, value, config, None if in_order else grid
-    )
-    exact_tokens = find_exact_tokens(query, config, grid, exact_keys)
+    config, grid = form.config, form.grid
+    (query, key, value), inverse = _in_block_order(query, key, value, form)
+    exact_tokens = find_exact_tokens(query, config, grid, form.exact_keys)
     selection = pool_tokens(
-        query, key, value, config, scale, grid, text_key, text_bias, centroids, exact_tokens
+        query, key, value, config, form.scale, grid, text_key, text_bias, centroids, exact_tokens
     )
     clusters = selection.clusters
     # keys that heads share are copied for each once, in the selection
@@ -671,28 +654,22 @@ def _attend_to_lengths(
     key: Tensor,
     value: Tensor,
     lengths: Tensor,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
-    in_order: bool = False,
-    exact_keys: Tensor | None = None,
+    form: _Form,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond.
 
     ``lengths`` ``[B, H or 1, 1]`` are of the model's order, also where tokens come in block order.
     """
-    batch, heads = query.shape[:2]
-    place = _raster_places(query, config, grid)
-    exact_tokens = find_exact_tokens(query, config, grid, exact_keys)
-    (query, key, value), inverse = reorder_tokens(
-        query, key, value, config, None if in_order else grid
-    )
+    config, (batch, heads) = form.config, query.shape[:2]
+    place = _raster_places(query, config, form.grid)
+    exact_tokens = find_exact_tokens(query, config, form.grid, form.exact_keys)
+    (query, key, value), inverse = _in_block_order(query, key, value, form)
     inside = (place < lengths).expand(batch, heads, -1)
     of_query, of_key = apart_from_padding(inside, config.block_q, config.block_kv)
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
     selection = pool_blocks(
-        query, key, value, config, scale, blocks=of_key, exact_tokens=exact_tokens
+        query, key, value, config, form.scale, blocks=of_key, exact_tokens=exact_tokens
     )
     output, _ = _attend_to_gathered(operator_arguments(selection, key, value, config), of_key)
     output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
@@ -704,18 +681,14 @@ def _attend_rectified(
     video: tuple[Tensor, Tensor],
     text: tuple[Tensor, Tensor],
     text_bias: Tensor | None,
-    config: Config,
-    grid: Grid | None,
-    scale: float | None,
-    in_order: bool,
-    exact_keys: Tensor | None,
+    form: _Form,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` over video and text, with the tail ``rectified``."""
-    text_key, text_value = text
-    (query, key, value), inverse = reorder_tokens(query, *video, config, None if in_order else grid)
+    config, grid, (text_key, text_value) = form.config, form.grid, text
+    (query, key, value), inverse = _in_block_order(query, *video, form)
     selection = pool_blocks(
-        query, key, value, config, scale, grid, text_key, text_bias,
-        exact_tokens=find_exact_tokens(query, config, grid, exact_keys),
+        query, key, value, config, form.scale, grid, text_key, text_bias,
+        exact_tokens=find_exact_tokens(query, config, grid, form.exact_keys),
     )  # fmt: skip
     exact = choose_exact(selection, config)
     if text_bias is None:
@@ -734,8 +707,7 @@ def _attend_to_text(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    config: Config,
-    scale: float | None,
+    form: _Form,
 ) -> tuple[Tensor, Tensor]:
     """As ``_attend_to_video``, over text keys, with a bias ``[B or 1, H or 1, 1, Lt]``."""
     heads = query.shape[1]
@@ -744,8 +716,15 @@ def _attend_to_text(
         bias = query.new_empty(*query.shape[:2], 0, dtype=torch.float32)
     else:
         bias = bias.expand(*query.shape[:2], 1, -1)[:, :, 0]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return ops.text_attention(query, key, value, bias, scale, config.block_q)
+    scale = query.shape[-1] ** -0.5 if form.scale is None else form.scale
+    return ops.text_attention(query, key, value, bias, scale, form.config.block_q)
+
+
+def _in_block_order(
+    query: Tensor, key: Tensor, value: Tensor, form: _Form
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """As ``reorder_tokens``, of tokens that may come in that order."""
+    return reorder_tokens(query, key, value, form.config, None if form.in_order else form.grid)
 
 
 def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:

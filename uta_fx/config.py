@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from uta_fx.kernels.ops import BLOCK_SIZES
+from uta_fx.kernels.contract import BLOCK_SIZES
 from uta_fx.order import ORDERS, Grid, checked_grid
 from uta_fx.policies import BUDGETS, BY_NAME, SVG2, Policy
 from uta_fx.tails import KINDS, Tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -60,17 +61,18 @@ def export_onnx(
     Args:
         model: In eval mode, on any device; compiled or not.
         args: Its positional arguments; their sizes are those of the file.
-        path: File to write, ending in ``.onnx``; replaced if it is there. Weights of more than
-            1.5 GiB go into a second file beside it, such as ``model.onnx.1f3a9c04.data``; they can
-            be moved together. Its name is new each time, and that of the file replaced goes.
+        path: File to write, ending in ``.onnx``; replaced if it is there (what it leads to, if it
+            is a link). Weights of more than 1.5 GiB go into a second file beside it, such as
+            ``model.onnx.1f3a9c04.data``; they can be moved together. Its name is new each time, and
+            that of the file replaced goes.
         config: Settings; None for the defaults. ``inner`` has no effect here.
         kwargs: Its keyword arguments. ``None`` and Python numbers become constants.
         dynamic_shapes: As for ``torch.export.export``, with a dict of its tensors by their paths
             (``layer_caches.0.key``) for an object; ``Dim("batch")`` is ``batch`` in the file, too.
-            Frames, height and width of the video may be
-            dynamic (``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails
-            ``none``, ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``;
-            with others, and where the graph does not show how the grid follows from its inputs,
+            Frames, height and width of the video may be dynamic (``2 * Dim("rows")``, or
+            ``Dim.DYNAMIC``) with the policies ``low_delta`` and ``topk``, the tails ``none``,
+            ``block``, ``first_order`` and ``gaussian``, and any order but ``hilbert``; with others,
+            and where the graph does not show how the grid follows from its inputs,
             they are refused here by name. Which sites are sparse is decided for the sizes of
             ``args``: a run below ``min_tokens`` is sparse too.
         opset: Version of the standard operations, 18 or higher; None for 18, or 22 where weights
@@ -100,8 +102,8 @@ def export_onnx(
     from uta_fx.export.onnx_model import write_onnx
     from uta_fx.export.token_orders import spell_out_orders
 
-    config, target = Config.of(config), Path(path)
-    check_place(target, ".onnx")
+    config = Config.of(config)
+    target = check_place(path, ".onnx")
     policy = config.selection_policy()
     if isinstance(policy, SVG2) and policy.keep:
         raise ValueError(
@@ -109,14 +111,15 @@ def export_onnx(
             " next. Take keep=False, with which each step clusters anew"
         )
     opset = _opset(model, opset)
-    program, explanation, found = sparse_program(
-        model, args, kwargs, dynamic_shapes, config, decide_branches
-    )
-    program = spell_out_clusters(spell_out_orders(program))
-    write_onnx(
-        program, explanation.sites, target, opset=opset, metadata=_metadata(config, found.branches),
-        left=found.left, sizes=found.sizes,
-    )  # fmt: skip
+    with _without_gradients(model):
+        program, explanation, found = sparse_program(
+            model, args, kwargs, dynamic_shapes, config, decide_branches
+        )
+        program = spell_out_clusters(spell_out_orders(program))
+        write_onnx(
+            program, explanation.sites, target, opset=opset, left=found.left, sizes=found.sizes,
+            metadata=_metadata(config, found.branches),
+        )  # fmt: skip
     return explanation
 
 
@@ -163,10 +166,10 @@ def export_tensorrt(
         TypeError: As for ``export_onnx``.
         ValueError: As for ``export_onnx``, or ``form`` is another.
     """
-    config, target = Config.of(config), Path(path)
+    config = Config.of(config)
     if form not in TENSORRT_FORMS:
         raise ValueError(f"form must be one of {', '.join(TENSORRT_FORMS)}, got {form!r}")
-    check_place(target, ".engine" if form == "engine" else ".onnx", f" for form={form!r}")
+    target = check_place(path, ".engine" if form == "engine" else ".onnx", f" for form={form!r}")
     if isinstance(config.selection_policy(), SVG2):
         raise ValueError(
             "policy svg2 cannot be exported to TensorRT: it has no operation that adds up the"
@@ -182,24 +185,25 @@ def export_tensorrt(
     from uta_fx.export.tensorrt_program import spell_out
 
     opset = _opset(model, opset)
-    program, explanation, found = sparse_program(
-        model, args, kwargs, None, config, decide_branches,
-        "its attention mask hides padding, which files for TensorRT leave to dense attention",
-    )  # fmt: skip
-    program = spell_out(program, plugins=form != "standard")
-    if form == "engine":
-        from uta_fx.export.tensorrt_torch import write_engine
-
-        write_engine(program, target)
-    else:
-        from uta_fx.export.onnx_model import write_onnx
-        from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
-
-        dialect = plugin_dialect() if form == "plugin" else standard_dialect()
-        write_onnx(
-            program, explanation.sites, target, opset=opset,
-            metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
+    with _without_gradients(model):
+        program, explanation, found = sparse_program(
+            model, args, kwargs, None, config, decide_branches,
+            "its attention mask hides padding, which files for TensorRT leave to dense attention",
         )  # fmt: skip
+        program = spell_out(program, plugins=form != "standard")
+        if form == "engine":
+            from uta_fx.export.tensorrt_torch import write_engine
+
+            write_engine(program, target)
+        else:
+            from uta_fx.export.onnx_model import write_onnx
+            from uta_fx.export.tensorrt_model import plugin_dialect, standard_dialect
+
+            dialect = plugin_dialect() if form == "plugin" else standard_dialect()
+            write_onnx(
+                program, explanation.sites, target, opset=opset,
+                metadata=_metadata(config, found.branches), left=found.left, dialect=dialect,
+            )  # fmt: skip
     return explanation
 
 
@@ -231,8 +235,7 @@ def build_tensorrt_engine(
     require("onnx", extra="onnx")
     from uta_fx.export.tensorrt_engine import build_engine
 
-    target = Path(path)
-    check_place(target)
+    target = check_place(path)
     _check_apart(Path(model), target)
     build_engine(Path(model), target, rtx=rtx, architectures=architectures)
 
@@ -334,9 +337,8 @@ def build_onnxruntime_plugin(
     from uta_fx.export.onnx_functions import check_version
     from uta_fx.export.onnxruntime_plugin import build_plugin
 
-    target = Path(path)
     check_version(Path(model), "model")
-    check_place(target)
+    target = check_place(path)
     _check_apart(Path(model), target)
     build_plugin(Path(model), architecture, target)
 
@@ -366,26 +368,33 @@ def onnx_schema(name: str = "SparseAttention") -> Any:
     return published_schema(name)
 
 
-def check_place(target: Path, suffix: str | None = None, why: str = "") -> None:
+def check_place(path: str | os.PathLike[str], suffix: str | None = None, why: str = "") -> Path:
     """Raise ``ValueError``, before the work, where a file cannot be written.
 
     Args:
-        target: The file.
+        path: The file.
         suffix: What its name must end in; None for anything.
         why: Words for the message.
+
+    Returns:
+        What is to be replaced: the file, or what a link leads to, which stays a link.
     """
-    if suffix is not None and target.suffix != suffix:
-        raise ValueError(f"path must end in {suffix}{why}, got {target}")
+    if suffix is not None and Path(path).suffix != suffix:
+        raise ValueError(f"path must end in {suffix}{why}, got {path}")
+    target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {target}")
     if target.is_dir():
         raise ValueError(f"path must be a file, got the folder {target}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path must be a file or new, got {target}, which is neither")
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"path must lie in a folder that can be written to, got {target}")
+    return target
 
 
 def _check_apart(model: Path, target: Path) -> None:
-    if target.resolve() == model.resolve():
+    if target == model.resolve():
         raise ValueError(f"path must be another file than model, got {target} for both")
 
 
@@ -424,6 +433,15 @@ def _metadata(config: Config, branches: Sequence[str]) -> dict[str, str]:
 
 def _parameters(model: Any) -> Iterator[torch.Tensor]:
     return model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+
+
+def _without_gradients(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The mode to export in: weights, or inputs alone, may be inference tensors.
+
+    Weights that were made so and require gradients may only be traced in the mode that made them.
+    """
+    inference = any(x.is_inference() for x in _parameters(model))
+    return torch.inference_mode() if inference else torch.no_grad()
 
 
 def sparse_program(

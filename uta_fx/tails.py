@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from uta_fx.kernels import ops
+from uta_fx.kernels import contract, ops
 from uta_fx.policies.base import Selection
 from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
@@ -80,10 +80,10 @@ class Tail:
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
         if self.fit is not None and (
-            not isinstance(self.fit, int) or not 0 <= self.fit <= ops.MAX_FIT_ROWS
+            not isinstance(self.fit, int) or not 0 <= self.fit <= contract.MAX_FIT_ROWS
         ):
             raise ValueError(
-                f"fit must be a number of rows from 0 to {ops.MAX_FIT_ROWS}, or None,"
+                f"fit must be a number of rows from 0 to {contract.MAX_FIT_ROWS}, or None,"
                 f" got {self.fit!r}"
             )
         if self.fit and not self._may_fit:
@@ -106,7 +106,7 @@ class Tail:
     def fit_rows(self) -> int:
         """Rows that mass and slope are fitted to; 0 for none."""
         if self.fit is None:
-            return ops.MAX_FIT_ROWS if self._may_fit else 0
+            return contract.MAX_FIT_ROWS if self._may_fit else 0
         return self.fit
 
     @property
