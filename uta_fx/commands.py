@@ -56,7 +56,7 @@ PolicyName = Annotated[
     str,
     typer.Option(
         help="What chooses the exact blocks: low_delta, topk, topp, threshold; from the grid alone"
-        " radial, sliding_tile, window; spatial_temporal, rectified; random, and for study"
+        " radial, sliding_tile, window; spatial_temporal, svg2, rectified; random, and for study"
         " oracle_topk, oracle_topp, oracle_low_delta."
     ),
 ]
