@@ -129,8 +129,10 @@ def compare(folder: Path, steps: int, inner: str = "inductor") -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("folder", type=Path, nargs="?", default=Path("onnx_demo"))
-    options.add_argument("steps", type=int, nargs="?", default=16)
+    options.add_argument(
+        "folder", type=Path, nargs="?", default=Path("onnx_demo"), help="to write to"
+    )
+    options.add_argument("steps", type=int, nargs="?", default=16, help="denoising steps")
     options.add_argument("--generate-only", action="store_true", help="from a folder made before")
     given = options.parse_args()
     if given.generate_only:

@@ -79,8 +79,10 @@ def generate(pipeline, engine: Path, library: str, steps: int) -> torch.Tensor:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("folder", type=Path, nargs="?", default=Path("tensorrt_demo"))
-    options.add_argument("steps", type=int, nargs="?", default=16)
+    options.add_argument(
+        "folder", type=Path, nargs="?", default=Path("tensorrt_demo"), help="to write to"
+    )
+    options.add_argument("steps", type=int, nargs="?", default=16, help="denoising steps")
     given = options.parse_args()
     library = find_tensorrt()
     if library is None:

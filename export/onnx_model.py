@@ -134,7 +134,7 @@ def write_onnx(
     try:
         with _without_their_own_worries():
             program = _without_factors(_in_float32(_without_gaps(program)))
-            program = _in_four_dimensions(program, whole_masks=opset >= ATTENTION_OPSET)
+            program = _with_plain_attention(program, whole_masks=opset >= ATTENTION_OPSET)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -347,10 +347,11 @@ def _in_float32(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions({gap: widened(gap, dtype) for gap, dtype in gaps.items()})
 
 
-def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> ExportedProgram:
+def _with_plain_attention(program: ExportedProgram, whole_masks: bool) -> ExportedProgram:
     """Dense attention as the exporter takes it; with ``whole_masks`` as ONNX Runtime's node does.
 
     Its CPU provider wants a row for each query and a column for each key, of which ONNX takes one.
+    Neither takes none: attention to no keys, such as a text of length 0, is zero.
     """
 
     def compute(
@@ -361,6 +362,8 @@ def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> Exported
         *arguments: Any,
         **options: Any,
     ) -> Any:
+        if _is(key.shape[-2], 0):
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])
         if query.dim() == 3:
             mask = None if mask is None else mask[None]
             tensors = (query[None], key[None], value[None], mask)
@@ -369,19 +372,20 @@ def _in_four_dimensions(program: ExportedProgram, whole_masks: bool) -> Exported
             return NotImplemented
         sizes = query.shape[-2], key.shape[-2]
         pairs = zip(mask.shape[-2:], sizes, strict=True)
-        if not any(_is_one(got) and not _is_one(size) for got, size in pairs):
+        if not any(_is(got, 1) and not _is(size, 1) for got, size in pairs):
             return NotImplemented
         mask = mask.expand(*mask.shape[:-2], *sizes)
         return DENSE(query, key, value, mask, *arguments, **options)
 
-    calls = program.graph.find_nodes(op="call_function", target=DENSE)
-    if any(x.args[0].meta["val"].dim() == 3 or (whole_masks and x.args[3:4]) for x in calls):
-        return program.run_decompositions({DENSE: compute})
+    for call in program.graph.find_nodes(op="call_function", target=DENSE):
+        query, key = (x.meta["val"] for x in call.args[:2])
+        if query.dim() == 3 or _is(key.shape[-2], 0) or (whole_masks and call.args[3:4]):
+            return program.run_decompositions({DENSE: compute})
     return program
 
 
-def _is_one(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) and size == 1
+def _is(size: int | torch.SymInt, number: int) -> bool:
+    return isinstance(size, int) and size == number
 
 
 def _without_factors(program: ExportedProgram) -> ExportedProgram:

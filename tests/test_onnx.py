@@ -477,6 +477,18 @@ def test_a_query_that_sees_no_key_is_zero(tmp_path, opset, dtype):
     np.testing.assert_allclose(output, exact, atol=16 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("opset", [18, 23])
+def test_attention_to_no_keys_is_zero(tmp_path, opset):
+    """A text of length 0, which neither the exporter nor ONNX Runtime takes."""
+    query, none = torch.ones(2, 3, 8, 16), torch.ones(2, 3, 0, 16)
+    inputs = {"query": query, "key": none, "value": none[..., :5], "mask": None}
+    path = tmp_path / "model.onnx"
+    export_onnx(Attending().eval(), (), path, kwargs=inputs, opset=opset)
+    names = [x.name for x in onnx.load(path).graph.input]
+    (output,) = run(path, {name: inputs[name].numpy() for name in names})
+    np.testing.assert_array_equal(output, np.zeros((2, 3, 8, 5)))
+
+
 def test_sizes_have_the_names_of_their_dims(tmp_path):
     """What follows from them, too; a viewer shows no ``s47`` where the user has said more."""
     batch, half = torch.export.Dim("batch"), torch.export.Dim("half")

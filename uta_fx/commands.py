@@ -34,10 +34,7 @@ export_app = typer.Typer(
     help="Write models as files that run without PyTorch.", no_args_is_help=True
 )
 app.add_typer(export_app, name="export")
-study_app = typer.Typer(
-    help="Measure what choices are worth; without a command every tail, budget and token order.",
-    invoke_without_command=True,
-)
+study_app = typer.Typer(invoke_without_command=True)
 app.add_typer(study_app, name="study")
 bench_app = typer.Typer(help="Time what was made against what there was.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -56,7 +53,7 @@ PolicyName = Annotated[
     str,
     typer.Option(
         help="What chooses the exact blocks: low_delta, topk, topp, threshold; from the grid alone"
-        " radial, sliding_tile, window; spatial_temporal, rectified; random, and for study"
+        " radial, sliding_tile, window; spatial_temporal, svg2, rectified; random, and for study"
         " oracle_topk, oracle_topp, oracle_low_delta."
     ),
 ]
@@ -305,10 +302,10 @@ def study(
     device: Device = "auto",
     output: Output = Path("study"),
 ) -> None:
-    """Measure what every tail, budget, token order and density is worth in the generated picture.
+    """Measure what choices are worth; without a command every tail, budget and token order.
 
-    Generates the same prompts and seeds dense and in every combination; writes quality.md and
-    quality.json as it goes. Takes minutes on a GPU and hours on a CPU.
+    Generates the same prompts and seeds dense and in every combination, and compares the pictures;
+    writes quality.md and quality.json as it goes. Takes minutes on a GPU and hours on a CPU.
     """
     if context.invoked_subcommand is not None:
         return
