@@ -336,7 +336,7 @@ def pool_blocks(
     exact_for_all = None
     if exact_tokens is not None:
         exact_for_all = (
-            _blocks_holding(exact_tokens, config.block_kv)
+            blocks_holding(exact_tokens, config.block_kv)
             if blocks is None
             else blocks.holding(exact_tokens)[:, :, None]
         )
@@ -358,7 +358,7 @@ def pool_blocks(
     )
 
 
-def _blocks_holding(tokens: Tensor, block: int) -> Tensor:
+def blocks_holding(tokens: Tensor, block: int) -> Tensor:
     """Blocks ``[ceil(L / block)]`` that hold one of some tokens, a boolean ``[L]``."""
     missing = -tokens.shape[0] % block
     return F.pad(tokens, (0, missing)).unflatten(0, (-1, block)).any(1)

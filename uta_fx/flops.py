@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from uta_fx.attention import sparse_attention
+from uta_fx.attention import blocks_holding, find_exact_tokens, sparse_attention
 from uta_fx.config import Config
 from uta_fx.kernels.reference import spacing
 from uta_fx.order import Grid
@@ -100,8 +100,9 @@ def _sparse_parts(
     key, value = (query.new_empty((batch, kv_heads, tokens, width)) for width in (dim, dim_v))
     parts: Counter[str] = Counter()
     density = config.density
-    if config.exact_frames and grid is not None:  # what is chosen among them counts once
-        density += (1 - density) * config.exact_frames / grid[0]
+    exact = find_exact_tokens(torch.empty(1, 1, tokens, 0), config, grid, None)
+    if exact is not None:  # what is chosen among their blocks counts once
+        density += (1 - density) * blocks_holding(exact, config.block_kv).float().mean().item()
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.uta.block_statistics: functools.partial(_statistics, parts),
         torch.ops.uta.block_scores: functools.partial(_scores, parts),
