@@ -27,6 +27,7 @@ from uta_fx.passes.locate_video import (
     tokens_in,
 )
 from uta_fx.passes.read_mask import hides, pads, shows_all
+from uta_fx.passes.read_node import VIEWS, name_of
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
     Region,
@@ -339,7 +340,7 @@ def _mask(graph: Graph, call: Call) -> Node:
 
 
 def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
-    """The output as the call's own node has it: order of dimensions and dtype."""
+    """The output as the call's own node has it: order of dimensions, dtype, strides for views."""
     value = value_of(call.node)
     for place, group in reversed(list(enumerate(call.output))):
         if not group:
@@ -351,7 +352,20 @@ def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
         order = [dims.index(dim) for dim in range(len(dims))]
         node = graph.call_method("permute", (node, order))
     dtype = value.dtype
-    return node if dtype == call.dtype else graph.call_method("to", (node, dtype))
+    if dtype != call.dtype:
+        node = graph.call_method("to", (node, dtype))
+    if value.is_contiguous() and _is_viewed(call.node):
+        node = graph.call_method("contiguous", (node,))
+    return node
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether somebody takes a view of a tensor, which fails where its strides do not allow it."""
+    return any(
+        name_of(user) == "view"
+        or (name_of(user) in VIEWS and name_of(user) != "contiguous" and _is_viewed(user))
+        for user in node.users
+    )
 
 
 def _exemption(kind: str, tokens: Size, layer: int | None, layers: int, plan: Plan) -> str | None:
