@@ -55,6 +55,8 @@ class Plan:
         min_tokens: Sites with fewer video tokens stay dense.
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
+        video_start: Given beside the grid: the first token of the video, where the graph does not
+            show it.
         trust_masks: Whether a mask that the graph does not show to hide text alone, or padding at
             the end of a video, is taken to.
         no_padding: Why a site whose mask hides padding of its video stays dense; None where it
@@ -76,6 +78,7 @@ class Plan:
     trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
     no_padding: str | None = None
+    video_start: int | None = None
     token_index: MakeIndex | None = None
     symbolic: bool = False
 
@@ -169,6 +172,7 @@ def _describe(
     text = None
     if known and not same(known.tokens, key.shape[-2]):
         text = (_plain(known.before), _plain(known.after))
+        kind = "joint"
     return Site(
         name=call.path,
         kind=kind,
@@ -188,7 +192,7 @@ def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
     """Where the video lies among the keys: its queries may be all that there are."""
     tokens = trace.axis(call.query.node, call.query.token_dim)
     keys = trace.axis(call.key.node, call.key.token_dim)
-    video = locate_video(trace, tokens, plan.grid, plan.symbolic)
+    video = locate_video(trace, tokens, plan.grid, plan.video_start, plan.symbolic)
     if isinstance(video, str) or equal(tokens, keys):
         return video
     if not same(video.tokens, length(tokens)):

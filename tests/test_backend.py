@@ -337,7 +337,9 @@ class Mapped(Attention):
         (Attention(project_kv=False), {}, "the graph does not show that queries and keys"),
         (Attention(), {"min_tokens": 257}, "256 tokens are fewer than min_tokens=257"),
         (Attention(), {}, "the graph does not show how its 256 tokens lie in frames"),
-        (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens"),
+        (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens$"),
+        (Attention(), {"grid": (4, 8, 7)}, ".*; where the video lies in them is video_start"),
+        (Attention(), {"grid": (4, 8, 7), "video_start": 33}, "grid 4 x 8 x 7 = 224 does not"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reason):
@@ -475,6 +477,13 @@ def test_bad_options_are_errors(options, message):
     """They reach the user through torch.compile with their sentence."""
     with pytest.raises(Exception, match=message):
         compile_uta(Attention(), **options)(torch.randn(1, 256, 64))
+
+
+def test_options_that_are_no_mapping_are_an_error():
+    """One sentence, as of a mapping with a bad value."""
+    compiled = torch.compile(Attention(), backend="uta", options=["density"])
+    with pytest.raises(Exception, match=r"options must be a dict such as .*, got \['density'\]"):
+        compiled(torch.randn(1, 256, 64))
 
 
 def test_the_backend_is_found_without_an_import():

@@ -34,6 +34,9 @@ class Config:
             ``"morton"``: the Z-order curve; ``"hilbert"``: the generalised Hilbert curve;
             ``"none"``: the model's own order.
         grid: Frames, height and width of the video tokens; None reads it from the graph.
+        video_start: First token of the video, beside ``grid``, where history or reference images
+            lie in one sequence with it and the graph does not tell them apart, as in a block that
+            is compiled by itself. They are exact for all, as text is.
         trust_masks: Take an attention mask for one that hides text alone, or of a video without
             text the padding at the end of each sample, where the graph does not show it, as in a
             block that is compiled by itself. What the mask of a run hides of the video all the
@@ -63,6 +66,7 @@ class Config:
     block_kv: int = 64
     reorder: str = "auto"
     grid: Grid | None = None
+    video_start: int | None = None
     trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
@@ -97,6 +101,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grid(self.grid))
+        if self.video_start is not None:
+            _check_start(self)
         for name in ("strict", "trust_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -188,6 +194,16 @@ def _number(config: Config, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_start(config: Config) -> None:
+    start = config.video_start
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise TypeError(f"video_start must be an int, got {start!r}")
+    if start < 0:
+        raise ValueError(f"video_start must be at least 0, got {start}")
+    if config.grid is None:
+        raise ValueError(f"video_start={start} needs grid, which says where the video ends")
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
