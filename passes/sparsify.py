@@ -19,6 +19,7 @@ from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.inline_subgraphs import inline_subgraphs
 from uta_fx.passes.locate_video import (
     Video,
+    has_several_grids,
     is_clear,
     is_symbolic,
     locate_video,
@@ -160,6 +161,17 @@ def _describe(
     known = video if isinstance(video, Video) else None
     tokens = known.tokens if known else query.shape[-2]
     exemption = _exemption(kind, tokens, layer, layers, plan)
+    if (
+        exemption
+        and known
+        and _is_short(tokens, plan)
+        and not _is_short(key.shape[-2], plan)
+        and has_several_grids(trace, trace.axis(call.key.node, call.key.token_dim))
+    ):
+        exemption += (
+            f", the longest of several grids in its {key.shape[-2]} tokens; give grid if these are"
+            " one video"
+        )
     objection = (
         exemption
         or call.objection

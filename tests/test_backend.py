@@ -417,6 +417,31 @@ class Interleaved(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class FrameByFrame(Attention):
+    """Frames of a clip embedded one after another and joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 64, 1)
+
+    def forward(self, clip):
+        frames = [self.patch(frame).flatten(2).transpose(1, 2) for frame in clip.unbind(2)]
+        return super().forward(torch.cat(frames, 1))
+
+
+def test_frames_that_are_joined_need_a_grid_and_say_so():
+    """To the graph they are images of their own."""
+    module, clip = FrameByFrame(), torch.randn(1, 3, 4, 8, 8)
+    config = SMALL | {"min_tokens": 100}
+    (site,) = uta_fx.explain(module, clip, config=Config(**config)).sites
+    assert not site.sparse and site.reason == (
+        "64 tokens are fewer than min_tokens=100, the longest of several grids in its 256 tokens;"
+        " give grid if these are one video"
+    )
+    (site,) = uta_fx.explain(module, clip, config=Config(**config, grid=(4, 8, 8))).sites
+    assert (site.grid, site.sparse, site.text) == ((4, 8, 8), True, None)
+
+
 def test_frames_with_text_between_them_are_no_grid():
     """Text keys are exact for all, or the site is dense."""
     inputs = torch.zeros(1, 3, 4, 5, 8), torch.zeros(1, 4, 3, 32)
