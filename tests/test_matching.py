@@ -342,6 +342,15 @@ def cleared(q, k, v):
     return torch.where(empty, 0.0, logits.softmax(-1)) @ v
 
 
+def normed_and_written(q, k, v):
+    """A norm of several outputs, and a part that is written to, as rotary embeddings do."""
+    q, k, v = map(heads, (q, k, v))
+    q, k = F.layer_norm(q, (DIM,)), F.layer_norm(k, (DIM,))
+    q[:, :, 10:] = q[:, :, 10:] * 2
+    k[:, :, 10:] = k[:, :, 10:] * 2
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def heads_apart_between_the_products(q, k, v):
     """As Megatron's: batch and heads are one dimension in the products, two in the softmax."""
     q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
@@ -437,7 +446,7 @@ def test_every_form_is_found_after_export(form):
     [
         sdpa, grouped, under_an_empty_bias, matmul, viewed, einsum_tokens_first,
         depth_of_two_dimensions, einsum_divided_in_place, hidden_by_nothing, scaled_by_tensors,
-        heads_apart_between_the_products,
+        heads_apart_between_the_products, normed_and_written,
     ],
     ids=lambda form: form.__name__,
 )  # fmt: skip
