@@ -10,7 +10,7 @@ from typing import NamedTuple
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from uta_fx.passes.read_node import name_of
 from uta_fx.passes.site import Grid, Side, recorded
@@ -35,7 +35,11 @@ class Video:
 
 
 def locate_video(
-    trace: Trace, axis: Axis, given: Grid | None, symbolic: bool = False
+    trace: Trace,
+    axis: Axis,
+    given: Grid | None,
+    start: int | None = None,
+    symbolic: bool = False,
 ) -> Video | str:
     """The video in a token axis, or a sentence that says why it cannot be told.
 
@@ -50,11 +54,12 @@ def locate_video(
         axis: Of the tokens.
         given: The grid that the user gave: it says how long the video is, and which of several
             claims is true; it must not contradict a single one.
+        start: Its first token, given beside a grid, where the graph does not show it.
         symbolic: Whether sides may be other than numbers, as far as ``is_clear`` has found.
     """
     stretches = trace.stretches(axis)
     if given is not None:
-        return _given(axis, stretches, given)
+        return _given(axis, stretches, given, start)
     grids = _claims(stretches, symbolic)
     if not grids:
         return (
@@ -69,6 +74,11 @@ def locate_video(
         text = " and ".join(map(_text, sorted(claims)))
         return f"the graph claims {text} for its tokens; give grid"
     return _video(axis, start, end, claims.pop())
+
+
+def has_several_grids(trace: Trace, axis: Axis) -> bool:
+    """Whether more than one part of a token axis lies in frames, rows and columns."""
+    return len(_claims(trace.stretches(axis))) > 1
 
 
 def is_clear(gm: GraphModule, trace: Trace, axis: Axis) -> bool:
@@ -179,15 +189,20 @@ def settle_grids(gm: GraphModule, trace: Trace, axes: Sequence[Axis]) -> bool:
     return True
 
 
-def _given(axis: Axis, stretches: list[Stretch], grid: Grid) -> Video | str:
+def _given(axis: Axis, stretches: list[Stretch], grid: Grid, start: int | None) -> Video | str:
     """The part of an axis, or all of it, that has as many tokens as the user's grid."""
     tokens = math.prod(grid)
     fits = {(x.start, x.end) for x in stretches if same(x.source.length, tokens)}
     if same(length(axis), tokens):
         fits.add((0, len(axis)))
     if len(fits) != 1:
+        after = plain(length(axis) - (start or 0) - tokens)
+        if start is not None and statically_known_true(after >= 0):
+            return Video(start, tokens, after, grid)
         problem = "matches more than one part of" if fits else "does not match"
-        return f"grid {_text(grid)} = {tokens} {problem} its {_parts(axis)} tokens"
+        reason = f"grid {_text(grid)} = {tokens} {problem} its {_parts(axis)} tokens"
+        part = start is None and statically_known_true(after >= 0)
+        return f"{reason}; where the video lies in them is video_start" if part else reason
     place = fits.pop()
     claims = _claims(stretches).get(place, set())
     if len(claims) == 1 and not any(x == grid or _merges(x, grid) for x in claims):

@@ -12,6 +12,7 @@ from uta_fx.passes.read_node import VIEWS, argument, name_of, written_by
 from uta_fx.passes.read_product import Product, is_product, read_product
 from uta_fx.passes.read_softmax import divided_product, exponent_of, is_softmax, read_softmax
 from uta_fx.passes.site import Operand, Order, value_of
+from uta_fx.passes.unmerge_product import unmerge_product
 from uta_fx.passes.walk_upstream import is_used, leads_to, moved, up
 
 
@@ -42,11 +43,21 @@ def match_softmax(node: Node) -> Written | None:
     A product of which one side comes, through casts and the like, out of a softmax over the product
     of two other tensors. A softmax may be spelled out as exponentials, and their sum may divide the
     product instead. Where anything but casts, scales, one mask and dropout that is off lies
-    between, the result carries the objection.
+    between, the result carries the objection. Products are taken as they are, or if that carries
+    one, as those before and after the views around them: a mask may be of the latter.
     """
     last = read_product(node)
     if last is None or name_of(node) in ("baddbmm", "addmm"):
         return None
+    found = _match(last)
+    if found is None or found.objection is None:
+        return found
+    unmerged = unmerge_product(last)
+    return (unmerged and _match(unmerged)) or found
+
+
+def _match(last: Product) -> Written | None:
+    node = last.node
     if not leads_to(last.left, is_softmax):
         last = last.swapped()
     objections, turns = list[str](), list[Node]()
@@ -62,14 +73,18 @@ def match_softmax(node: Node) -> Written | None:
     first = read_product(first_node) if first_node else None
     if first is None:
         return None
+    if last.since is not None:
+        first = unmerge_product(first) or first
     rank = value_of(softmax).dim()
     dim = dim - rank if dim >= 0 else dim
     scale, scales, mask, inverted, moves = read_logits(logits, first, base, dim, objections)
     factors = [tensor for _, tensor in scales]
     _check_uses(first.node, end, factors, mask, objections)
     masks = [] if mask is None else [mask]
-    _check_writes(first.node, end, [first.left, first.right, *factors, *masks], objections)
-    _check_writes(node, end, [last.right], objections)
+    _check_writes(
+        first.since or first.node, end, [first.left, first.right, *factors, *masks], objections
+    )
+    _check_writes(last.since or node, end, [last.right], objections)
     letters = moved(moves, first.out_letters)
     weights = moved([*moves, *turns], first.out_letters)
     column, layout = letters[-1], None

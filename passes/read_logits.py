@@ -12,7 +12,7 @@ from uta_fx.passes.read_node import argument, name_of
 from uta_fx.passes.read_product import Product
 from uta_fx.passes.site import recorded, value_of
 from uta_fx.passes.trace_axes import same
-from uta_fx.passes.walk_upstream import CASTS, is_move, leads_to_node, uncast
+from uta_fx.passes.walk_upstream import CASTS, constant_of, is_move, leads_to_node
 
 
 def read_logits(
@@ -67,7 +67,7 @@ def read_logits(
             and scale == base == 1.0
             and not scales
         ):
-            mask = b
+            mask, inverted = _added(b)
             if node.kwargs.get("alpha", 1) != 1:
                 objections.append("its mask is scaled")
         elif name == "add" and isinstance(b, Node):
@@ -107,6 +107,21 @@ def read_logits(
     return scale * base, scales, mask, inverted, moves
 
 
+def _added(mask: Node) -> tuple[Node, bool]:
+    """What is added to logits; where it is 0 and -inf by a mask, that, and whether it hides."""
+    if name_of(mask) == "where" and mask.op == "call_function":
+        condition, *values = (
+            argument(mask, *x) for x in enumerate(("condition", "input", "other"))
+        )
+        numbers = [constant_of(value) for value in values]
+        if value_of(condition).dtype == torch.bool and numbers in (
+            [0, -torch.inf],
+            [-torch.inf, 0],
+        ):
+            return condition, numbers[0] != 0
+    return mask, False
+
+
 def _filled(node: Node, product: Node) -> tuple[Node, Node, float, bool] | None:
     """Logits, the mask by which they are filled, with what, and whether where it is True."""
     if name_of(node) == "masked_fill":
@@ -121,21 +136,10 @@ def _filled(node: Node, product: Node) -> tuple[Node, Node, float, bool] | None:
         inverted = not leads_to_node(logits, product)
         if inverted:
             logits, value = value, logits
-    number = _number(value)
+    number = constant_of(value)
     if number is None or not isinstance(mask, Node) or not leads_to_node(logits, product):
         return None
     return (logits, mask, number, inverted) if value_of(mask).dtype == torch.bool else None
-
-
-def _number(value: Any) -> float | None:
-    """A number, also where a tensor is made of it alone."""
-    if isinstance(value, (int, float)):
-        return value
-    place = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "tensor": 0}
-    if not isinstance(value, Node) or name_of(value := uncast(value)) not in place:
-        return None
-    made_of = argument(value, place[name_of(value)], "fill_value")
-    return made_of if isinstance(made_of, (int, float)) else None
 
 
 def _objection_to_scale(scale: Any) -> str | None:

@@ -12,6 +12,7 @@ from uta_fx.passes.count_selected import count_selected, counted
 from uta_fx.passes.read_node import NEGATIONS, VIEWS, argument, name_of, written_by
 from uta_fx.passes.site import recorded
 from uta_fx.passes.trace_axes import Size, number_of, plain, same
+from uta_fx.passes.walk_upstream import constant_of
 
 HIDING = -9984.0
 """What is added to a logit hides its key from here on: models add -10000, in bfloat16 this."""
@@ -166,7 +167,7 @@ def _negated(node: Node) -> Node | None:
     if name == "sub":
         one, x = (b, a) if "rsub" in str(node.target) else (a, b)
         weighed = argument(node, 2, "alpha", 1) != 1
-        return x if _fits(one, True) and isinstance(x, Node) and not weighed else None
+        return x if _fits(constant_of(one), True) and isinstance(x, Node) and not weighed else None
     if name == "eq":
         return a if _fits(b, False) else None
     return a if name in NEGATIONS and recorded(a).dtype == torch.bool else None
@@ -181,13 +182,17 @@ def _constant(node: Node, dim: int) -> bool:
         return _constant(argument(node, 0, "input"), dim)
     if (source := _of_the_same_truth(node) or _negated(node)) is not None:
         return _constant(source, dim)
-    if name == "transpose":
+    if name in ("transpose", "permute"):
         return _constant(argument(node, 0, "input"), _transposed(node, dim))
     return False
 
 
 def _transposed(node: Node, dim: int) -> int:
     rank = recorded(node).dim()
+    if name_of(node) == "permute":
+        dims = argument(node, 1, "dims")
+        dims = dims if isinstance(dims, (tuple, list)) else node.args[1:]
+        return dims[dim] % rank - rank
     a, b = (argument(node, i, f"dim{i - 1}") % rank for i in (1, 2))
     place = dim % rank
     return (b if place == a else a if place == b else place) - rank
@@ -227,15 +232,15 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
     if name in ("masked_fill", "where"):
         condition, *values = _chosen(node)
         return all(
-            _fits(number_of(value), want)
+            _fits(constant_of(value), want)
             or _always(value, dim, start, stop, want)
             or _always(condition, dim, start, stop, not chosen)
             for value, chosen in zip(values, (True, False), strict=True)
         )
-    if name in ("cat", "pad"):
+    if name in ("cat", "pad", "constant_pad_nd"):
         pieces = _pieces(node, dim, start, stop)
         return pieces is not None and all(_always(x, dim, a, b, want) for x, a, b in pieces)
-    if name == "transpose":
+    if name in ("transpose", "permute"):
         return _always(argument(node, 0, "input"), _transposed(node, dim), start, stop, want)
     if name in ("unsqueeze", "view", "reshape", "expand", "repeat", "getitem"):
         return _reshaped(node, dim, start, stop, want)
@@ -266,7 +271,8 @@ def _pieces(node: Node, dim: int, start: Size, stop: Size) -> list[tuple[Any, Si
         pads = [counted(number_of(pad), counts) for pad in argument(node, 1, "pad")]
         if len(pads) != 2 or dim != -1:
             return None
-        source, value = argument(node, 0, "input"), argument(node, 3, "value") or 0
+        place = 3 if name_of(node) == "pad" else 2
+        source, value = argument(node, 0, "input"), argument(node, place, "value") or 0
         parts = [(value, pads[0]), (source, _sizes(source)[-1]), (value, pads[1])]
     pieces, done = [], 0
     for x, size in parts:
@@ -339,10 +345,10 @@ def _first(node: Any, want: bool) -> bool:
             index, bound, below = bound, index, not below
         if _is_arange(index):
             return _is_one(bound) and below == want
-    if name == "masked_fill":
-        x, condition, value = _filled(node)
+    if name in ("masked_fill", "where"):
+        condition, value, x = _chosen(node)
         all_ones = isinstance(x, Node) and _always(x, -1, 0, _sizes(x)[-1], True)
-        return want and all_ones and _fits(number_of(value), False) and _first(condition, False)
+        return want and all_ones and _fits(constant_of(value), False) and _first(condition, False)
     source = _of_the_same_rows(node) or _of_the_same_truth(node)
     return source is not None and _first(source, want)
 
@@ -355,7 +361,7 @@ def _added(node: Any) -> bool:
     if name == "where":
         condition, a, b = _chosen(node)
         return any(
-            _fits(number_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
+            _fits(constant_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
             for shown, hidden, want in ((a, b, True), (b, a, False))
         )
     if name == "masked_fill":
@@ -391,8 +397,8 @@ def _chosen(node: Node) -> tuple[Any, Any, Any]:
 
 
 def _is_hiding(number: Any) -> bool:
-    number = number_of(number)
-    return isinstance(number, (int, float)) and number <= HIDING
+    number = constant_of(number)
+    return number is not None and number <= HIDING
 
 
 def _is_one(bound: Any) -> bool:
@@ -428,8 +434,12 @@ def _is_arange(node: Any) -> bool:
     source = _of_the_same_rows(node)
     if source is not None:
         return _is_arange(source)
-    whole = len(node.args) == 1 and not {"start", "step"} & node.kwargs.keys()
-    return name_of(node) == "arange" and whole
+    if name_of(node) != "arange":
+        return False
+    start, *rest = node.args if len(node.args) > 1 else (0, *node.args)
+    if isinstance(start, Node) or start != 0:
+        return False
+    return len(rest) == 1 and not {"start", "step"} & node.kwargs.keys()
 
 
 def _at_least(node: Any, bound: Size) -> bool:

@@ -171,7 +171,8 @@ _ALIASES = {
     "special_softmax": "softmax", "numpy_T": "T", "clamp_min": "clamp", "clamp_max": "clamp",
     "true_divide": "div", "negative": "neg", "clip": "clamp", "linalg_matmul": "matmul",
     "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp",
-    "special_exp2": "exp2", "greater": "gt", "greater_equal": "ge", "less": "lt",
+    "special_exp2": "exp2", "safe_softmax": "softmax", "greater": "gt",
+    "greater_equal": "ge", "less": "lt",
     "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
 

@@ -38,6 +38,8 @@ class Product:
         left_letters: One for each dimension.
         right_letters: Likewise; those that the output lacks are summed over.
         out_letters: Likewise.
+        since: The first of the views around the operation, where it is seen through them: its sides
+            are the tensors that go into these.
     """
 
     node: Node
@@ -46,6 +48,7 @@ class Product:
     left_letters: Sequence[str]
     right_letters: Sequence[str]
     out_letters: Sequence[str]
+    since: Node | None = None
 
     def swapped(self) -> Product:
         """The same with its sides exchanged."""

@@ -20,6 +20,7 @@ from uta_fx.passes.find_calls import SDPA_TARGETS, Call, find_calls
 from uta_fx.passes.inline_subgraphs import inline_subgraphs
 from uta_fx.passes.locate_video import (
     Video,
+    has_several_grids,
     is_clear,
     is_symbolic,
     locate_video,
@@ -28,6 +29,7 @@ from uta_fx.passes.locate_video import (
     tokens_in,
 )
 from uta_fx.passes.read_mask import hides, pads, shows_all
+from uta_fx.passes.read_node import VIEWS, name_of
 from uta_fx.passes.reorder_tokens import (
     MakeIndex,
     Region,
@@ -56,6 +58,8 @@ class Plan:
         needs_grid: Whether a site without a known grid stays dense.
         grid: Given by the user; None to read it from the graph.
         exact_frames: Sites with no more frames than these stay dense: all their keys are exact.
+        video_start: Given beside the grid: the first token of the video, where the graph does not
+            show it.
         trust_masks: Whether a mask that the graph does not show to hide text alone, or padding at
             the end of a video, is taken to.
         no_padding: Why a site whose mask hides padding of its video stays dense; None where it
@@ -78,6 +82,7 @@ class Plan:
     trust_masks: bool
     is_dense_layer: Callable[[int, int], bool]
     no_padding: str | None = None
+    video_start: int | None = None
     token_index: MakeIndex | None = None
     symbolic: bool = False
 
@@ -159,6 +164,17 @@ def _describe(
     known = video if isinstance(video, Video) else None
     tokens = known.tokens if known else query.shape[-2]
     exemption = _exemption(kind, tokens, layer, layers, plan)
+    if (
+        exemption
+        and known
+        and _is_short(tokens, plan)
+        and not _is_short(key.shape[-2], plan)
+        and has_several_grids(trace, trace.axis(call.key.node, call.key.token_dim))
+    ):
+        exemption += (
+            f", the longest of several grids in its {key.shape[-2]} tokens; give grid if these are"
+            " one video"
+        )
     objection = (
         exemption
         or call.objection
@@ -171,6 +187,7 @@ def _describe(
     text = None
     if known and not same(known.tokens, key.shape[-2]):
         text = (_plain(known.before), _plain(known.after))
+        kind = "joint"
     return Site(
         name=call.path,
         kind=kind,
@@ -190,7 +207,7 @@ def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
     """Where the video lies among the keys: its queries may be all that there are."""
     tokens = trace.axis(call.query.node, call.query.token_dim)
     keys = trace.axis(call.key.node, call.key.token_dim)
-    video = locate_video(trace, tokens, plan.grid, plan.symbolic)
+    video = locate_video(trace, tokens, plan.grid, plan.video_start, plan.symbolic)
     if isinstance(video, str) or equal(tokens, keys):
         return video
     if not same(video.tokens, length(tokens)):
@@ -344,7 +361,7 @@ def _mask(graph: Graph, call: Call) -> Node:
 
 
 def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
-    """The output as the call's own node has it: order of dimensions and dtype."""
+    """The output as the call's own node has it: order of dimensions, dtype, strides for views."""
     value = value_of(call.node)
     for place, group in reversed(list(enumerate(call.output))):
         if not group:
@@ -356,7 +373,20 @@ def _laid_out(graph: Graph, node: Node, call: Call) -> Node:
         order = [dims.index(dim) for dim in range(len(dims))]
         node = graph.call_method("permute", (node, order))
     dtype = value.dtype
-    return node if dtype == call.dtype else graph.call_method("to", (node, dtype))
+    if dtype != call.dtype:
+        node = graph.call_method("to", (node, dtype))
+    if value.is_contiguous() and _is_viewed(call.node):
+        node = graph.call_method("contiguous", (node,))
+    return node
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether somebody takes a view of a tensor, which fails where its strides do not allow it."""
+    return any(
+        name_of(user) == "view"
+        or (name_of(user) in VIEWS and name_of(user) != "contiguous" and _is_viewed(user))
+        for user in node.users
+    )
 
 
 def _exemption(kind: str, tokens: Size, layer: int | None, layers: int, plan: Plan) -> str | None:

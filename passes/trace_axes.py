@@ -431,9 +431,11 @@ def _pointwise(trace: Trace, node: Node) -> Axes | None:
     return tuple(axes)
 
 
-def _first(trace: Trace, node: Node) -> Axes:
-    """Shaped as the first argument: norms, softmax."""
-    return trace.of(node.all_input_nodes[0])
+def _first(trace: Trace, node: Node) -> Any:
+    """Shaped as the first argument: norms, softmax; of several outputs the first."""
+    axes = trace.of(node.all_input_nodes[0])
+    outputs = recorded(node)
+    return axes if isinstance(outputs, torch.Tensor) else [axes] + [None] * (len(outputs) - 1)
 
 
 def _permute(trace: Trace, node: Node) -> Axes:
@@ -648,6 +650,21 @@ def _slice(trace: Trace, node: Node) -> Axes:
     return tuple(axes)
 
 
+def _slice_scatter(trace: Trace, node: Node) -> Axes:
+    """``x[..., start:end] = source`` as a value: axes stay where the source has some of them."""
+    x, source = argument(node, 0, "input"), argument(node, 1, "src")
+    axes, written = trace.of(x), trace.of(source)
+    dim = argument(node, 2, "dim", 0) % len(axes)
+    entry = slice(*(argument(node, i, n) for i, n in ((3, "start"), (4, "end"), (5, "step"))))
+    parts = [
+        _sliced(trace, source, axis, entry, d) if d == dim else axis for d, axis in enumerate(axes)
+    ]
+    return tuple(
+        axis if related(part, new) else trace.leaf(node, d, length(axis), opaque=True)
+        for d, (axis, part, new) in enumerate(zip(axes, parts, written, strict=True))
+    )
+
+
 def _select(trace: Trace, node: Node) -> Axes:
     axes = list(trace.of(argument(node, 0, "input")))
     axes.pop(argument(node, 1, "dim"))
@@ -839,6 +856,7 @@ for _rule, _names in (
     (_unbind, "unbind"),
     (_getitem, "getitem"),
     (_slice, "slice narrow"),
+    (_slice_scatter, "slice_scatter"),
     (_select, "select"),
     (_index, "index"),
     (_index_select, "index_select"),

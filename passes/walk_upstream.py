@@ -14,9 +14,9 @@ from uta_fx.passes.trace_axes import same
 
 CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "to_copy", "contiguous",
          "clone", "detach")  # fmt: skip
-_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "expand")
+RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "expand")
 _TURNS = ("mT", "T", "t")
-_MOVES = ("transpose", "permute", "getattr", *_TURNS, *_RESHAPES)
+_MOVES = ("transpose", "permute", "getattr", *_TURNS, *RESHAPES)
 # operations on logits or weights that are looked past to say what keeps a near miss from matching
 NEAR = (*CASTS, *_MOVES, "mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clamp",
         "tanh", "expand", "repeat_interleave", "nan_to_num", "neg", "sigmoid", "cat", "squeeze",
@@ -29,6 +29,17 @@ def uncast(node: Node) -> Node:
     while name_of(node) in CASTS:
         node = argument(node, 0, "input")
     return node
+
+
+def constant_of(value: Any) -> float | None:
+    """A number, also where a tensor is made of it alone; None for all else."""
+    if isinstance(value, (int, float)):
+        return value
+    place = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "tensor": 0}
+    if not isinstance(value, Node) or name_of(value := uncast(value)) not in place:
+        return None
+    made_of = argument(value, place[name_of(value)], "fill_value")
+    return made_of if isinstance(made_of, (int, float)) else None
 
 
 def is_move(node: Node) -> bool:
@@ -48,7 +59,7 @@ def moved(moves: Sequence[Node], letters: Sequence[str]) -> Sequence[str]:
         before, after = value_of(argument(node, 0, "input")).shape, value_of(node).shape
         if len(before) != len(letters):
             continue
-        if name_of(node) in _RESHAPES:
+        if name_of(node) in RESHAPES:
             forms.append((before, letters))
             known = [x for shape, x in forms if _are_same(shape, after)]
             letters = known[0] if known else _reshaped(node.name, letters, before, after)
@@ -106,7 +117,7 @@ def up(
         elif name == "dropout":
             if argument(node, 1, "p", 0.5) and argument(node, 2, "training", True):
                 objections.append("it has dropout")
-        elif name not in CASTS:
+        elif name not in CASTS and not _clears_hidden_rows(node):
             objections.append(f"{name} changes {what}")
         tensors = [x for x in node.all_input_nodes if isinstance(recorded(x), torch.Tensor)]
         joined = name == "cat" and sum(leads_to(x, is_end) for x in tensors) > 1
@@ -115,6 +126,34 @@ def up(
         # a mask may come first: mask + logits
         node = max(tensors[:3], key=lambda x: leads_to(x, is_end))
     return None
+
+
+def _clears_hidden_rows(node: Node) -> bool:
+    """Whether weights become zero in rows whose logits are all -inf, and are else a softmax's.
+
+    In core ATen that is a part of ``scaled_dot_product_attention``.
+    """
+    if name_of(node) != "where":
+        return False
+    condition: Any
+    weights: Any
+    condition, zeros, weights = node.args
+    if not is_call(weights) or name_of(weights) != "softmax" or constant_of(zeros) != 0:
+        return False
+    logits, dim = uncast(argument(weights, 0, "input")), argument(weights, 1, "dim")
+    names, steps = list[str](), dict[str, Node]()
+    while is_call(condition) and uncast(condition) is not logits:
+        names.append(name_of(condition))
+        steps[names[-1]] = condition
+        condition = argument(condition, 0, "input")
+    if names not in (["logical_not", "any", "logical_not", "eq"], ["all", "eq"]):
+        return False
+    over = steps.get("any") or steps["all"]
+    return (
+        argument(steps["eq"], 1, "other") == -torch.inf
+        and argument(over, 1, "dim") in (dim, [dim])
+        and argument(over, 2, "keepdim", False)
+    )
 
 
 def leads_to(node: Node, is_end: Callable[[Node], bool], depth: int = 6) -> bool:

@@ -337,7 +337,9 @@ class Mapped(Attention):
         (Attention(project_kv=False), {}, "the graph does not show that queries and keys"),
         (Attention(), {"min_tokens": 257}, "256 tokens are fewer than min_tokens=257"),
         (Attention(), {}, "the graph does not show how its 256 tokens lie in frames"),
-        (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens"),
+        (Attention(), {"grid": (4, 8, 9)}, "grid 4 x 8 x 9 = 288 does not match its 256 tokens$"),
+        (Attention(), {"grid": (4, 8, 7)}, ".*; where the video lies in them is video_start"),
+        (Attention(), {"grid": (4, 8, 7), "video_start": 33}, "grid 4 x 8 x 7 = 224 does not"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_rewritten_stays_dense_and_says_why(module, config, reason):
@@ -415,6 +417,31 @@ class Interleaved(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class FrameByFrame(Attention):
+    """Frames of a clip embedded one after another and joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 64, 1)
+
+    def forward(self, clip):
+        frames = [self.patch(frame).flatten(2).transpose(1, 2) for frame in clip.unbind(2)]
+        return super().forward(torch.cat(frames, 1))
+
+
+def test_frames_that_are_joined_need_a_grid_and_say_so():
+    """To the graph they are images of their own."""
+    module, clip = FrameByFrame(), torch.randn(1, 3, 4, 8, 8)
+    config = SMALL | {"min_tokens": 100}
+    (site,) = uta_fx.explain(module, clip, config=Config(**config)).sites
+    assert not site.sparse and site.reason == (
+        "64 tokens are fewer than min_tokens=100, the longest of several grids in its 256 tokens;"
+        " give grid if these are one video"
+    )
+    (site,) = uta_fx.explain(module, clip, config=Config(**config, grid=(4, 8, 8))).sites
+    assert (site.grid, site.sparse, site.text) == ((4, 8, 8), True, None)
+
+
 def test_frames_with_text_between_them_are_no_grid():
     """Text keys are exact for all, or the site is dense."""
     inputs = torch.zeros(1, 3, 4, 5, 8), torch.zeros(1, 4, 3, 32)
@@ -475,6 +502,13 @@ def test_bad_options_are_errors(options, message):
     """They reach the user through torch.compile with their sentence."""
     with pytest.raises(Exception, match=message):
         compile_uta(Attention(), **options)(torch.randn(1, 256, 64))
+
+
+def test_options_that_are_no_mapping_are_an_error():
+    """One sentence, as of a mapping with a bad value."""
+    compiled = torch.compile(Attention(), backend="uta", options=["density"])
+    with pytest.raises(Exception, match=r"options must be a dict such as .*, got \['density'\]"):
+        compiled(torch.randn(1, 256, 64))
 
 
 def test_the_backend_is_found_without_an_import():

@@ -328,6 +328,29 @@ def keys_of_one_head(q, k, v):
     return (q @ k.mT * 0.25).softmax(-1) @ v
 
 
+def viewed(q, k, v):
+    """Of which a view is taken, as it may be of what a product makes."""
+    q, k, v = map(heads, (q, k, v))
+    return ((q @ k.mT * 0.3).softmax(-1) @ v).view(BATCH * HEADS, LENGTH, DIM)
+
+
+def cleared(q, k, v):
+    """As SDPA is where rows may see nothing."""
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT * 0.25
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    return torch.where(empty, 0.0, logits.softmax(-1)) @ v
+
+
+def normed_and_written(q, k, v):
+    """A norm of several outputs, and a part that is written to, as rotary embeddings do."""
+    q, k, v = map(heads, (q, k, v))
+    q, k = F.layer_norm(q, (DIM,)), F.layer_norm(k, (DIM,))
+    q[:, :, 10:] = q[:, :, 10:] * 2
+    k[:, :, 10:] = k[:, :, 10:] * 2
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def heads_apart_between_the_products(q, k, v):
     """As Megatron's: batch and heads are one dimension in the products, two in the softmax."""
     q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
@@ -358,7 +381,7 @@ LAYOUTS = (
     sdpa_of_five_dimensions, sdpa_of_two_dimensions, one_head_of_keys, one_head_of_keys_by_einsum,
     grouped_by_einsum, depth_of_two_dimensions, linear_of_keys, inner, tensordot, addmm,
     normalized, keys_of_one_head, einsum_with_dots_and_capitals, einsum_of_numbers,
-    heads_apart_between_the_products, flattened, by_other_names, sdpa_of_aten,
+    heads_apart_between_the_products, flattened, by_other_names, sdpa_of_aten, cleared, viewed,
 )  # fmt: skip
 
 
@@ -418,12 +441,39 @@ def test_every_form_is_found_after_export(form):
 
 
 @torch.no_grad()
-def test_attention_of_matmuls_is_found_in_core_aten():
-    """Where a matmul is a bmm between views and expansions to the shape that there is."""
-    module, x = Attention(matmul).eval(), tokens()
+@pytest.mark.parametrize(
+    "form",
+    [
+        sdpa, grouped, under_an_empty_bias, matmul, viewed, einsum_tokens_first,
+        depth_of_two_dimensions, einsum_divided_in_place, hidden_by_nothing, scaled_by_tensors,
+        heads_apart_between_the_products, normed_and_written,
+    ],
+    ids=lambda form: form.__name__,
+)  # fmt: skip
+def test_a_form_is_found_in_core_aten(form):
+    """Where every product is a bmm between views, and SDPA clears rows that see nothing."""
+    module, x = Attention(form).eval(), tokens()
     program = torch.export.export(module, (x,)).run_decompositions()
     sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
-    assert [site.sparse for site in sites] == [True]
+    assert [(site.kind, site.sparse) for site in sites] == [("self", True)]
+    torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(1, 1), (2, 1)])
+def test_core_aten_of_one_sample_or_one_head_is_found(sides):
+    """Dimensions of size 1 come and go there."""
+    batch, heads = sides
+
+    def form(q, k, v):
+        q, k, v = (x[:batch, :, : heads * DIM].unflatten(-1, (heads, DIM)) for x in (q, k, v))
+        weights = torch.einsum("bihd,bjhd->bhij", q, k) + torch.zeros(batch, 1, 1, LENGTH)
+        return torch.einsum("bhij,bjhd->bihd", weights.softmax(-1), v)
+
+    module, x = Attention(form).eval(), tokens()
+    program = torch.export.export(module, (x,)).run_decompositions()
+    sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert [(site.kind, site.sparse) for site in sites] == [("self", True)]
     torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-6)
 
 
@@ -576,6 +626,13 @@ def weights_returned(q, k, v):
     q, k, v = map(heads, (q, k, v))
     weights = (q @ k.mT).softmax(-1)
     return weights @ v, weights
+
+
+def cleared_by_queries(q, k, v):
+    q, k, v = map(heads, (q, k, v))
+    logits = q @ k.mT
+    empty = (logits == -torch.inf).all(-2, keepdim=True)
+    return torch.where(empty, 0.0, logits.softmax(-1)) @ v
 
 
 def dropped_out(q, k, v):
@@ -873,6 +930,7 @@ def written_to(q, k, v):
     ("form", "reason"),
     [
         (capped, "looks like attention, but tanh changes the logits"),
+        (cleared_by_queries, "looks like attention, but where changes the weights"),
         (sharpened, "looks like attention, but pow changes the weights"),
         (wrong_dimension, "looks like attention, but its softmax is over dimension -2, which i"),
         (filled_and_turned, "looks like attention, but its products are laid out in a way"),

@@ -14,6 +14,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+import uta_fx
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
 from uta_fx.explain import FULL_CAPTURE, explain
@@ -247,6 +248,23 @@ def test_a_repeated_block_by_itself_is_sparse_with_a_given_grid():
         output = model(**entry.arguments(), return_dict=False)[0]
     assert [(site.kind, site.sparse) for site in found] == [("joint", True)]
     assert found[0].reordered == "once"
+    torch.testing.assert_close(output, dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Helios", "HunyuanVideo Framepack", "JoyImage Edit Plus"])
+def test_blocks_are_told_where_the_video_lies_beside_history_and_references(name, caplog):
+    """What they do not show; density 1 is the model itself."""
+    entry = next(entry for entry in MODELS if entry.name == name)
+    model = entry.build()
+    dense = model(**entry.arguments(), return_dict=False)[0]
+    config = dataclasses.replace(SMALL, density=1.0, inner="eager")
+    uta_fx.enable(model, config, blocks=True)
+    with caplog.at_level("INFO", logger="uta_fx"):
+        output = model(**entry.arguments(), return_dict=False)[0]
+    found = [message for message in caplog.messages if "(joint, " in message]
+    assert found and all(": sparse, joint attention" in message for message in found)
+    assert not any("(self, " in message for message in caplog.messages)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
 
 

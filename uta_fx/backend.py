@@ -64,8 +64,11 @@ def uta(
     Raises:
         ValueError: An option is unknown or out of range, ``strict`` and a site stays dense, or
             ``dense_layers`` where neither the graph nor the model around it shows the layers.
+        TypeError: ``options`` is no mapping, or an option is of another type.
         RuntimeError: A gradient is asked for.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dict such as {{'density': 0.2}}, got {options!r}")
     options = dict(options or {})
     mode = options.pop("mode", mode)
     inductor = options.pop("inductor", None)
@@ -177,6 +180,7 @@ def plan_of(config: Config, symbolic: bool = False) -> Plan:
         needs_grid=config.needs_grid,
         grid=config.grid,
         exact_frames=config.exact_frames,
+        video_start=config.video_start,
         trust_masks=config.trust_masks,
         is_dense_layer=config.is_dense_layer,
         no_padding=_objection_to_padding(config),

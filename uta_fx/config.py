@@ -38,6 +38,9 @@ class Config:
             exactly, in whole blocks: what the policy keeps comes on top. For the frames that a
             model is given (image to video) or generated before. Needs the grid; a site that has no
             further frames stays dense.
+        video_start: First token of the video, beside ``grid``, where history or reference images
+            lie in one sequence with it and the graph does not tell them apart, as in a block that
+            is compiled by itself. They are exact for all, as text is.
         trust_masks: Take an attention mask for one that hides text alone, or of a video without
             text the padding at the end of each sample, where the graph does not show it, as in a
             block that is compiled by itself. What the mask of a run hides of the video all the
@@ -68,6 +71,7 @@ class Config:
     reorder: str = "auto"
     grid: Grid | None = None
     exact_frames: int = 0
+    video_start: int | None = None
     trust_masks: bool = False
     min_tokens: int = 4096
     dense_layers: str = ""
@@ -103,6 +107,8 @@ class Config:
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grid(self.grid))
             self.check_frames(self.grid)
+        if self.video_start is not None:
+            _check_start(self)
         for name in ("strict", "trust_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -203,6 +209,16 @@ def _number(config: Config, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_start(config: Config) -> None:
+    start = config.video_start
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise TypeError(f"video_start must be an int, got {start!r}")
+    if start < 0:
+        raise ValueError(f"video_start must be at least 0, got {start}")
+    if config.grid is None:
+        raise ValueError(f"video_start={start} needs grid, which says where the video ends")
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:

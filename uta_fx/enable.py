@@ -48,9 +48,10 @@ def enable(
             ``scheduler``, or a module.
         config: Settings; None for the defaults.
         blocks: Compile the model's blocks, each by itself, in place of the whole model. Alike
-            blocks share their code. A block does not show its grid, nor that its mask hides text
-            alone: without ``config.grid`` the first call of each size traces the whole model for
-            both, which takes seconds. ``config.dense_layers`` counts blocks.
+            blocks share their code. A block does not show its grid, where the video lies beside
+            history or reference images, nor that its mask hides text alone: without
+            ``config.grid`` the first call of each size traces the whole model for these, which
+            takes seconds. ``config.dense_layers`` counts blocks.
         warmup: The first call runs the dense and the sparse variant, so that both are compiled
             before the generation goes on; without it the sparse one is compiled by the first sparse
             step. Needs ``config.dense_until``.

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from uta_fx.backend import plan_of
 from uta_fx.config import Config
 from uta_fx.explain import FULL_CAPTURE
+from uta_fx.passes.locate_video import has_several_grids
 from uta_fx.passes.site import Site
 from uta_fx.passes.sparsify import understand
 from uta_fx.passes.trace_axes import SIDES, Trace
@@ -23,7 +24,10 @@ def with_surroundings(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Config:
-    """Settings for the blocks of a model: with its grid, and its masks trusted where it shows why.
+    """Settings for the blocks of a model: what it shows of its grid, and of its masks.
+
+    Masks are trusted where it shows why. Where the video's sequence holds history or other images
+    too, which a block does not tell from it, the settings say where in it the video lies.
 
     Traces the model, which takes Dynamo seconds, and computes nothing from the graph on whose
     attention shows a grid. Where the model's graph breaks before that, the graphs in front of it
@@ -39,17 +43,25 @@ def with_surroundings(
         ValueError: The model shows no grid for its blocks, or several.
     """
     sites: list[Site] = []
+    starts: set[int | str] = set()
     handed_on: dict[int, tuple[torch.Tensor, Mapping[int, Any]]] = {}
 
     def look(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             if id(value) in handed_on:
                 node.meta[SIDES] = handed_on[id(value)][1]
-        found = [site for _, site in understand(gm, plan_of(config))]
-        sites.extend(site for site in found if site.expected)
-        if any(site.grid for site in sites):
-            return _stop
+        found = understand(gm, plan_of(config))
+        sites.extend(site for _, site in found if site.expected)
         trace = Trace(gm)
+        if any(site.grid for site in sites):
+            starts.update(
+                site.text[0] if site.text else 0
+                for call, site in found
+                if site.expected
+                and site.grid
+                and has_several_grids(trace, trace.axis(call.key.node, call.key.token_dim))
+            )
+            return _stop
         nodes: Any = gm.graph.output_node().args[0]
 
         def run(*arguments: Any) -> Any:
@@ -72,7 +84,9 @@ def with_surroundings(
         seen = " and ".join(sorted(" x ".join(map(str, site.grid or ())) for site in videos))
         raise ValueError(f"blocks=True needs config.grid: the model shows {seen or 'none'}")
     trusted = config.trust_masks or all(site.sparse for site in videos)
-    return dataclasses.replace(config, grid=grids.pop(), trust_masks=trusted)
+    start = starts.pop() if len(starts) == 1 else None
+    start = start if isinstance(start, int) else None
+    return dataclasses.replace(config, grid=grids.pop(), video_start=start, trust_masks=trusted)
 
 
 class _Seen(Exception):
