@@ -270,7 +270,9 @@ def explain(
             print(f"{real.title}, {clip}, density {density:g}\n")
     print(json.dumps(about | found.to_dict(), indent=2) if as_json else found)
     if dump is not None:
-        found.dump(dump)
+        files = found.dump(dump)
+        if not as_json:
+            print(*files, sep="\n")
 
 
 def _explain_shipped(config: Config) -> Explanation:
@@ -386,6 +388,7 @@ def study_policies(
         list[str] | None,
         typer.Option(
             help="System to measure; several times for several; default the UTA paper's and ours."
+            " A name that is none lists them all."
         ),
     ] = None,
     calls: Annotated[
