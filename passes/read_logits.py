@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from uta_fx.passes.read_mask import HIDING
+from uta_fx.passes.read_mask import HIDING, chosen
 from uta_fx.passes.read_node import argument, name_of
 from uta_fx.passes.read_product import Product
 from uta_fx.passes.site import recorded, value_of
@@ -110,9 +110,7 @@ def read_logits(
 def _added(mask: Node) -> tuple[Node, bool]:
     """What is added to logits; where it is 0 and -inf by a mask, that, and whether it hides."""
     if name_of(mask) == "where" and mask.op == "call_function":
-        condition, *values = (
-            argument(mask, *x) for x in enumerate(("condition", "input", "other"))
-        )
+        condition, *values = chosen(mask)
         numbers = [constant_of(value) for value in values]
         if value_of(condition).dtype == torch.bool and numbers in (
             [0, -torch.inf],

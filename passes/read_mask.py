@@ -230,7 +230,7 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
             return False  # 1 | 2 is 3
         return all(both) if want == (name in _ANDS) else any(both)
     if name in ("masked_fill", "where"):
-        condition, *values = _chosen(node)
+        condition, *values = chosen(node)
         return all(
             _fits(constant_of(value), want)
             or _always(value, dim, start, stop, want)
@@ -346,7 +346,7 @@ def _first(node: Any, want: bool) -> bool:
         if _is_arange(index):
             return _is_one(bound) and below == want
     if name in ("masked_fill", "where"):
-        condition, value, x = _chosen(node)
+        condition, value, x = chosen(node)
         all_ones = isinstance(x, Node) and _always(x, -1, 0, _sizes(x)[-1], True)
         return want and all_ones and _fits(constant_of(value), False) and _first(condition, False)
     source = _of_the_same_rows(node) or _of_the_same_truth(node)
@@ -359,7 +359,7 @@ def _added(node: Any) -> bool:
         return False
     name = name_of(node)
     if name == "where":
-        condition, a, b = _chosen(node)
+        condition, a, b = chosen(node)
         return any(
             _fits(constant_of(shown), False) and _is_hiding(hidden) and _first(condition, want)
             for shown, hidden, want in ((a, b, True), (b, a, False))
@@ -387,7 +387,7 @@ def _filled(node: Node) -> tuple[Any, Any, Any]:
     return argument(node, 0, "input"), argument(node, 1, "mask"), argument(node, 2, "value")
 
 
-def _chosen(node: Node) -> tuple[Any, Any, Any]:
+def chosen(node: Node) -> tuple[Any, Any, Any]:
     """Of ``where`` and ``masked_fill`` the condition, what is taken where it is True, and else."""
     if name_of(node) == "masked_fill":
         x, condition, value = _filled(node)
