@@ -173,6 +173,7 @@ class _Case:
         self.scale = shape.dim**-0.5
         self.ordered, self.inverse = reorder_tokens(*inputs, config, shape.grid)
         self.selection = pool_blocks(*self.ordered, config, self.scale, shape.grid)
+        self.scored = LowDelta().arguments(self.selection)  # of uta::block_scores
         self.kept: dict[float, float] = {}
 
     def run(self, densities: Sequence[float]) -> list[dict[str, Any]]:
@@ -201,9 +202,8 @@ class _Case:
 
     def _parts_before_attention(self) -> Candidates:
         config, grid = self.config, self.shape.grid
-        arguments = LowDelta().arguments(self.selection)
         check_statistics(*self.ordered[1:], config.block_kv)
-        check_scores(arguments)
+        check_scores(self.scored)
 
         def reorder(query: Tensor, key: Tensor, value: Tensor) -> Any:
             ordered, inverse = reorder_tokens(query, key, value, config, grid)
@@ -214,7 +214,7 @@ class _Case:
         return {
             ("reorder", None): bind(self._compiled(reorder), *self.inputs),
             ("statistics", None): bind(ops.block_statistics, key, value, config.block_kv),
-            ("scores", None): bind(ops.block_scores, *arguments),
+            ("scores", None): bind(ops.block_scores, *self.scored),
         }
 
     def _at_density(self, density: float) -> Candidates:
@@ -222,9 +222,10 @@ class _Case:
         config = dataclasses.replace(self.config, density=density)
         selection = dataclasses.replace(self.selection, density=density)
         arguments = operator_arguments(selection, *self.ordered[1:], config)
-        check_selection(ops.block_scores(*LowDelta().arguments(self.selection)), density)
-        if config.tail_form().fit_rows:
-            check_fit(config.tail_form().fit_arguments(selection, arguments[3], *arguments[1:3]))
+        check_selection(ops.block_scores(*self.scored), density)
+        tail = config.tail_form()
+        if tail.fit_rows:
+            check_fit(tail.fit_arguments(selection, arguments[3], *arguments[1:3]))
         check_attention(arguments)
         self.kept[density] = arguments[3].double().mean().item()
 
