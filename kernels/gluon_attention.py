@@ -32,14 +32,14 @@ from uta_fx.kernels.launches import launcher
 
 LN_2 = tl.constexpr(math.log(2.0))
 BLOCK = 64  # rows of a query block, keys of a key block
-CHUNK = 512  # key blocks that are ordered at a time, fewer than 2^FIELD
+CHUNK = 128  # key blocks that are ordered at a time, fewer than 2^FIELD
 FIELD = 10  # bits of a count in a word of three
 RANKED, COMPARED = 64, 256  # what a program ranks, and with how many others at a time
 # numbers in a plan: alternating, count of each query block, bad rows, ragged rows, blocks in both
 # lists; then which pair of the head has its turn here
 PLAN = 8
-ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD}  # of the kernel that orders lists
-# and of the one that gives pairs their turns
+# of the kernel that orders lists, and of the one that gives pairs their turns
+ORDER_OPTIONS = {"CHUNK": CHUNK, "PLAN": PLAN, "FIELD": FIELD, "num_warps": 1}
 TURN_OPTIONS = {"PLAN": PLAN, "RANKED": RANKED, "COMPARED": COMPARED}
 HEAD_DIMS = (64, 128)
 # of each of 384 threads when a program starts: two groups that multiply and one that copies. At

@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from uta_fx.kernels.gluon_softmax import LOG2_E
 from uta_fx.kernels.launches import launcher
 
-MANY_Q, MANY_KV = 32, 64  # blocks whose variances one program computes at a time
+MANY_Q, MANY_KV = 16, 64  # blocks whose variances one program computes at a time
+UNROLL = 8  # of their rows that it loads before it waits for one
 
 
 class Tail(NamedTuple):
@@ -43,6 +44,7 @@ def _pooled_variance_kernel(
     var_sb, var_sh, var_sr,
     heads, length_q, blocks_q, blocks_kv, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, MANY_Q: tl.constexpr, MANY_KV: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Store the logits' variances of MANY_Q query blocks in every key block."""
     first = tl.program_id(0) * MANY_Q
@@ -52,10 +54,12 @@ def _pooled_variance_kernel(
     q_base = q_ptr + batch * q_sb + head * q_sh + first.to(tl.int64) * BLOCK * q_sm + d[None, :]
     rows_left = length_q - (first + offs) * BLOCK
     square = tl.zeros([MANY_Q, D], tl.float32)
-    for r in range(BLOCK):
-        ptrs = q_base + (offs * BLOCK + r).to(tl.int64)[:, None] * q_sm
-        q = tl.load(ptrs, mask=(r < rows_left)[:, None], other=0.0).to(tl.float32) * scale
-        square += q * q  # [MANY_Q, D]
+    for start in range(0, BLOCK, UNROLL):
+        for i in tl.static_range(UNROLL):
+            r = start + i
+            ptrs = q_base + (offs * BLOCK + r).to(tl.int64)[:, None] * q_sm
+            q = tl.load(ptrs, mask=(r < rows_left)[:, None], other=0.0).to(tl.float32) * scale
+            square += q * q  # [MANY_Q, D]
     size = tl.minimum(tl.maximum(rows_left, 1), BLOCK).to(tl.float32)
     square = (square / size[:, None]).to(var_ptr.dtype.element_ty)
     var_base = var_ptr + batch * var_sb + head * var_sh + d[None, :]
@@ -150,6 +154,6 @@ def variances(query: Tensor, variance: Tensor, scale: float, block: int) -> Tens
 def variance_options(dim: int, block: int) -> dict[str, int]:
     """Constants and compiler options of the variances' kernel, for D and rows of a block."""
     return {
-        "D": dim, "BLOCK": block, "MANY_Q": MANY_Q, "MANY_KV": MANY_KV,
-        "num_warps": 4, "num_stages": 2,
+        "D": dim, "BLOCK": block, "MANY_Q": MANY_Q, "MANY_KV": MANY_KV, "UNROLL": UNROLL,
+        "num_warps": 2, "num_stages": 2,
     }  # fmt: skip

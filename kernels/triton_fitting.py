@@ -1,6 +1,6 @@
 """Triton kernels of ``uta::fit_tail``: a few rows attend to keys, and two factors follow.
 
-The second of three kernels reads the keys and values of the sampled blocks, and does so once: each
+``uta::fitted_tail`` applies them by a fourth. The second reads the keys and values of the sampled blocks, and does so once: each
 program takes a part of one head's through a running softmax, apart for those that a row lists and
 for its tail, and the representatives of these blocks through another. What comes of the parts is
 joined by the third, one program a head, which then solves for the factors. Softmax is base 2
@@ -33,6 +33,7 @@ from uta_fx.kernels.triton_attention import (
 PROGRAMS = 192  # of the second kernel, at most: on an H100 all of them run at once
 MIN_KEYS = 1024  # of one of them: what it leaves is 1.6 % of query, key and value of so many tokens
 SOLVE_OPTIONS = {"num_warps": 4}
+TILE = 1024  # numbers that the kernel that applies the factors takes at a time
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
 LIMIT = tl.constexpr(reference.LIMIT)
@@ -331,6 +332,36 @@ _TILES = {
 _ROWS = {2: 32, 4: 16}  # by bytes of an element: representatives, or rows of the slope, of a step
 
 
+# whatever strides a batch of one is given
+@triton.jit(do_not_specialize=["size_sb"])
+def _apply_kernel(
+    mass_ptr, gain_ptr,  # float32 [B, H], contiguous
+    size_ptr,  # float32 [B, H, Nk]
+    slope_ptr,  # float32 [B, H, D, Dv], contiguous
+    fitted_size_ptr, fitted_slope_ptr,  # contiguous
+    size_sb, size_sh, size_sn,
+    heads, blocks,
+    ELEMENTS: tl.constexpr,  # of a slope
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Apply one head's factors: add the log of the mass, multiply by the gain."""
+    batch_head = tl.program_id(0).to(tl.int64)  # 64-bit before it is multiplied by a stride
+    batch, head = batch_head // heads, batch_head % heads
+    log_mass, gain = tl.log(tl.load(mass_ptr + batch_head)), tl.load(gain_ptr + batch_head)
+    size_base = size_ptr + batch * size_sb + head * size_sh
+    for start in range(0, blocks, TILE):
+        block = start + tl.arange(0, TILE)
+        size = tl.load(size_base + block.to(tl.int64) * size_sn, mask=block < blocks, other=0.0)
+        place = batch_head * blocks + block
+        tl.store(fitted_size_ptr + place, size + log_mass, mask=block < blocks)
+    for start in range(0, ELEMENTS, TILE):
+        at = start + tl.arange(0, TILE)
+        place = batch_head * ELEMENTS + at
+        slope = tl.load(slope_ptr + place, mask=at < ELEMENTS, other=0.0) * gain
+        slope = slope.to(fitted_slope_ptr.dtype.element_ty)
+        tl.store(fitted_slope_ptr + place, slope, mask=at < ELEMENTS)
+
+
 def fit_tail(
     query: Tensor,
     key: Tensor,
@@ -374,8 +405,19 @@ def fit_tail(
 
 
 def fitted_tail(*args: Any) -> tuple[Tensor, Tensor]:
-    """Launch the kernels and apply the factors; arguments and results as in ``reference``."""
-    return reference.by_factors(*fit_tail(*args), *args)
+    """Launch the kernels and one that applies the factors; as ``reference.fitted_tail``."""
+    mass, gain = fit_tail(*args)
+    key, log_size, slope = args[1], args[8], args[9].contiguous()
+    (batch, heads, blocks), elements = log_size.shape, slope[0, 0].numel()
+    fitted_log_size = log_size.new_empty(log_size.shape)
+    fitted_slope = key.new_empty((batch, heads, 1, *slope.shape[2:]))
+    with torch.cuda.device_of(key):
+        launcher(_apply_kernel, (batch * heads,))(
+            mass, gain, log_size, slope, fitted_log_size, fitted_slope,
+            *log_size.stride(), heads, blocks,
+            ELEMENTS=elements, TILE=TILE, num_warps=8,
+        )  # fmt: skip
+    return fitted_log_size, fitted_slope
 
 
 def square_options(dim: int, block_q: int) -> dict[str, Any]:

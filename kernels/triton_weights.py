@@ -1,4 +1,4 @@
-"""Triton kernel of ``uta::weigh_scores``: what a head and its key blocks weigh scores by."""
+"""Triton kernels of ``uta::weigh_scores``: what a head and its key blocks weigh scores by."""
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)
 
@@ -14,6 +14,7 @@ from uta_fx.kernels.triton_attention import LOG2_E, last_contiguous
 
 TILE = 8192  # numbers that a program reads at a time
 COLUMNS = 1024  # weights that it writes at a time
+SCORES = 2048  # that a program of the second kernel weighs
 
 
 @triton.jit
@@ -66,6 +67,29 @@ def _weights_kernel(
         tl.store(weights_ptr + place, tl.exp2(exponent), mask=column < blocks)
 
 
+@triton.jit
+def _weigh_kernel(
+    scores_ptr, weighed_ptr,  # [B, H, Nq, Nk], contiguous
+    weights_ptr,  # float32 [B, H, Nk], contiguous
+    total, blocks_q, blocks,
+    SCORES: tl.constexpr,
+):  # fmt: skip
+    """Multiply SCORES scores by the weights of their key blocks, wherever heads begin."""
+    first = tl.program_id(0).to(tl.int64) * SCORES
+    row = first // blocks
+    batch_head = row // blocks_q
+    at = tl.arange(0, SCORES)
+    place = (first - row * blocks).to(tl.int32) + at  # in the rows from this one on
+    rows_after = place // blocks
+    heads_after = ((row - batch_head * blocks_q).to(tl.int32) + rows_after) // blocks_q
+    inside = first + at < total
+    weight_at = heads_after * blocks + place - rows_after * blocks
+    weight = tl.load(weights_ptr + batch_head * blocks + weight_at, mask=inside, other=0.0)
+    score = tl.load(scores_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+    weighed = (score * weight).to(weighed_ptr.dtype.element_ty)
+    tl.store(weighed_ptr + first + at, weighed, mask=inside)
+
+
 def weigh_scores(
     scores: Tensor,
     query: Tensor,
@@ -76,8 +100,10 @@ def weigh_scores(
     value_power: float,
     block_q: int,
 ) -> Tensor:
-    """Launch the kernel and PyTorch's product; arguments and result as in ``reference``."""
-    (batch, heads, length, dim), blocks = query.shape, scores.shape[3]
+    """Launch the kernels; arguments and result as in ``reference``."""
+    (batch, heads, length, dim), (blocks_q, blocks) = query.shape, scores.shape[2:]
+    given, scores = scores, scores.contiguous()
+    weighed = torch.empty_like(scores)
     query, key_variance = last_contiguous(query), last_contiguous(key_variance)
     weights = torch.empty((batch, heads, blocks), dtype=torch.float32, device=query.device)
     padded = triton.next_power_of_2(dim)
@@ -85,11 +111,14 @@ def weigh_scores(
         launcher(_weights_kernel, (batch * heads,))(
             query, key_variance, value_variance.contiguous(), weights,
             *query.stride()[:3], *key_variance.stride()[:3],
-            heads, -(-length // block_q), blocks,
+            heads, blocks_q, blocks,
             scale, variance_weight / 2 * LOG2_E.value, value_power / 2,
             BLOCK_Q=block_q, D=dim, D_PADDED=padded,
             HAS_VARIANCE=variance_weight != 0, HAS_POWER=value_power != 0,
             ROWS=TILE // padded, COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
-    # in one pass, rounded where it is written
-    return torch.mul(scores, weights[:, :, None], out=torch.empty_like(scores))
+        launcher(_weigh_kernel, (triton.cdiv(scores.numel(), SCORES),))(
+            scores, weighed, weights, scores.numel(), blocks_q, blocks,
+            SCORES=SCORES, num_warps=4,
+        )  # fmt: skip
+    return weighed if given.is_contiguous() else torch.empty_like(given).copy_(weighed)

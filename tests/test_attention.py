@@ -462,15 +462,22 @@ def test_text_that_is_all_hidden_leaves_the_video_alone():
 
 
 def test_a_users_own_code_may_be_compiled_around_it():
-    """A call inside a compiled function: one graph, the same numbers."""
+    """A call inside a compiled function: one graph, of our operators, the same numbers."""
     q, k, v = fields()
+    operators = []
+
+    def note(gm, inputs):
+        operators.extend(str(node.target) for node in gm.graph.nodes)
+        return gm
 
     def normed(query, key, value):
         query, key = (F.normalize(x, dim=-1) for x in (query, key))
         return 2 * sparse_attention(query, key, value, config=Config(**SMALL), grid=GRID)
 
-    compiled = torch.compile(normed, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(normed, backend=note, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), normed(q, k, v))
+    for name in ("weigh_scores", "select_blocks", "fitted_tail", "block_masked_attention"):
+        assert operators.count(f"uta.{name}.default") == 1
 
 
 @pytest.mark.parametrize("tail", [*KINDS, NOT_FITTED], ids=str)

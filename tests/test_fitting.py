@@ -290,6 +290,18 @@ def test_kernels_fit_as_the_reference_does(kernels, case, dtype):
     assert_fit_is_accurate(args, kernels.fit_tail(*args))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["ragged", "clusters", "everything_exact"])
+def test_kernels_apply_the_factors(kernels, name, layout, dtype):
+    """A logarithm errs by some units in the last place, a product is rounded as it is stored."""
+    args = laid_out(CASES[name].inputs(dtype), layout)
+    log_size, slope = kernels.fitted_tail(*args)
+    expected = reference.by_factors(*kernels.fit_tail(*args), *args)
+    torch.testing.assert_close(log_size, expected[0], rtol=2**-22, atol=2**-22)
+    assert torch.equal(slope, expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["ragged", "clusters", "everything_exact"])

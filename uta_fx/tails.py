@@ -54,7 +54,7 @@ class Tail:
             each head, evenly spaced, are attended to exactly, and the mass of the tail and its
             slope are multiplied by what fits these best (``uta::fit_tail``). None: 16 there, which
             are enough and the most (``docs/measured.md``); 0 for neither. The keys and values of
-            64 to 127 blocks, or of all where there are fewer, are read once for that, in three
+            64 to 127 blocks, or of all where there are fewer, are read once for that, in four
             launches on a GPU, which meanwhile take under 1 % of the memory of query, key and value
             where there are many tokens.
         keep_rejected: Of ``rectified``: where the mean of a block is too poor to be added, its

@@ -119,7 +119,7 @@ def spend_budget(scores: Tensor, density: float, budget: str) -> Tensor:
     rows = {"row": 1, "head": blocks_q, "site": heads * blocks_q}[budget]
     if scores.dtype != torch.bfloat16:
         scores = scores.float()
-    return select_blocks(scores, torch.sym_max(rows, share_of(density, rows * blocks)), rows)
+    return select_blocks(scores, _most(rows, share_of(density, rows * blocks)), rows)
 
 
 def share_of(density: float, total: int) -> int:
@@ -129,4 +129,14 @@ def share_of(density: float, total: int) -> int:
     """
     part, whole = Fraction(density).limit_denominator(10**6).as_integer_ratio()
     kept = (total * part + whole - 1) // whole
-    return torch.sym_min(total, torch.sym_max(1, kept))
+    return _least(total, _most(1, kept))
+
+
+def _most(a: int, b: int) -> int:
+    """``max``, also of symbols; of numbers torch 2.11 cannot trace PyTorch's."""
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
+
+
+def _least(a: int, b: int) -> int:
+    """``min``, likewise."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
