@@ -1,10 +1,10 @@
 """Triton kernels of ``uta::fit_tail``: a few rows attend to keys, and two factors follow.
 
-``uta::fitted_tail`` applies them by a fourth. The second reads the keys and values of the sampled blocks, and does so once: each
-program takes a part of one head's through a running softmax, apart for those that a row lists and
-for its tail, and the representatives of these blocks through another. What comes of the parts is
-joined by the third, one program a head, which then solves for the factors. Softmax is base 2
-inside.
+The second of them reads the keys and values of the sampled blocks, and does so once: each program
+takes a part of one head's through a running softmax, apart for those that a row lists and for its
+tail, and the representatives of these blocks through another. What comes of the parts is joined by
+the third, one program a head, which then solves for the factors; a fourth applies them, for
+``uta::fitted_tail``. Softmax is base 2 inside.
 """
 # pyright: reportArgumentType=false
 # (Triton declares launch arguments as constexpr; an int is what one passes)

@@ -101,9 +101,9 @@ def weigh_scores(
     block_q: int,
 ) -> Tensor:
     """Launch the kernels; arguments and result as in ``reference``."""
-    (batch, heads, length, dim), (blocks_q, blocks) = query.shape, scores.shape[2:]
-    given, scores = scores, scores.contiguous()
-    weighed = torch.empty_like(scores)
+    (batch, heads, blocks_q, blocks), dim = scores.shape, query.shape[3]
+    rows = scores.contiguous()
+    weighed = torch.empty_like(rows)
     query, key_variance = last_contiguous(query), last_contiguous(key_variance)
     weights = torch.empty((batch, heads, blocks), dtype=torch.float32, device=query.device)
     padded = triton.next_power_of_2(dim)
@@ -117,8 +117,8 @@ def weigh_scores(
             HAS_VARIANCE=variance_weight != 0, HAS_POWER=value_power != 0,
             ROWS=TILE // padded, COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
-        launcher(_weigh_kernel, (triton.cdiv(scores.numel(), SCORES),))(
-            scores, weighed, weights, scores.numel(), blocks_q, blocks,
+        launcher(_weigh_kernel, (triton.cdiv(rows.numel(), SCORES),))(
+            rows, weighed, weights, rows.numel(), blocks_q, blocks,
             SCORES=SCORES, num_warps=4,
         )  # fmt: skip
-    return weighed if given.is_contiguous() else torch.empty_like(given).copy_(weighed)
+    return weighed if scores.is_contiguous() else torch.empty_like(scores).copy_(weighed)

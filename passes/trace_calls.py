@@ -33,8 +33,9 @@ def trace_calls(gm: GraphModule, kind: type, *, share: int | None) -> None:
         gm: Changed in place; its calls of ``kind`` take tensors, and numbers as ``grid``.
         kind: Class of hashable callables with a ``__name__`` that return a tensor, or several.
         share: Call modules that are called so many times or more through ``invoke_subgraph``,
-            which Inductor compiles by itself and once; None writes the operators out at each call,
-            which any compiler understands, and Inductor compiles sooner where there is one call.
+            which Inductor compiles by itself and once, unless they are one operator of ours, of
+            which there is nothing to compile; None writes the operators out at each call, which
+            any compiler understands, and Inductor compiles sooner where there is one call.
     """
     modules: dict[Any, GraphModule] = {}
     alike: dict[Any, list[Node]] = {}
@@ -62,7 +63,7 @@ def trace_calls(gm: GraphModule, kind: type, *, share: int | None) -> None:
             continue
         name, nodes = f"{key[0].__name__}_{number}", alike[key]
         gm.add_submodule(name, module)
-        through = share is not None and len(nodes) >= share
+        through = share is not None and len(nodes) >= share and not _is_ours(module)
         for node in nodes:
             _call_module(gm, node, name, module, symbols[key], through)
     gm.graph.lint()
@@ -91,6 +92,12 @@ def _call_module(
     result.meta = dict(node.meta)  # same shape, dtype and source line
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
+
+
+def _is_ours(module: GraphModule) -> bool:
+    """Whether it is a call of one of our operators and nothing else."""
+    calls = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    return len(calls) == 1 and getattr(calls[0], "namespace", None) == "uta"
 
 
 def _operands(node: Node) -> list[Node]:

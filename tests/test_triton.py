@@ -489,10 +489,10 @@ def test_scores_are_weighed_wherever_heads_begin(shape):
     variance = torch.zeros(batch, heads, blocks, 16, dtype=torch.bfloat16, device=DEVICE)
     weights = 2.0 ** torch.randint(-3, 4, (batch, heads, blocks), generator=generator).to(DEVICE)
     numbers = (0.2, 0.3, 2.0, 16)
-    for given in (scores, scores.transpose(2, 3).contiguous().transpose(2, 3)):
-        found = triton_weights.weigh_scores(given, q, variance, weights, *numbers)
+    for rows in (scores, scores.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = triton_weights.weigh_scores(rows, q, variance, weights, *numbers)
         assert torch.equal(found, scores * weights[:, :, None].bfloat16())
-        assert found.stride() == given.stride()
+        assert found.stride() == rows.stride()
 
 
 def assert_statistics_are_accurate(key, value, block_kv):
