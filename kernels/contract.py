@@ -174,6 +174,31 @@ def check_text_attention(query: Tensor, *rest: Any) -> None:
     check_sparse_attention(*text_arguments(query, *rest))
 
 
+def check_join_text(
+    output: Tensor,
+    lse: Tensor,
+    text_output: Tensor,
+    text_lse: Tensor,
+    before: Tensor,
+    after: Tensor,
+) -> None:
+    """Raise for whatever is outside the operator's contract."""
+    check_heads("output", output)
+    batch, heads, _, dim = output.shape
+    _check_shape("text_output", text_output, output.shape)
+    for name, tensor in (("before", before), ("after", after)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions")
+        _check_shape(name, tensor, (batch, heads, tensor.shape[2], dim))
+    for name, tensor in (("lse", lse), ("text_lse", text_lse)):
+        _check_shape(name, tensor, output.shape[:3])
+        check_dtype(name, tensor, torch.float32)
+        check_device(name, tensor, output)
+    for name, tensor in (("text_output", text_output), ("before", before), ("after", after)):
+        check_dtype(name, tensor, output.dtype)
+        check_device(name, tensor, output)
+
+
 def check_fit_tail(
     query: Tensor,
     key: Tensor,

@@ -23,6 +23,7 @@ from uta_fx.kernels import reference
 from uta_fx.kernels.ops import empty_outputs
 from uta_fx.kernels.reference import (
     gather_tokens,
+    join_text,
     listed_blocks,
     pooled_variance,
     score_dtype,
@@ -33,7 +34,8 @@ from uta_fx.kernels.reference import (
     weigh_scores,
 )
 
-__all__ = ["gather_tokens", "text_bias", "weigh_scores"]  # the reference's are those for CPUs too
+# the reference's are those for CPUs too
+__all__ = ["gather_tokens", "join_text", "text_bias", "weigh_scores"]
 
 # query blocks in a group at most: enough to feed every core, few enough that the gathered keys
 # stay in the cache

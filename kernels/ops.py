@@ -5,7 +5,8 @@
 scores, ``uta::list_blocks`` makes lists of a mask, and ``uta::sparse_attention`` attends to listed
 blocks and a tail; ``uta::block_masked_attention`` takes a mask in place of lists.
 ``uta::rectified_attention`` attends to listed blocks and text, and scales and shifts what comes of
-it. ``uta::text_attention`` attends to a few keys. ``uta::kmeans`` groups tokens, and
+it. ``uta::text_attention`` attends to a few keys, and ``uta::join_text`` makes one softmax of that
+and of the video's. ``uta::kmeans`` groups tokens, and
 ``uta::clustered_attention`` attends to listed blocks that are not full. ``uta::fit_tail`` fits two
 factors of a tail to some rows of exact attention, and ``uta::fitted_tail`` applies them.
 ``uta::gather_tokens`` brings tokens into another order.
@@ -57,6 +58,11 @@ _LIBRARY.define(
 _LIBRARY.define(
     "text_attention(Tensor query, Tensor key, Tensor value, Tensor bias, float scale, int block_q)"
     " -> (Tensor output, Tensor lse)",
+    tags=_ANY_STRIDES,
+)
+_LIBRARY.define(
+    "join_text(Tensor output, Tensor lse, Tensor text_output, Tensor text_lse, Tensor before,"
+    " Tensor after) -> Tensor",
     tags=_ANY_STRIDES,
 )
 _LIBRARY.define(
@@ -186,6 +192,16 @@ def text_attention(*args: Any) -> tuple[Tensor, Tensor]:
     if _is_exporting():
         return sparse_attention(*text_arguments(*args))
     return torch.ops.uta.text_attention.default(*args)
+
+
+def join_text(*args: Any) -> Tensor:
+    """Call ``uta::join_text``; arguments and result as in ``reference``.
+
+    Exporters see what it does.
+    """
+    if _is_exporting():
+        return reference.join_text(*args)
+    return torch.ops.uta.join_text.default(*args)
 
 
 def text_bias(*args: Any) -> Tensor:
@@ -340,6 +356,11 @@ def _fitted_outputs(*args: Any) -> tuple[Tensor, Tensor]:
     return log_size.new_empty(log_size.shape), fitted_slope
 
 
+def _joined_output(output: Tensor, *others: Tensor) -> Tensor:
+    (batch, heads, _, dim), parts = output.shape, (output, *others[-2:])
+    return output.new_empty((batch, sum(x.shape[2] for x in parts), heads, dim)).transpose(1, 2)
+
+
 def _weighed_output(scores: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(scores)
 
@@ -384,6 +405,7 @@ for _name, _on_gpu, _outputs in (
     ("kmeans", "triton_kmeans", _kmeans_outputs),
     ("rectified_attention", "triton_attention", _rectified_output),
     ("text_attention", "triton_attention", _attention_outputs),
+    ("join_text", "triton_join", _joined_output),
     ("text_bias", "reference", reference.text_bias),
     ("block_scores", "triton_scores", _scores_output),
     ("block_statistics", "triton_statistics", _statistics_outputs),

@@ -6,6 +6,7 @@ they say how much error that dtype makes by itself. Memory is O(Lq * Lk): for te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -211,6 +212,47 @@ def text_attention(
         As ``sparse_attention``.
     """
     return sparse_attention(*text_arguments(query, key, value, bias, scale, block_q))
+
+
+def join_text(
+    output: Tensor,
+    lse: Tensor,
+    text_output: Tensor,
+    text_lse: Tensor,
+    before: Tensor,
+    after: Tensor,
+) -> Tensor:
+    """Two softmaxes of the video's queries over disjoint keys as one, amid the rows of others.
+
+        share = sigmoid(text_lse - lse)
+        joined = (1 - share) output + share text_output
+
+    Args:
+        output: ``[B, H, L, Dv]``, attention of the video's queries over the video.
+        lse: float32 ``[B, H, L]``, its log-sum-exp.
+        text_output: As ``output``, over the text.
+        text_lse: As ``lse``; -inf where a row sees no text.
+        before: ``[B, H, L1, Dv]``, attention of the tokens before the video over everything.
+        after: ``[B, H, L2, Dv]``, of those after it.
+
+    Returns:
+        ``[B, H, L1 + L + L2, Dv]``, in memory as ``[B, L1 + L + L2, H, Dv]``: models join the heads
+        next, without a copy.
+    """
+    share = (text_lse - lse).sigmoid()[..., None]
+    video = torch.lerp(*(x.to(share.dtype) for x in (output, text_output)), share)
+    return join_tokens([before, video.to(output.dtype), after])
+
+
+def join_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens of ``[B, H, L, Dv]`` one after the other; in memory as ``join_text`` returns them."""
+    return joined([x.transpose(1, 2) for x in parts], 1).contiguous().transpose(1, 2)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, without a copy where all parts but one are known to be empty."""
+    some = [part for part in parts if not isinstance(part.shape[dim], int) or part.shape[dim]]
+    return torch.cat(some, dim) if len(some) > 1 else (some or parts)[0]
 
 
 def text_arguments(

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from uta_fx.export.onnxruntime_kernels import SHARED_KB
 from uta_fx.kernels.reference import score_dtype
 from uta_fx.kernels import (
-    triton_attention, triton_fitting, triton_gather, triton_kmeans, triton_scores,
+    triton_attention, triton_fitting, triton_gather, triton_join, triton_kmeans, triton_scores,
     triton_statistics, triton_weights,
 )
 
@@ -76,6 +76,8 @@ def launch(dim, dim_v, block_q):
     scored = empty(blocks_q, blocks, dtype=score_dtype(dtype))
     triton_weights.weigh_scores(scored, q, slope[0], tail[2], 0.1, 0.5, 1.0, block_q)
     triton_gather.gather_tokens(q, torch.arange(length), 2)
+    lse = empty(length, dtype=torch.float32)
+    triton_join.join_text(v, lse, v, lse, empty(7, dim_v), empty(0, dim_v))
     triton_kmeans.kmeans(q, empty(10, dim, dtype=torch.float32), 1)
     exact, slope_32 = empty(blocks_q, blocks, dtype=torch.bool), slope[1][:, :, 0].float()
     fit = [tail[0], slope[0], tail[1], tail[2], slope_32, 0.1, 0.5, 16, block_q, 64]
@@ -96,7 +98,7 @@ def launch(dim, dim_v, block_q):
 
 for sizes in sys.argv[3:]:
     launch(*map(int, sizes.split("x")))
-assert len(seen) == 16, seen
+assert len(seen) == 17, seen
 """
 
 

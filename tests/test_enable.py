@@ -289,6 +289,21 @@ def test_blocks_are_told_their_grid_by_a_model_whose_graph_breaks(sign):
     assert torch.equal(*outputs) and not torch.equal(outputs[0], Asking()(clip))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "graphs"), [(1, 1), (2, 2)])
+def test_a_block_compiles_once_for_one_sample(batch, graphs):
+    """The tokens of the first layer are part of a longer sequence: their first stride is its."""
+    model, x = Model(), torch.randn(batch, 160, 32)
+    config = Config(density=0.2, **FAST)
+    parts = x[:, 32:], torch.randn(batch, 128, 32)
+    expected = [uta_fx.enable(Model(), config, fullgraph=True)(part.clone()) for part in parts]
+    uta_fx.enable(model, config, fullgraph=True, dynamic=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert all(torch.equal(model(part), x) for part, x in zip(parts, expected, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_blocks_need_a_list_of_blocks():
     with pytest.raises(ValueError, match="a model with a list of blocks, got a Model"):
         uta_fx.enable(Model(), Config(grid=(2, 8, 8)), blocks=True)

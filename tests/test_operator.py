@@ -275,6 +275,7 @@ def test_more_operators_are_registered_right():
     """As ``test_registration``, of those that spare Inductor work."""
     torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(True))
     torch.library.opcheck(torch.ops.uta.text_attention.default, text_inputs(False))
+    torch.library.opcheck(torch.ops.uta.join_text.default, joined_inputs((2, 5, 3)))
     lines = torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 4, 1)
     torch.library.opcheck(torch.ops.uta.text_bias.default, (*lines, 2, 4, True))
     torch.library.opcheck(torch.ops.uta.weigh_scores.default, weighed_inputs())
@@ -299,6 +300,49 @@ def test_a_mask_that_hides_video_gives_no_bias(added, hidden):
     assert torch.equal(trusted[0], expected[0])
     assert torch.equal(trusted[1], expected[1]) if hidden is None else trusted[1].isnan().all()
     assert torch.equal(ops.text_bias(lines[0], lines[0][..., :0], 2, 4, False), expected)
+
+
+def joined_inputs(sizes, dtype=torch.float32, dim=24):
+    """Arguments of ``join_text``; one row sees no text, one sees hardly anything else."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(2, 3, *shape, generator=generator)
+
+    before, output, text_output, after = (randn(sizes[i], dim).to(dtype) for i in (0, 1, 1, 2))
+    lse, text_lse = randn(sizes[1]), randn(sizes[1])
+    text_lse[0, 0, 0], text_lse[1, 0, 0] = -torch.inf, 40.0
+    return output, lse, text_output, text_lse, before, after
+
+
+@pytest.mark.parametrize("sizes", [(4, 70, 0), (0, 64, 9), (3, 1, 2), (0, 5, 0)])
+def test_two_softmaxes_become_one_amid_the_others(sizes):
+    """Of values and logits: what attention to all keys at once is."""
+    output, lse, text_output, text_lse, before, after = double(list(joined_inputs(sizes)))
+    masses = torch.stack([lse, text_lse]).softmax(0)[..., None]
+    expected = torch.cat([before, masses[0] * output + masses[1] * text_output, after], 2)
+    args = joined_inputs(sizes)
+    found = ops.join_text(*args)
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-6)
+    assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "error", "message"),
+    [
+        (1, torch.ones(2, 3, 4), ValueError, r"lse must have shape \(2, 3, 5\)"),
+        (2, torch.ones(2, 3, 5, 8), ValueError, r"text_output must have shape \(2, 3, 5, 24\)"),
+        (3, torch.ones(2, 3, 5).double(), TypeError, "text_lse must be torch.float32"),
+        (4, torch.ones(2, 2, 24), ValueError, r"before must be \[B, H, L, D\], got 3 dimensions"),
+        (5, torch.ones(2, 2, 3, 24), ValueError, r"after must have shape \(2, 3, 3, 24\)"),
+        (5, torch.ones(2, 3, 3, 24).half(), TypeError, "after must be torch.float32"),
+    ],
+)
+def test_wrong_inputs_of_join_text_are_named(place, wrong, error, message):
+    args = list(joined_inputs((2, 5, 3)))
+    args[place] = wrong
+    with pytest.raises(error, match=message):
+        ops.join_text(*args)
 
 
 def weighed_inputs(dtype=torch.float32, power=1.0, weight=0.3):

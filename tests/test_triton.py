@@ -18,6 +18,7 @@ from cases import LAYOUTS, laid_out, poisoned, with_mask
 from uta_fx.kernels import (
     triton_attention,
     triton_gather,
+    triton_join,
     triton_scores,
     triton_statistics,
     triton_weights,
@@ -452,6 +453,38 @@ def test_tokens_are_gathered_in_any_layout(name):
     found = triton_gather.gather_tokens(x, index, dim)
     expected = reference.gather_tokens(x, index, dim)
     assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("sizes", "dim"), [((11, 300, 0), 64), ((0, 40, 130), 72), ((5, 1, 2), 16), ((0, 129, 0), 256)]
+)
+def test_two_softmaxes_are_joined_accurately(sizes, dim, layout, dtype):
+    """Attention of others is copied.
+
+    The share is a sigmoid of numbers below 64, which errs by 2^-24 of these and some units in the
+    last place; the sum of two parts is rounded a few times, and as it is stored.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(2, 3, *shape, generator=generator).to(DEVICE)
+
+    before, output, text, after = (randn(sizes[i], dim).to(dtype) for i in (0, 1, 1, 2))
+    lse, text_lse = randn(sizes[1]), randn(sizes[1])
+    text_lse[0, 0, 0], text_lse[1, 0, 0] = -torch.inf, 40.0
+    place = LAYOUTS[layout]
+    rows = [place(x) for x in (output, text, before, after)]
+    found = triton_join.join_text(rows[0], lse, rows[1], text_lse, *rows[2:])
+    exact = reference.join_text(*(x.double() for x in (output, lse, text, text_lse, before, after)))
+    assert found.dtype == dtype and found.stride() == exact.stride()
+    first, last = sizes[0], sizes[0] + sizes[1]
+    assert torch.equal(found[:, :, :first], before) and torch.equal(found[:, :, last:], after)
+    unit = torch.finfo(dtype).eps / (2 if DEVICE == "cuda" else 1) if dtype != torch.float32 else 0
+    largest = torch.maximum(output.abs(), text.abs()).double()
+    error = (found - exact)[:, :, first:last].abs()
+    assert (error <= (unit + 2**-24 * (64 + 16)) * largest).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,6 +16,7 @@ from uta_fx.arguments import check_call, check_exact_keys, check_lengths
 from uta_fx.clusters import Blocks, Centroids, Clusters, apart_from_padding
 from uta_fx.config import Config
 from uta_fx.kernels import ops
+from uta_fx.kernels.reference import join_tokens, joined
 from uta_fx.order import Grid, token_order
 from uta_fx.passes.read_mask import HIDING
 from uta_fx.policies import SVG2, Selection
@@ -547,11 +548,12 @@ def _attend(
     if form.exact_keys is not None:
         form = form._replace(exact_keys=_parted(form.exact_keys, sizes, 0)[1])
     if alone:
-        return _attend_to_both(query, (k, v), (text_k, text_v), None, form, centroids)
+        none = v.new_empty((*query.shape[:2], 0, v.shape[3]))
+        return _attend_to_both(query, (k, v), (text_k, text_v), None, form, centroids, (none, none))
     # where a graph does not know that there is any text, a row of video attends with it
     spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
-    others_q = _joined([before_q, q[:, :, :spare], after_q], 2)
+    others_q = joined([before_q, q[:, :, :spare], after_q], 2)
     bias = rows = None
     if attn_mask is not None:
         row = rows = attn_mask
@@ -561,18 +563,15 @@ def _attend(
             before, video_rows, after = attn_mask.split(sizes, -2)
             if config.trust_masks:
                 column = video_rows[..., start : start + 1]
-            rows = _joined([before, video_rows[..., :spare, :], after], -2)
+            rows = joined([before, video_rows[..., :spare, :], after], -2)
         bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
 
-    output, centroids = _attend_to_both(q, (k, v), (text_k, text_v), bias, form, centroids)
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=form.scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
-    # as SDPA lays out what comes of [B, L, H, D]: models join the heads next, without a copy
-    parts = (others[:, :, :start], output, others[:, :, start + spare :])
-    joined = _joined([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
-    return joined, centroids
+    around = others[:, :, :start], others[:, :, start + spare :]
+    return _attend_to_both(q, (k, v), (text_k, text_v), bias, form, centroids, around)
 
 
 def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -604,15 +603,18 @@ def _attend_to_both(
     bias: Tensor | None,
     form: _Form,
     centroids: Centroids | None,
+    around: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Centroids | None]:
-    """Video queries over keys and values of the video and of the text, ``bias`` that of text."""
+    """Video queries over keys and values of the video and of the text, ``bias`` that of text.
+
+    ``around`` is attention of the tokens before and after the video, which comes with the output.
+    """
     if form.config.tail_form().kind == "rectified":
-        return _attend_rectified(query, video, text, bias, form), None
+        output = _attend_rectified(query, video, text, bias, form)
+        return join_tokens([around[0], output, around[1]]), None
     output, lse, centroids = _attend_to_video(query, *video, form, text[0], bias, centroids)
-    other, other_lse = _attend_to_text(query, *text, bias, form)
-    # two softmaxes over disjoint keys as one; a row that sees no text has other_lse -inf
-    share = (other_lse - lse).sigmoid()[..., None]
-    return torch.lerp(output.float(), other.float(), share).to(query.dtype), centroids
+    of_text = _attend_to_text(query, *text, bias, form)
+    return ops.join_text(output, lse, *of_text, *around), centroids
 
 
 def _attend_to_video(
@@ -730,10 +732,4 @@ def _in_block_order(
 def _parted(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, Tensor]:
     """What lies around the video along ``dim``, and the video."""
     before, video, after = x.split(sizes, dim)
-    return _joined([before, after], dim), video
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    """``torch.cat``, without a copy where all parts but one are known to be empty."""
-    some = [part for part in parts if not isinstance(part.shape[dim], int) or part.shape[dim]]
-    return torch.cat(some, dim) if len(some) > 1 else (some or parts)[0]
+    return joined([before, after], dim), video

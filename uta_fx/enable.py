@@ -285,7 +285,7 @@ def _compiled(
 def _dense(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
     forward = _with_own_code(original, "dense")
     compiled = torch.compile(forward, backend=config.inner, **compile_options)
-    return _keeps_outputs(compiled, compile_options)
+    return _keeps_outputs(_takes_one_sample(compiled), compile_options)
 
 
 def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) -> Forward:
@@ -299,7 +299,28 @@ def _sparse(original: Forward, config: Config, compile_options: dict[str, Any]) 
     others = {name: value for name, value in compile_options.items() if name != "mode"}
     forward = _with_own_code(original, "sparse")
     compiled = torch.compile(forward, backend="uta", options=fields | mode, **others)
-    return _keeps_outputs(compiled, compile_options)
+    return _keeps_outputs(_takes_one_sample(compiled), compile_options)
+
+
+def _takes_one_sample(compiled: Forward) -> Forward:
+    """The same, compiled once for a batch of one, whatever its stride.
+
+    It has none by which anything is found, but Dynamo compares it: the first block of CogVideoX is
+    given a part of a longer sequence, all others what the one before has made.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*map(_as_made, args), **{key: _as_made(x) for key, x in kwargs.items()})
+
+    return forward
+
+
+def _as_made(x: Any) -> Any:
+    """A tensor that is a contiguous batch of one, with the stride that PyTorch makes it with."""
+    if type(x) is not torch.Tensor or x.shape[:1] != (1,) or not x.is_contiguous():
+        return x
+    own = (x.numel(), *x.stride()[1:])
+    return x if x.stride() == own else x.as_strided(x.shape, own)
 
 
 def _keeps_outputs(compiled: Forward, compile_options: dict[str, Any]) -> Forward:
