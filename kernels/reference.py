@@ -240,7 +240,7 @@ def join_text(
         next, without a copy.
     """
     share = (text_lse - lse).sigmoid()[..., None]
-    video = torch.lerp(*(x.to(share.dtype) for x in (output, text_output)), share)
+    video = torch.lerp(output.to(share.dtype), text_output.to(share.dtype), share)
     return join_tokens([before, video.to(output.dtype), after])
 
 

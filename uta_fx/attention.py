@@ -548,8 +548,9 @@ def _attend(
     if form.exact_keys is not None:
         form = form._replace(exact_keys=_parted(form.exact_keys, sizes, 0)[1])
     if alone:
-        none = v.new_empty((*query.shape[:2], 0, v.shape[3]))
-        return _attend_to_both(query, (k, v), (text_k, text_v), None, form, centroids, (none, none))
+        nobody = v.new_empty((*query.shape[:2], 0, v.shape[3]))
+        around = nobody, nobody
+        return _attend_to_both(query, (k, v), (text_k, text_v), None, form, centroids, around)
     # where a graph does not know that there is any text, a row of video attends with it
     spare = 0 if isinstance(sizes[2], int) and sizes[0] + sizes[2] else 1
     before_q, q, after_q = query.split(sizes, 2)
