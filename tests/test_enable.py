@@ -10,7 +10,7 @@ from torch import nn
 
 import uta_fx
 from uta_fx import Config
-from uta_fx.enable import dense_steps, runs_dense, step_of
+from uta_fx.enable import _as_made, dense_steps, runs_dense, step_of
 
 FAST = {"inner": "eager", "min_tokens": 64, "reorder": "none", "block_q": 16, "block_kv": 16}
 
@@ -302,6 +302,18 @@ def test_a_block_compiles_once_for_one_sample(batch, graphs):
     torch._dynamo.utils.counters.clear()
     assert all(torch.equal(model(part), x) for part, x in zip(parts, expected, strict=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3, 4), (1, 1, 5), (2, 3, 4)])
+def test_tensors_as_they_are_made_are_left_alone(shape):
+    """And so are those to which somebody has given a mark."""
+    x = torch.zeros(shape)
+    assert _as_made(x) is x
+    part = torch.zeros(1, 4, 5)[:, 1:]
+    torch._dynamo.mark_dynamic(part, 1)
+    assert _as_made(part) is part
+    assert _as_made(torch.zeros(1, 4, 5)[:, 1:]).stride() == (15, 5, 1)
+    assert _as_made("text") == "text"
 
 
 def test_blocks_need_a_list_of_blocks():

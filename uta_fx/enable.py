@@ -317,9 +317,10 @@ def _takes_one_sample(compiled: Forward) -> Forward:
 
 def _as_made(x: Any) -> Any:
     """A tensor that is a contiguous batch of one, with the stride that PyTorch makes it with."""
-    if type(x) is not torch.Tensor or x.shape[:1] != (1,) or not x.is_contiguous():
+    plain = type(x) is torch.Tensor and not vars(x)  # no marks of a user's for Dynamo either
+    if not plain or x.shape[:1] != (1,) or not x.is_contiguous():
         return x
-    own = (x.numel(), *x.stride()[1:])
+    own = (max(x.numel(), 1), *x.stride()[1:])
     return x if x.stride() == own else x.as_strided(x.shape, own)
 
 
