@@ -80,7 +80,17 @@ def fits():
         for length in LENGTHS:
             for dtype in (torch.bfloat16, torch.float32):
                 case = test_fitting.Case(length_q=length, length_kv=length, dim=dim, dim_v=dim)
-                ops.fit_tail(*case.inputs(dtype, "cuda"))
+                ops.fitted_tail(*case.inputs(dtype, "cuda"))
+
+
+def whole_calls():
+    """What lies between the others: scores are weighed, tokens gathered, text is joined."""
+    for dim in DIMS:
+        query, key, value = torch.randn(3, 1, 2, 487, dim, device="cuda", dtype=torch.bfloat16)
+        for text in ((7, 0), (3, 4)):
+            uta_fx.sparse_attention(query, key, value, grid=(4, 12, 10), text=text)
+        index = torch.randperm(487, device="cuda")
+        ops.gather_tokens(query, index, 2)
 
 
 def operators_of_their_own():
@@ -93,7 +103,17 @@ def operators_of_their_own():
 
 CASES = {
     case.__name__: case
-    for case in (masked, listed, plain, statistics, scores, selection, fits, operators_of_their_own)
+    for case in (
+        masked,
+        listed,
+        plain,
+        statistics,
+        scores,
+        selection,
+        fits,
+        whole_calls,
+        operators_of_their_own,
+    )
 }
 
 if __name__ == "__main__":
