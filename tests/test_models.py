@@ -18,6 +18,7 @@ import uta_fx
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
 from uta_fx.explain import FULL_CAPTURE, explain
+from uta_fx.export.program import sparsify_program
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.sparsify import rewrite, understand
 from uta_fx.study.models import MODELS, MORE, OTHERS, SMALL
@@ -169,6 +170,27 @@ def wider(arguments):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    ["Wan", "HunyuanVideo", "CogVideoX 5B", "LTX-Video", "Mochi", "Cosmos", "Latte"],
+)
+def test_core_aten_of_a_model_has_the_sites_of_its_program(name):
+    """Kinds, and tokens that are reordered once; density 1 is the dense model."""
+    (entry,) = (x for x in MODELS if x.name == name)
+    model, inputs = entry.build(), entry.arguments() | {"return_dict": False}
+    program = torch.export.export(model, (), inputs, strict=False)
+    plan = plan_of(dataclasses.replace(SMALL, grid=entry.grid, density=1.0))
+    _, sites = sparsify_program(program, plan)
+    sparse, found = sparsify_program(program.run_decompositions(), plan)
+    assert [(x.name, x.kind, x.sparse, x.reordered) for x in found] == [
+        (x.name, x.kind, x.sparse, x.reordered) for x in sites
+    ]
+    assert {x.reordered for x in found if x.sparse} == {"once"}
+    for a, b in zip(flat(model(**inputs)), flat(sparse.module()(**inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(a.abs().max()))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX 5B", "LTX-Video", "LTX-2"])
 def test_another_size_is_one_graph_more_and_as_sparse(name, dynamic):
