@@ -474,21 +474,46 @@ def test_a_form_is_found_in_core_aten(form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("new", [False, True])
-def test_keys_that_are_other_tokens_in_part_are_no_self_attention_in_core_aten(new):
-    """What is written into a tensor counts, not only what was there."""
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda k: (k, k.flip(2)),
+        lambda k: (k.flip(2), k),
+        lambda k: (torch.zeros_like(k), k.flip(2)),
+    ],
+    ids=["written", "kept", "new"],
+)
+def test_keys_that_are_other_tokens_in_part_are_no_self_attention_in_core_aten(parts):
+    """What is written into a tensor counts, and what is left of what was there."""
 
     def form(q, k, v):
         q, k, v = map(heads, (q, k, v))
-        other = k.flip(2)[..., 10:]
-        k = torch.zeros_like(k) if new else k
-        k[..., 10:] = other
+        k, other = parts(k)
+        k[..., 10:] = other[..., 10:]
         return F.scaled_dot_product_attention(q, k, v)
 
     program = torch.export.export(Attention(form).eval(), (tokens(),))
     for x in (program, program.run_decompositions()):
         _, (site,) = sparsify_program(x, plan_of(Config(**SMALL, density=1.0)))
         assert (site.kind == "self", site.sparse) == (False, False)
+
+
+@torch.no_grad()
+def test_tokens_written_into_a_part_of_new_tensors_are_unknown_in_core_aten():
+    """They may be the same for queries and keys, which is no cross-attention."""
+
+    def written(x):
+        out = torch.zeros(x.shape)
+        out[:, :, 5:] = x[:, :, 5:]
+        return out
+
+    def form(q, k, v):
+        q, k, v = map(heads, (q, k, v))
+        return F.scaled_dot_product_attention(written(q), written(k), v)
+
+    program = torch.export.export(Attention(form).eval(), (tokens(),)).run_decompositions()
+    _, (site,) = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert (site.kind, site.sparse) == ("unknown", False)
 
 
 @torch.no_grad()

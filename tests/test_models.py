@@ -170,7 +170,6 @@ def wider(arguments):
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize(
     "name",
     ["Wan", "HunyuanVideo", "CogVideoX 5B", "LTX-Video", "Mochi", "Cosmos", "Latte"],
@@ -191,6 +190,7 @@ def test_core_aten_of_a_model_has_the_sites_of_its_program(name):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(a.abs().max()))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX 5B", "LTX-Video", "LTX-2"])
 def test_another_size_is_one_graph_more_and_as_sparse(name, dynamic):
