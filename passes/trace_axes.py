@@ -481,6 +481,10 @@ def _reshape(trace: Trace, node: Node) -> Axes | None:
         group: list[Axis] = []
         while not same(product := math.prod(map(length, group)), size):
             if not (isinstance(product, int) and isinstance(size, int)):
+                parts = trace.unflatten(group[0]) if len(group) == 1 else ()
+                if len(parts) > 1 and same(length(parts[0]), size):
+                    old[:0], group = parts, []
+                    continue
                 if not old:
                     return None
                 group.append(old.pop(0))

@@ -532,6 +532,22 @@ def test_core_aten_of_several_samples_is_reordered_once():
     torch.testing.assert_close(sparse.module()(*inputs), dense, rtol=0, atol=atol)
 
 
+@torch.no_grad()
+def test_core_aten_of_a_dynamic_batch_is_sparse():
+    """Each site reorders its own: how many samples are merged with the tokens is no number."""
+    model, inputs = build(Layer, Layer)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=8)}, None, None)
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes).run_decompositions()
+    plan = plan_of(dataclasses.replace(SMALL, reorder="tile", density=1.0))
+    sparse, sites = sparsify_program(program, plan, shapes)
+    reason = "here: view in layers.0.qkv needs the model's order"
+    assert [(x.kind, x.sparse, x.reordered) for x in sites] == [("self", True, reason)] * 2
+    inputs = (torch.cat([inputs[0], inputs[0][:1] * 2]), *inputs[1:])
+    dense = model(*inputs)
+    atol = 2e-6 * float(dense.abs().max())
+    torch.testing.assert_close(sparse.module()(*inputs), dense, rtol=0, atol=atol)
+
+
 def test_a_tensor_that_a_kernel_writes_into_keeps_the_model_s_order():
     """Its entries depend on where they are, which no rule knows."""
     model, inputs = build(lambda: Layer(Written()), Layer)
