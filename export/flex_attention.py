@@ -52,8 +52,18 @@ def spell_out_flex(module: GraphModule) -> dict[Node, str]:
             else:
                 found[node] = ""
                 node.target = _written_out
+            _let_views_copy(node)
     module.recompile()
     return found
+
+
+def _let_views_copy(node: Node) -> None:
+    """Core ATen has views of an output that only FlexAttention's strides allow."""
+    for user in node.users:
+        if user.target is torch.ops.aten.view.default:
+            user.target = torch.ops.aten.reshape.default
+        elif name_of(user) in ("getitem", "permute"):
+            _let_views_copy(user)
 
 
 def _takes_listed_blocks(module: GraphModule, node: Node) -> bool:

@@ -28,7 +28,7 @@ def sparsify_program(
     """Run the backend's passes on an exported program.
 
     Args:
-        program: From ``torch.export.export``, before any decomposition.
+        program: From ``torch.export.export``, decomposed to core ATen or not.
         plan: What the passes are told.
         dynamic_shapes: With which it was exported; None for none.
 

@@ -55,7 +55,7 @@ def _is_projected(node: Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if current.op == "call_function" and name_of(current) in ("linear", "addmm"):
+        if current.op == "call_function" and name_of(current) in ("linear", "addmm", "mm"):
             return True
         stack.extend(current.all_input_nodes)
     return False

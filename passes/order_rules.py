@@ -32,7 +32,7 @@ from uta_fx.passes.read_node import (
     written_by,
 )
 from uta_fx.passes.site import recorded
-from uta_fx.passes.trace_axes import Size, index_entries, number_of, plain, same
+from uta_fx.passes.trace_axes import CONSTANTS, Size, index_entries, number_of, plain, same
 
 
 class Place(NamedTuple):
@@ -41,10 +41,20 @@ class Place(NamedTuple):
     Attributes:
         dim: The dimension, not negative.
         start: The first of them.
+        times: How many equal parts the dimension has, one after another, where outer dimensions
+            such as batches are merged with the tokens; in each part they start at ``start``.
+        width: How many entries each token has there, where inner dimensions are merged with them.
     """
 
     dim: int
     start: int
+    times: int = 1
+    width: int = 1
+
+    @property
+    def merged(self) -> bool:
+        """Whether the dimension is that of the tokens and others."""
+        return (self.times, self.width) != (1, 1)
 
 
 Needs = dict[Node, Place]
@@ -69,6 +79,10 @@ def needs(node: Node, place: Place, tokens: Size) -> Needs | None:
         return None
     try:
         found = rule(node, place, tokens) if _fits(node, place, tokens) else None
+        if place.merged and found and rule is not _reshape:
+            if rule not in _ANY_ORDER:
+                return None
+            found = {x: place._replace(dim=at.dim) for x, at in found.items()}
         if found is None or not all(_fits(x, at, tokens) for x, at in found.items()):
             return None
         return found
@@ -85,7 +99,11 @@ def places_from(node: Node, operand: Node, place: Place, tokens: Size) -> Iterat
         value = recorded(argument(node, 0, "input"))
     rank = value.dim() if isinstance(value, torch.Tensor) else place.dim + 1
     starts = {place.start: None} | dict.fromkeys(x + place.start for x in _shifts(node, operand))
-    for candidate in [place] + [Place(dim, x) for dim in range(rank) for x in starts]:
+    candidates = [place] + [place._replace(dim=dim, start=x) for dim in range(rank) for x in starts]
+    if _RULES.get(name_of(node)) is _reshape and isinstance(value, torch.Tensor):
+        reshaped = _reshaped(_shape(operand), _shape(node), place)
+        candidates = [] if reshaped is None else [reshaped]
+    for candidate in candidates:
         found = needs(node, candidate, tokens) if candidate.start >= 0 else None
         if found is None:
             continue
@@ -110,10 +128,14 @@ def discards(
     name = name_of(node)
     if name in _SHAPES or (name == "getattr" and not isinstance(recorded(node), torch.Tensor)):
         return True
-    if name in _LIKE or name in _CONSTANTS:
+    if name in CONSTANTS:
         return True
     if name in _AFTER_ANOTHER and operand is not argument(node, 0, "input"):
         return True
+    if name == "copy" and operand is not argument(node, 1, "src") and not written_by(node):
+        return True
+    if place.merged:
+        return False
     try:
         for group in _summed(node):
             dims = group.get(operand)
@@ -160,7 +182,9 @@ def _fits(node: Node, place: Place, tokens: Size) -> bool:
     shape = _shape(node)
     if not 0 <= place.dim < len(shape) or place.start < 0:
         return False
-    return statically_known_true(place.start + tokens <= shape[place.dim])
+    size, each = shape[place.dim], place.times * place.width
+    holds = statically_known_true((place.start + tokens) * each <= size)
+    return holds and (each == 1 or same(size % each, 0))
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -245,7 +269,7 @@ def _last_kept(node: Node, place: Place, tokens: Size) -> Needs | None:
 
 def _norm(node: Node, place: Place, tokens: Size) -> Needs | None:
     width = argument(node, 1, "normalized_shape")
-    if place.dim >= len(_shape(node)) - len(width):
+    if place.dim >= len(_shape(_first(node))) - len(width):
         return None
     return {_first(node): place}
 
@@ -305,13 +329,30 @@ def _transposed_attribute(node: Node, place: Place, tokens: Size) -> Needs | Non
 
 
 def _reshape(node: Node, place: Place, tokens: Size) -> Needs | None:
-    """A dimension is one of the input's as a whole where as much lies before it in both."""
-    old, new = _shape(_first(node)), _shape(node)
-    before = math.prod(new[: place.dim])
-    for dim, size in enumerate(old):
-        if same(size, new[place.dim]) and same(math.prod(old[:dim]), before):
-            return {_first(node): Place(dim, place.start)}
+    found = _reshaped(_shape(node), _shape(_first(node)), place)
+    return None if found is None else {_first(node): found}
+
+
+def _reshaped(shape: Sequence[Size], other: Sequence[Size], place: Place) -> Place | None:
+    """The place in another shape of the same entries.
+
+    The tokens lie in the dimension before which, its own outer ones included, as much lies as
+    before them in the first shape.
+    """
+    before = math.prod(shape[: place.dim]) * place.times
+    for dim, size in enumerate(other):
+        times = _quotient(before, math.prod(other[:dim]))
+        width = times and _quotient(size * place.times * place.width, shape[place.dim] * times)
+        if times and width:
+            return Place(dim, place.start, times, width)
     return None
+
+
+def _quotient(a: Size, b: Size) -> int | None:
+    """A whole number of times; None where it is none, or not known."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    return 1 if same(a, b) else None
 
 
 def _complex(node: Node, place: Place, tokens: Size) -> Needs | None:
@@ -406,7 +447,7 @@ def _getitem(node: Node, place: Place, tokens: Size) -> Needs | None:
     if name_of(source) == "unbind":
         dim = _split_dim(source)
         return {source: Place(place.dim + (place.dim >= dim), place.start)}
-    if _rule_of(source) is _operator:
+    if _rule_of(source) in (_operator, _norm, _group_norm):
         return {source: place} if index == 0 else None
     if _RULES.get(name_of(source)) is not _split or not isinstance(index, int):
         return None
@@ -671,6 +712,31 @@ def _setitem(node: Node, place: Place, tokens: Size) -> Needs | None:
     return None
 
 
+def _copy(node: Node, place: Place, tokens: Size) -> Needs | None:
+    """``x.copy_(source)``, or its value, which is that of the source."""
+    if written_by(node):
+        return _pointwise(node, place, tokens)
+    shape = _shape(node)
+    source = argument(node, 1, "src")
+    return _aligned([source], place.dim, place.start, shape[place.dim], len(shape))
+
+
+def _slice_scatter(node: Node, place: Place, tokens: Size) -> Needs | None:
+    """``x[..., start:end] = source`` as a value."""
+    x, source = _first(node), argument(node, 1, "src")
+    dim = _dim(node, 2, "dim", 0, len(_shape(node)))
+    if x is source:
+        return None
+    if dim != place.dim:
+        return {x: place, source: place}
+    entry = slice(*(argument(node, i, n) for i, n in ((3, "start"), (4, "end"), (5, "step"))))
+    begin = _begin(entry, _shape(x)[dim])
+    inside = None if begin is None else _inside(place, begin, _shape(source)[dim], tokens)
+    if inside is None or begin is None:
+        return None
+    return {x: place} | ({source: Place(dim, place.start - begin)} if inside else {})
+
+
 # ---- where the order does not reach the output ---------------------------------------------------
 
 
@@ -789,9 +855,6 @@ _CASTS = {"to", "to_copy", "type", "type_as"}
 # of the second operand they take the dtype or shape
 _AFTER_ANOTHER = {"to", "type_as", "view_as", "expand_as"}
 _LIKE = {"empty_like", "zeros_like", "ones_like", "full_like"}
-_CONSTANTS = {
-    "new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty",
-}  # fmt: skip
 _SHAPES = {"size", "sym_size", "dim", "numel", "sym_numel", "stride", "ndimension", "len"}
 
 _RULES: dict[str, Rule] = {}
@@ -802,13 +865,13 @@ for _rule, _names in (
         " softplus mish elu hardswish abs square reciprocal float half bfloat16 double to to_copy"
         " type type_as contiguous clone detach dropout nan_to_num clamp where masked_fill"
         " maximum minimum addcmul addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not"
-        " bitwise_not and or invert bool int long polar alias lift_fresh lift_fresh_copy copy sign"
+        " bitwise_not and or invert bool int long polar alias lift_fresh lift_fresh_copy sign"
         " round floor rfloordiv floordiv floor_divide remainder mod conj real imag identity relu6",
     ),
-    (_constant, " ".join(sorted(_LIKE | _CONSTANTS))),
+    (_constant, " ".join(sorted(CONSTANTS))),
     (_last_kept, "linear"),
-    (_norm, "layer_norm rms_norm"),
-    (_group_norm, "group_norm"),
+    (_norm, "layer_norm rms_norm native_layer_norm"),
+    (_group_norm, "group_norm native_group_norm"),
     (_same_place, "softmax log_softmax normalize"),
     (_along_another, "cumsum cumprod glu repeat_interleave index_select"),
     (_permute, "permute"),
@@ -833,6 +896,14 @@ for _rule, _names in (
     (_reduction, "mean sum amax amin prod var std norm all any logsumexp linalg_vector_norm"),
     (_outer, "outer ger"),
     (_setitem, "setitem"),
+    (_copy, "copy"),
+    (_slice_scatter, "slice_scatter"),
 ):
     for _name in _names.split():
         _RULES[_name] = _rule
+
+_ANY_ORDER: set[Rule] = {
+    _pointwise, _constant, _last_kept, _norm, _same_place, _permute, _transpose, _expand, _matmul,
+    _reduction,
+}  # fmt: skip
+"""Rules of what commutes with any permutation along a dimension, such as that of merged tokens."""

@@ -374,9 +374,11 @@ class _Search:
                 banned.add(node)
                 self.reasons[node] = f"here: {_because(min(wrong, key=self.nodes.index))}"
         for node in self._live:
-            for operand in self.conversions(node):
-                # several outputs in one value cannot be gathered
-                if not isinstance(recorded(operand), torch.Tensor):
+            for operand, wanted in self.conversions(node).items():
+                # several outputs in one value cannot be gathered, nor tokens merged with others
+                changed = wanted ^ self.places.get(operand, set())
+                merged = any(place.merged for place in changed)
+                if merged or not isinstance(recorded(operand), torch.Tensor):
                     banned |= {operand, node}
         for group in self._groups:
             if any(self.places.get(node) for node in group) and not self._is_uniform(group):

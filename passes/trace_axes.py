@@ -401,6 +401,12 @@ def _follows(run: Run, other: Run) -> bool:
     return isinstance(run.length, int) and _shifted(run, run.length).spans == other.spans
 
 
+CONSTANTS = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
+    "new_empty", "zeros", "ones", "full", "empty", "empty_permuted", "empty_strided",
+}  # fmt: skip
+"""Operations of which all entries are alike, or not yet written."""
+
 # ---- one rule for each kind of operation ---------------------------------------------------------
 
 Rule = Callable[[Trace, Node], Any]
@@ -475,6 +481,10 @@ def _reshape(trace: Trace, node: Node) -> Axes | None:
         group: list[Axis] = []
         while not same(product := math.prod(map(length, group)), size):
             if not (isinstance(product, int) and isinstance(size, int)):
+                parts = trace.unflatten(group[0]) if len(group) == 1 else ()
+                if len(parts) > 1 and same(length(parts[0]), size):
+                    old[:0], group = parts, []
+                    continue
                 if not old:
                     return None
                 group.append(old.pop(0))
@@ -650,8 +660,23 @@ def _slice(trace: Trace, node: Node) -> Axes:
     return tuple(axes)
 
 
+def _copy(trace: Trace, node: Node) -> Axes:
+    """``x.copy_(source)`` as a value: nothing is left of what was there."""
+    axes = trace.of(argument(node, 1, "src"))
+    rank = len(_shape(node))
+    return tuple(
+        axes[place]
+        if (place := dim - rank + len(axes)) >= 0 and same(length(axes[place]), size)
+        else trace.leaf(node, dim, size)
+        for dim, size in enumerate(_shape(node))
+    )
+
+
 def _slice_scatter(trace: Trace, node: Node) -> Axes:
-    """``x[..., start:end] = source`` as a value: axes stay where the source has some of them."""
+    """``x[..., start:end] = source`` as a value: axes stay where the source has some of them.
+
+    Where nothing had been written to ``x`` they are the source's.
+    """
     x, source = argument(node, 0, "input"), argument(node, 1, "src")
     axes, written = trace.of(x), trace.of(source)
     dim = argument(node, 2, "dim", 0) % len(axes)
@@ -659,8 +684,13 @@ def _slice_scatter(trace: Trace, node: Node) -> Axes:
     parts = [
         _sliced(trace, source, axis, entry, d) if d == dim else axis for d, axis in enumerate(axes)
     ]
+    blank = name_of(x) in CONSTANTS
     return tuple(
-        axis if related(part, new) else trace.leaf(node, d, length(axis), opaque=True)
+        axis
+        if related(part, new)
+        else new
+        if blank and d != dim
+        else trace.leaf(node, d, length(axis), opaque=True)
         for d, (axis, part, new) in enumerate(zip(axes, parts, written, strict=True))
     )
 
@@ -834,7 +864,7 @@ for _rule, _names in (
         " type type_as contiguous clone detach dropout nan_to_num clamp where masked_fill"
         " empty_like zeros_like ones_like randn_like full_like maximum minimum addcmul addcdiv lerp"
         " eq ne lt le gt ge logical_and logical_or logical_not bitwise_not and or invert bool int"
-        " long polar requires_grad alias lift_fresh_copy lift_fresh copy sign round floor rfloordiv"
+        " long polar requires_grad alias lift_fresh_copy lift_fresh sign round floor rfloordiv"
         " floordiv floor_divide remainder mod conj real imag identity relu6 glu_pointwise view_as"
         " expand_as",
     ),
@@ -856,6 +886,7 @@ for _rule, _names in (
     (_unbind, "unbind"),
     (_getitem, "getitem"),
     (_slice, "slice narrow"),
+    (_copy, "copy"),
     (_slice_scatter, "slice_scatter"),
     (_select, "select"),
     (_index, "index"),
@@ -870,7 +901,11 @@ for _rule, _names in (
         _reduction,
         "mean sum amax amin prod var std norm all any max min logsumexp linalg_vector_norm",
     ),
-    (_fresh, "arange zeros ones empty full rand randn tensor linspace embedding eye"),
+    (
+        _fresh,
+        "arange zeros ones empty empty_permuted empty_strided full rand randn tensor linspace"
+        " embedding eye",
+    ),
     (_attribute, "getattr mT mH T H"),
     (_outer, "outer ger"),
     (_meshgrid, "meshgrid"),

@@ -351,6 +351,20 @@ def normed_and_written(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def rotated_into_empty_tensors(q, k, v):
+    """As Wan's rotary embedding: each half is written for itself."""
+
+    def rotated(x):
+        a, b = x[..., 0::2], x[..., 1::2]
+        out = torch.empty_like(x)
+        out[..., 0::2] = a * 0.6 - b * 0.8
+        out[..., 1::2] = a * 0.8 + b * 0.6
+        return out
+
+    q, k, v = map(heads, (q, k, v))
+    return F.scaled_dot_product_attention(rotated(q), rotated(k), v)
+
+
 def heads_apart_between_the_products(q, k, v):
     """As Megatron's: batch and heads are one dimension in the products, two in the softmax."""
     q, k, v = (heads(x).flatten(0, 1) for x in (q, k, v))
@@ -446,7 +460,7 @@ def test_every_form_is_found_after_export(form):
     [
         sdpa, grouped, under_an_empty_bias, matmul, viewed, einsum_tokens_first,
         depth_of_two_dimensions, einsum_divided_in_place, hidden_by_nothing, scaled_by_tensors,
-        heads_apart_between_the_products, normed_and_written,
+        heads_apart_between_the_products, normed_and_written, rotated_into_empty_tensors,
     ],
     ids=lambda form: form.__name__,
 )  # fmt: skip
@@ -457,6 +471,49 @@ def test_a_form_is_found_in_core_aten(form):
     sparse, sites = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
     assert [(site.kind, site.sparse) for site in sites] == [("self", True)]
     torch.testing.assert_close(sparse.module()(x), module(x), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda k: (k, k.flip(2)),
+        lambda k: (k.flip(2), k),
+        lambda k: (torch.zeros_like(k), k.flip(2)),
+    ],
+    ids=["written", "kept", "new"],
+)
+def test_keys_that_are_other_tokens_in_part_are_no_self_attention_in_core_aten(parts):
+    """What is written into a tensor counts, and what is left of what was there."""
+
+    def form(q, k, v):
+        q, k, v = map(heads, (q, k, v))
+        k, other = parts(k)
+        k[..., 10:] = other[..., 10:]
+        return F.scaled_dot_product_attention(q, k, v)
+
+    program = torch.export.export(Attention(form).eval(), (tokens(),))
+    for x in (program, program.run_decompositions()):
+        _, (site,) = sparsify_program(x, plan_of(Config(**SMALL, density=1.0)))
+        assert (site.kind == "self", site.sparse) == (False, False)
+
+
+@torch.no_grad()
+def test_tokens_written_into_a_part_of_new_tensors_are_unknown_in_core_aten():
+    """They may be the same for queries and keys, which is no cross-attention."""
+
+    def written(x):
+        out = torch.zeros(x.shape)
+        out[:, :, 5:] = x[:, :, 5:]
+        return out
+
+    def form(q, k, v):
+        q, k, v = map(heads, (q, k, v))
+        return F.scaled_dot_product_attention(written(q), written(k), v)
+
+    program = torch.export.export(Attention(form).eval(), (tokens(),)).run_decompositions()
+    _, (site,) = sparsify_program(program, plan_of(Config(**SMALL, density=1.0)))
+    assert (site.kind, site.sparse) == ("unknown", False)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import uta_fx
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
 from uta_fx.explain import FULL_CAPTURE, explain
+from uta_fx.export.program import sparsify_program
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.sparsify import rewrite, understand
 from uta_fx.study.models import MODELS, MORE, OTHERS, SMALL
@@ -166,6 +167,31 @@ def wider(arguments):
             torch.cat([table] * 2) for table in arguments["image_rotary_emb"]
         )
     return changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "reordered"),
+    [("Wan", "once"), ("HunyuanVideo", "once"), ("CogVideoX 5B", "once"), ("LTX-Video", "once"),
+     ("Mochi", "once"), ("Cosmos", "once"), ("Latte", "once"), ("AnyFlow FAR", None)],
+)  # fmt: skip
+def test_core_aten_of_a_model_has_the_sites_of_its_program(name, reordered):
+    """Kinds, and where tokens are reordered; density 1 is the dense model.
+
+    FlexAttention stays an operation there, of which a view counts on the strides.
+    """
+    (entry,) = (x for x in MODELS if x.name == name)
+    model, inputs = entry.build(), entry.arguments() | {"return_dict": False}
+    program = torch.export.export(model, (), inputs, strict=False)
+    plan = plan_of(dataclasses.replace(SMALL, grid=entry.grid, density=1.0))
+    _, sites = sparsify_program(program, plan)
+    sparse, found = sparsify_program(program.run_decompositions(), plan)
+    assert [(x.name, x.kind, x.sparse, x.reordered) for x in found] == [
+        (x.name, x.kind, x.sparse, x.reordered) for x in sites
+    ]
+    assert {x.reordered for x in found if x.sparse} == {reordered}
+    for a, b in zip(flat(model(**inputs)), flat(sparse.module()(**inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(a.abs().max()))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 from uta_fx import Config
 from uta_fx.attention import SparseSite
 from uta_fx.backend import plan_of, sparsify
+from uta_fx.export.program import sparsify_program
 from uta_fx.passes.order_rules import Place, discards, needs
 from uta_fx.passes.reorder_tokens import GatherTokens
 from uta_fx.passes.sparsify import rewrite, understand
@@ -37,15 +38,27 @@ def captured(function, *inputs):
     return graphs[0], output
 
 
-def exported(function, *inputs):
-    """The same from torch.export, in ATen's operators."""
+def program_of(function, *inputs):
+    """An exported program of a function, and what it returns."""
 
     class Model(nn.Module):
         def forward(self, *args):
             return function(*args)
 
     with torch.no_grad():
-        return torch.export.export(Model(), inputs).module(), function(*inputs)
+        return torch.export.export(Model(), inputs), function(*inputs)
+
+
+def exported(function, *inputs):
+    """The same from torch.export, in ATen's operators."""
+    program, output = program_of(function, *inputs)
+    return program.module(), output
+
+
+def decomposed(function, *inputs):
+    """The same in core ATen."""
+    program, output = program_of(function, *inputs)
+    return program.run_decompositions().module(), output
 
 
 def input_names(gm):
@@ -56,10 +69,11 @@ def input_names(gm):
 
 def permuted(x, places):
     """A tensor with the tokens at some places in another order."""
-    for dim, start in places:
-        index = torch.arange(x.shape[dim])
+    for dim, start, times, width in (Place(*place) for place in places):
+        parts = x.unflatten(dim, (times, -1, width))
+        index = torch.arange(parts.shape[dim + 1])
         index[start : start + TOKENS] = start + VIDEO
-        x = x.index_select(dim, index)
+        x = parts.index_select(dim + 1, index).flatten(dim, dim + 2)
     return x
 
 
@@ -125,6 +139,17 @@ COMMUTE = {
     "rows and columns": (lambda a: a.unflatten(1, (2, 3)), (x(2, 6, 4),), set()),
     "tokens flattened": (lambda a: a.flatten(1, 2), (x(2, 2, 3, 4),), set()),
     "batch and tokens": (lambda a: a.flatten(0, 1), (x(1, 6, 4),), {(0, 0)}),
+    "batches and tokens": (lambda a: a.flatten(0, 1), (x(2, 6, 4),), {(0, 0, 2)}),
+    "tokens and channels": (lambda a: a.flatten(1), (x(2, 6, 4),), {(1, 0, 1, 4)}),
+    "all in one": (lambda a: a.flatten(), (x(2, 6, 4),), {(0, 0, 2, 4)}),
+    "batches apart": (lambda a: a.unflatten(0, (2, 9)), (x(18, 4),), {(1, n) for n in range(4)}),
+    "batches, otherwise": (lambda a: a.flatten(0, 1), (x(3, 4, 4),), set()),
+    "a product of batches": (
+        lambda a, b, c: torch.addmm(a, F.silu(b), c), (x(12, 1), x(12, 4), x(4, 5)),
+        {(0, n) for n in range(7)} | {(0, 0, 2)},
+    ),
+    "a sum along batches": (lambda a: a.flatten(0, 1).cumsum(0), (x(2, 6, 4),), set()),
+    "a part of batches": (lambda a: a.flatten(0, 1)[6:18], (x(2, 12, 4),), set()),
     "movedim": (lambda a: a.movedim(1, -1), (x(2, 6, 4),), {(2, 0)}),
     "a new dimension": (lambda a: a[:, None, ..., None], (x(2, 6, 4),), {(2, 0)}),
     "expand": (lambda a: a.unsqueeze(0).expand(3, -1, -1), (x(6, 4),), {(1, 0)}),
@@ -181,23 +206,53 @@ COMMUTE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("trace", [captured, exported])
-@pytest.mark.parametrize("name", COMMUTE)
+def written(begin, end, step=1, dim=1):
+    """What it is to write into a part of a copy."""
+
+    def write(a, b):
+        out = a.clone()
+        out.transpose(dim, 0)[begin:end:step] = b.transpose(dim, 0)
+        return out
+
+    return write
+
+
+# of weights that are permuted, of one input in two orders, and of a cat and a view
+OTHERWISE_IN_CORE_ATEN = {"linear over tokens", "queries that are keys", "stack"}
+# what core ATen alone has as a value
+COMMUTE_AS_VALUES = {
+    "written behind text": (written(3, 9), (x(2, 9, 4), x(2, 6, 4)), {(1, 3)}),
+    "written before tokens": (written(0, 3), (x(2, 9, 4), x(2, 3, 4)), {(1, 3)}),
+    "written across tokens": (written(1, 5), (x(2, 9, 4), x(2, 4, 4)), set()),
+    "every second one written": (written(0, 12, 2), (x(2, 12, 4), x(2, 6, 4)), set()),
+    "every second channel written": (written(0, 4, 2, 2), (x(2, 6, 4), x(2, 6, 2)), {(1, 0)}),
+    "one row written": (lambda a, b: torch.ops.aten.copy(a, b), (x(2, 6, 4), x(1, 4)), {(1, 0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "trace"),
+    [(name, trace) for name in COMMUTE for trace in (captured, exported)]
+    + [(name, decomposed) for name in COMMUTE if name not in OTHERWISE_IN_CORE_ATEN]
+    + [(name, decomposed) for name in COMMUTE_AS_VALUES],
+)
 def test_operations_commute_with_a_permutation_where_a_rule_says_so(name, trace):
     """And a rule says so at all places of six tokens at which one would expect it."""
-    function, inputs, expected = COMMUTE[name]
+    function, inputs, expected = (COMMUTE | COMMUTE_AS_VALUES)[name]
     gm, output = trace(function, *inputs)
     names = input_names(gm)
     assert len(names) == len(inputs)
     places = [
-        Place(dim, start)
+        Place(dim, start, times, width)
         for dim, size in enumerate(output.shape)
-        for start in range(size - TOKENS + 1)
+        for times, width in ((1, 1), (2, 1), (1, 4), (2, 4))
+        if size % (times * width) == 0
+        for start in range(size // (times * width) - TOKENS + 1)
     ]
     commuting = {place: required(gm.graph, place) for place in places}
     found = {place for place, needed in commuting.items() if needed is not None}
     # four channels and five rows are fewer than six tokens: nothing else has a place
-    assert found == expected
+    assert found == {Place(*place) for place in expected}
     for place in found:
         moved = [
             permuted(tensor, commuting[place].get(key, ()))
@@ -223,6 +278,9 @@ DISCARD = {
     "text before": (lambda a: a[:, :3], (x(2, 9, 4),), [{(1, 3)}]),
     "text behind": (lambda a: a.narrow(1, 6, 3), (x(2, 9, 4),), [{(1, 0)}]),
     "a shape": (lambda a: torch.zeros_like(a), (x(2, 6, 4),), [{(1, 0)}]),
+    "what is written over": (
+        lambda a, b: torch.ops.aten.copy(a, b), (x(2, 6, 4), x(2, 6, 4) + 1), [{(1, 0)}, set()],
+    ),
 }  # fmt: skip
 KEEP = {
     "keys without values": (
@@ -239,6 +297,11 @@ KEEP = {
     "mean over channels": (lambda a: a.mean(2), (x(2, 6, 4),), [{(1, 0)}]),
     "video in a slice": (lambda a: a[:, :4], (x(2, 9, 4),), [{(1, 3)}]),
     "argmax": (lambda a: a.argmax(1), (x(2, 6, 4),), [{(1, 0)}]),
+    "memory that is written over": (
+        lambda a, b: a.copy_(b), (x(2, 6, 4), x(2, 6, 4) + 1), [{(1, 0)}, set()],
+    ),
+    "mean over parts": (lambda a: a.mean(0), (x(12, 4),), [{(0, 0, 2)}]),
+    "a part with no token of its own": (lambda a: a[6:], (x(12, 4),), [{(0, 0, 2)}]),
     "keys that are queries": (
         lambda a, b: F.scaled_dot_product_attention(a, a, b),
         (x(2, 2, 6, 4), x(2, 2, 6, 4) + 1), [{(2, 0)}, {(2, 0)}],
@@ -435,6 +498,54 @@ class Written(nn.Module):
         out = torch.empty_like(h)
         torch.ops.uta_fx_tests.norm_into(out, h)
         return h + out
+
+
+class Counted(nn.Module):
+    """Tokens of all batches one after another, and what no rule knows."""
+
+    def forward(self, h):
+        return h + h.flatten(0, 1).cumsum(0).unflatten(0, (2, -1)) / h.shape[1]
+
+
+def test_tokens_merged_with_batches_are_brought_into_the_model_s_order_before():
+    """Where an operation needs it: one index gathers no such dimension."""
+    model, inputs = build(Layer, lambda: Layer(Counted()), Layer)
+    outputs, sites, _ = variants(model, inputs)
+    check(outputs)
+    assert {site.reordered for site in sites} == {
+        "in parts: flatten in layers.1.between needs the model's order"
+    }
+
+
+@torch.no_grad()
+def test_core_aten_of_several_samples_is_reordered_once():
+    """Where linear layers merge batches with tokens, and rotations are values."""
+    model, inputs = build(Layer, Layer, Layer)
+    program = torch.export.export(model, inputs).run_decompositions()
+    plan = plan_of(dataclasses.replace(SMALL, reorder="tile", density=1.0))
+    sparse, sites = sparsify_program(program, plan)
+    assert [(site.kind, site.reordered) for site in sites] == [("self", "once")] * 3
+    targets = [node.target for node in sparse.graph.nodes]
+    assert targets.count(torch.ops.aten.index_select.default) == 4
+    dense = model(*inputs)
+    atol = 2e-6 * float(dense.abs().max())
+    torch.testing.assert_close(sparse.module()(*inputs), dense, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_core_aten_of_a_dynamic_batch_is_sparse():
+    """Each site reorders its own: how many samples are merged with the tokens is no number."""
+    model, inputs = build(Layer, Layer)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=8)}, None, None)
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes).run_decompositions()
+    plan = plan_of(dataclasses.replace(SMALL, reorder="tile", density=1.0))
+    sparse, sites = sparsify_program(program, plan, shapes)
+    reason = "here: view in layers.0.qkv needs the model's order"
+    assert [(x.kind, x.sparse, x.reordered) for x in sites] == [("self", True, reason)] * 2
+    inputs = (torch.cat([inputs[0], inputs[0][:1] * 2]), *inputs[1:])
+    dense = model(*inputs)
+    atol = 2e-6 * float(dense.abs().max())
+    torch.testing.assert_close(sparse.module()(*inputs), dense, rtol=0, atol=atol)
 
 
 def test_a_tensor_that_a_kernel_writes_into_keeps_the_model_s_order():

@@ -162,7 +162,7 @@ def plan_of(config: Config, symbolic: bool = False) -> Plan:
     """
 
     def index(grid: Grid | None, place: Place, back: bool) -> TokenIndex:
-        return TokenIndex(grid, config.order, config.block_kv, *place, back)
+        return TokenIndex(grid, config.order, config.block_kv, place.dim, place.start, back)
 
     def replacement(
         grid: Grid | None,
