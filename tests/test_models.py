@@ -173,7 +173,7 @@ def wider(arguments):
 @pytest.mark.parametrize(
     ("name", "reordered"),
     [("Wan", "once"), ("HunyuanVideo", "once"), ("CogVideoX 5B", "once"), ("LTX-Video", "once"),
-     ("Mochi", "once"), ("Cosmos", "once"), ("Latte", "once"), ("AnyFlow FAR", None)],
+     ("Cosmos", "once"), ("Latte", "once"), ("AnyFlow FAR", None)],
 )  # fmt: skip
 def test_core_aten_of_a_model_has_the_sites_of_its_program(name, reordered):
     """Kinds, and where tokens are reordered; density 1 is the dense model.
