@@ -286,7 +286,12 @@ BlockStatistics <block_kv> (key, value)
     key_square = ReduceSumSquare <keepdims = 1> (key_deviation, token_axis)
     key_spread = Div (key_square, size)
     key_variance_float = Squeeze (key_spread, token_axis)
-    key_variance = CastLike (key_variance_float, key)
+    key_variance_rounded = CastLike (key_variance_float, key)
+    key_variance_again = Cast <to = 1> (key_variance_rounded)
+    beyond_float16 = IsInf (key_variance_again)
+    largest = Constant <value_float = 65504.0> ()
+    key_variance_limited = Where (beyond_float16, largest, key_variance_float)
+    key_variance = CastLike (key_variance_limited, key)
 
     value_float = Cast <to = 1> (value)
     missing_v_shape = Concat <axis = 0> (lead, missing, dim_v)
@@ -1021,6 +1026,26 @@ def check_version(path: Path, name: str) -> onnx.ModelProto:
             " with this release, or install that one"
         )
     return model
+
+
+def beside_weights(model: onnx.ModelProto, path: Path, name: str) -> Path:
+    """The place of a file beside which its weights lie: its own, or where a link leads.
+
+    Args:
+        model: The file, as of ``check_version``.
+        path: Of the file.
+        name: Of the argument that gave it.
+
+    Raises:
+        ValueError: They lie at neither.
+    """
+    entries = (y for x in model.graph.initializer for y in x.external_data)
+    places = {y.value for y in entries if y.key == "location"}
+    for candidate in (path, path.resolve()):
+        lost = [place for place in places if not (candidate.parent / place).is_file()]
+        if not lost:
+            return candidate
+    raise ValueError(f"{name} must have its weights beside it, {lost[0]} is not there: {path}")
 
 
 ELEMENT_TYPES = {

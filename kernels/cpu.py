@@ -442,7 +442,9 @@ def block_statistics(
     mean, variance, value_mean, value_variance, covariance = (
         torch.cat(results).unflatten(0, (batch, heads)) for results in zip(*of_heads, strict=True)
     )
-    mean, variance, value_mean = (x.to(key.dtype) for x in (mean, variance, value_mean))
+    mean, variance, value_mean = (
+        reference.rounded(x, key.dtype) for x in (mean, variance, value_mean)
+    )
     return mean, variance, value_mean, value_variance, covariance / length
 
 

@@ -30,7 +30,9 @@ from uta_fx.kernels.gluon_attention import (
     tensor_map,
 )
 from uta_fx.kernels.launches import launcher
+from uta_fx.kernels.reference import LARGEST as LARGEST_FLOAT16
 
+LARGEST = gl.constexpr(LARGEST_FLOAT16)
 STAGES = 4  # of the ring: pairs of a key and a value block
 VALUE_REGISTERS = {128: 120, 64: 104}  # of a thread that pools values; others pool keys, one copies
 
@@ -76,6 +78,8 @@ def _pool_keys(
         v = v_ring.index(stage).reshape([BLOCK, D])
         covariance = warpgroup_mma(deviation.to(dtype), v, covariance, is_async=True)
         gl.store(mean_ptr + block.to(gl.int64) * D + d, mean)
+        if dtype == gl.float16:
+            variance = gl.minimum(variance, LARGEST)
         gl.store(var_ptr + block.to(gl.int64) * D + d, variance)
         covariance = warpgroup_mma_wait(0, deps=[covariance])
         mbarrier.arrive(empty.index(stage))

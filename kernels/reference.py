@@ -16,6 +16,7 @@ RIDGE = 0.3  # how strongly both factors of a fit are held to 1, relative to wha
 STEPS = 2  # of Gauss and Newton, since mass is in the denominator too
 SAMPLED_BLOCKS = 64  # of keys, at least, that a fit looks at where there are more
 GOLDEN = 40503  # 2^16 over the golden ratio
+LARGEST = torch.finfo(torch.float16).max
 LIMIT = 4.0  # mass lies between one part in so many and so many times, the slope below
 
 
@@ -461,8 +462,9 @@ def block_statistics(
 
     Returns:
         ``key_mean`` and ``key_variance`` ``[B, H, Nk, D]`` and ``value_mean`` ``[B, H, Nk, Dv]``
-        in the dtype of ``key``, rounded once; ``value_variance`` ``[B, H, Nk]`` and ``covariance``
-        ``[B, H, D, Dv]`` in float32 (float64 for float64 inputs). ``Nk = ceil(L / block_kv)``.
+        in the dtype of ``key``, rounded once (a variance beyond float16 is its largest number);
+        ``value_variance`` ``[B, H, Nk]`` and ``covariance`` ``[B, H, D, Dv]`` in float32 (float64
+        for float64 inputs). ``Nk = ceil(L / block_kv)``.
     """
     dtype = key.dtype
     key, value = key.to(_accumulator(key)), value.to(_accumulator(value))
@@ -479,7 +481,7 @@ def block_statistics(
         covariance = covariance + deviation.transpose(-1, -2) @ values.flatten(2, 3)
     means = (torch.cat(parts, 2) for parts in zip(*pooled, strict=True))
     *by_channel, value_variance = means
-    key_mean, key_variance, value_mean = (x.to(dtype) for x in by_channel)
+    key_mean, key_variance, value_mean = (rounded(x, dtype) for x in by_channel)
     return key_mean, key_variance, value_mean, value_variance, covariance / key.shape[2]
 
 
@@ -677,7 +679,14 @@ def by_factors(mass: Tensor, gain: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """``fitted_tail`` from what ``fit_tail`` returns for the same arguments."""
     key, log_size, slope = args[1], args[8], args[9]
     fitted = slope * gain[..., None, None]
-    return log_size + mass.log()[..., None], fitted[:, :, None].to(key.dtype)
+    return log_size + mass.log()[..., None], rounded(fitted[:, :, None], key.dtype)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To another dtype; in float16, which ends at 65504, what is beyond that is that."""
+    if dtype == torch.float16:
+        x = x.clamp(-LARGEST, LARGEST)
+    return x.to(dtype)
 
 
 def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:

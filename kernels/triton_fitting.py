@@ -34,6 +34,7 @@ PROGRAMS = 192  # of the second kernel, at most: on an H100 all of them run at o
 MIN_KEYS = 1024  # of one of them: what it leaves is 1.6 % of query, key and value of so many tokens
 SOLVE_OPTIONS = {"num_warps": 4}
 TILE = 1024  # numbers that the kernel that applies the factors takes at a time
+LARGEST = tl.constexpr(reference.LARGEST)
 RIDGE = tl.constexpr(reference.RIDGE)
 STEPS = tl.constexpr(reference.STEPS)
 LIMIT = tl.constexpr(reference.LIMIT)
@@ -358,6 +359,8 @@ def _apply_kernel(
         at = start + tl.arange(0, TILE)
         place = batch_head * ELEMENTS + at
         slope = tl.load(slope_ptr + place, mask=at < ELEMENTS, other=0.0) * gain
+        if fitted_slope_ptr.dtype.element_ty == tl.float16:
+            slope = tl.minimum(tl.maximum(slope, -LARGEST), LARGEST)
         slope = slope.to(fitted_slope_ptr.dtype.element_ty)
         tl.store(fitted_slope_ptr + place, slope, mask=at < ELEMENTS)
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uta_fx.kernels.launches import launcher
+from uta_fx.kernels.reference import rounded
 from uta_fx.kernels.triton_attention import dot_precision, last_contiguous
 
 try:
@@ -186,7 +187,7 @@ def block_statistics(
         )  # fmt: skip
     # the second kernel reads means as they are: deviations of keys sum to zero in a block
     key_mean, key_variance, value_mean = (
-        x.to(key.dtype) for x in (key_mean, key_variance, value_mean)
+        rounded(x, key.dtype) for x in (key_mean, key_variance, value_mean)
     )
     with torch.cuda.device_of(key):
         return key_mean, key_variance, value_mean, value_variance, _covariance(sums, length)

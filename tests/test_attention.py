@@ -461,6 +461,45 @@ def test_text_that_is_all_hidden_leaves_the_video_alone():
     torch.testing.assert_close(output[:, :, 11:], alone)
 
 
+@pytest.mark.parametrize("kind", ["keys", "a value", "causal", "rows", "one entry"])
+def test_a_mask_that_hides_video_gives_nan(kind):
+    """Or one that differs by query: in the samples in which it does, for the video alone."""
+    text, length = (11, 20), 31 + math.prod(GRID)
+    q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in joint(text))
+    mask = torch.ones(2, 1, 1 if kind in ("keys", "a value") else length, length, dtype=torch.bool)
+    if kind == "keys":
+        mask[1, ..., 40:50] = False
+    elif kind == "a value":
+        mask = torch.zeros(mask.shape)
+        mask[1, ..., 40] = -0.5
+    elif kind == "causal":
+        mask[1].logical_and_(torch.ones(length, length).tril().bool())
+    elif kind == "rows":
+        mask[1, :, 12, 3] = False
+    else:
+        mask[1, :, 100, 77] = False
+    config = Config(density=0.3, **SMALL)
+    arguments = {"config": config, "grid": GRID, "text": text}
+    output = sparse_attention(q, k, v, attn_mask=mask, **arguments)
+    video = slice(11, length - 20)
+    assert output[1, :, video].isnan().all() and not output[1, :, :11].isnan().any()
+    whole = sparse_attention(q, k, v, attn_mask=torch.ones_like(mask[:1, :, :1]) == 1, **arguments)
+    torch.testing.assert_close(output[0], whole[0])
+
+
+@pytest.mark.parametrize(
+    "tail", [*KINDS, Tail(kind="first_order", fit=0), Tail(kind="gaussian", fit=0)], ids=str
+)
+def test_float16_does_not_run_over(tail):
+    """Neither variances of keys in an outlying channel nor slopes: no infinity, no NaN."""
+    q, k, v = fields()
+    k[..., 7] *= 600 / k[..., 7].std()
+    v = 2000 * (v + k[..., :1] / k[..., :1].std())
+    config = Config(density=0.3, tail=tail, **SMALL)
+    args = [x.half() for x in (q, k, v)]
+    assert sparse_attention(*args, grid=GRID, config=config).isfinite().all()
+
+
 def test_a_users_own_code_may_be_compiled_around_it():
     """A call inside a compiled function: one graph, of our operators, the same numbers."""
     q, k, v = fields()

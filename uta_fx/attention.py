@@ -55,8 +55,8 @@ def sparse_attention(
             and every token attends to them exactly.
         attn_mask: Hides text from the video: boolean (True: seen) or added to logits, broadcasts
             to ``[B, H, L, L]``. Its entries for video keys must leave them seen by all video
-            queries, and all rows of video queries must be equal: of these the first is read. Rows
-            of text queries are free. Needs text.
+            queries (True, or zero), and all rows of video queries must be equal; where they are
+            not, the output for the video is NaN. Rows of text queries are free. Needs text.
         lengths: int32 or int64 ``[B]``, each from 0 to L: only so many tokens of a sample exist,
             those at its start in the order in which they come. The others are padding, which no
             token attends to whatever it holds; their output is zero. The density is a share of all
@@ -82,7 +82,7 @@ def sparse_attention(
         if exact_keys.dtype != torch.bool:
             none = torch.zeros(query.shape[2], dtype=torch.bool, device=query.device)
             exact_keys = none.index_fill(0, exact_keys, True)
-    form = _Form(config, grid, scale, exact_keys=exact_keys)
+    form = _Form(config, grid, scale, exact_keys=exact_keys, any_mask=True)
     if lengths is not None:
         check_lengths(lengths, query, config, text)
         return _attend_to_lengths(query, key, value, lengths[:, None, None], form)
@@ -140,7 +140,7 @@ def clustered_attention(
                     f"centroids.{name} must have shape {(*lead, clusters, dim)},"
                     f" got {tuple(got.shape)}"
                 )
-    form = _Form(config, grid, scale)
+    form = _Form(config, grid, scale, any_mask=True)
     output, found = _attend(query, key, value, attn_mask, form, video, centroids=centroids)
     assert found is not None
     return output, found
@@ -506,6 +506,8 @@ class _Form(NamedTuple):
         in_order: Whether video tokens come in block order already.
         exact_keys: Boolean ``[L]``, keys that are exact for all beside ``config.exact_frames``, in
             the model's order; None for no other.
+        any_mask: Whether nobody has looked at the mask: its whole part for the video is read, and
+            the output NaN where it hides any video, or differs by query.
     """
 
     config: Config
@@ -513,6 +515,7 @@ class _Form(NamedTuple):
     scale: float | None
     in_order: bool = False
     exact_keys: Tensor | None = None
+    any_mask: bool = False
 
 
 def _attend(
@@ -566,6 +569,8 @@ def _attend(
                 column = video_rows[..., start : start + 1]
             rows = joined([before, video_rows[..., :spare, :], after], -2)
         bias = ops.text_bias(row, column, start, sizes[1], config.trust_masks)
+        if form.any_mask:
+            bias = bias + _misread(attn_mask, row, sizes)
 
     others = F.scaled_dot_product_attention(
         others_q, key, value, attn_mask=rows, scale=form.scale,
@@ -573,6 +578,27 @@ def _attend(
     )  # fmt: skip
     around = others[:, :, :start], others[:, :, start + spare :]
     return _attend_to_both(q, (k, v), (text_k, text_v), bias, form, centroids, around)
+
+
+def _misread(mask: Tensor, row: Tensor, sizes: Sequence[int]) -> Tensor:
+    """0 where all rows of video queries show all video and are equal, NaN elsewhere.
+
+    Args:
+        mask: ``[B or 1, H or 1, L or 1, L]``.
+        row: ``[B or 1, H or 1, 1, L]``, of the first query of the video.
+        sizes: How many tokens lie before the video, are video, and lie after it.
+
+    Returns:
+        float32 ``[B or 1, H or 1, 1, 1]``.
+    """
+    rows = mask if mask.shape[-2] == 1 else mask.split(sizes, -2)[1]
+    before, shown, after = rows.split(sizes, -1)
+    shown = shown if mask.dtype == torch.bool else shown == 0
+    right = shown.flatten(2).all(-1)
+    first, _, last = row.split(sizes, -1)
+    for part, of_row in ((before, first), (after, last)):
+        right = right & (part == of_row).flatten(2).all(-1)
+    return torch.where(right, 0.0, torch.nan)[..., None, None]
 
 
 def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:

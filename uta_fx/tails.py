@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uta_fx.kernels import contract, ops
+from uta_fx.kernels.reference import rounded
 from uta_fx.policies.base import Selection
 from uta_fx.rectification import Rectification, rectification
 from uta_fx.statistics import block_covariances, query_means
@@ -153,9 +154,10 @@ class Tail:
             log_size, slope = ops.fitted_tail(*arguments)
             blocks = blocks._replace(log_size=log_size)
         elif self.slope == "head":
-            slope = statistics.covariance[:, :, None].to(key.dtype)
+            slope = rounded(statistics.covariance[:, :, None], key.dtype)
         else:
-            slope = _slope_of_query_blocks(selection, exact, key, value, block_kv).to(key.dtype)
+            slope = _slope_of_query_blocks(selection, exact, key, value, block_kv)
+            slope = rounded(slope, key.dtype)
         return blocks._replace(variance=statistics.key_variance, slope=slope)
 
     def fit_arguments(
