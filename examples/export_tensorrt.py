@@ -21,6 +21,7 @@ from uta_fx.generate import psnr
 from uta_fx.moving_shapes import load_pipeline, parse_prompt
 from uta_fx.moving_shapes.pipeline import CLIP_SHAPE
 from uta_fx.moving_shapes.scenes import pack, tokenize
+from uta_fx.pictures import comparison_rows, write_gif
 
 PROMPT = "a red disc moves right and a cyan star moves left over dark purple stripes"
 CONFIG = uta_fx.Config(density=0.2)
@@ -103,7 +104,11 @@ def main() -> None:
     noise = start(pipeline)["hidden_states"]
     uta_fx.enable(pipeline.to("cuda"), CONFIG)
     by_torch = pipeline([PROMPT], steps=given.steps, latents=noise).cpu()
+    labels = ("PyTorch", "TensorRT", "difference x4")
+    rows = zip(labels, comparison_rows(by_torch, by_engine).values(), strict=True)
+    write_gif(given.folder / "comparison.gif", dict(rows))
     print(f"PyTorch and TensorRT agree to {psnr(by_torch, by_engine):.1f} dB")
+    print(f"{given.folder}/comparison.gif: PyTorch, TensorRT, and their difference")
 
 
 if __name__ == "__main__":

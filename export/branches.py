@@ -54,7 +54,7 @@ class Branch(NamedTuple):
 def find_branches(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Branch, ...]:
-    """Run a model and note what it asks its tensors, in that order.
+    """Run a model and note what it asks its tensors, in that order; it stays as it was.
 
     Most ask about what they are given, not about what they make of it. So a run ends where it comes
     to something beyond ``LARGE``, and another computes neither that nor what comes of it. Where
@@ -62,7 +62,7 @@ def find_branches(
     """
     with contextlib.suppress(Exception):
         return _answers(model, args, kwargs, limit=LARGE)
-    with contextlib.suppress(Exception), _kept_whole(model), _Sparing() as sparing:
+    with contextlib.suppress(Exception), _Sparing() as sparing:
         return _answers(model, args, kwargs, sparing=sparing)
     return _answers(model, args, kwargs)
 
@@ -75,7 +75,7 @@ def _answers(
     limit: int | None = None,
     sparing: _Sparing | None = None,
 ) -> tuple[Branch, ...]:
-    with torch.no_grad(), _Listener(limit, sparing) as listener:
+    with torch.no_grad(), _kept_whole(model), _Listener(limit, sparing) as listener:
         model(*args, **kwargs)
     return tuple(listener.heard)
 
@@ -113,16 +113,30 @@ def decided(model: torch.nn.Module, branches: Iterable[Branch]) -> Iterator[None
 
 @contextlib.contextmanager
 def _kept_whole(model: torch.nn.Module) -> Iterator[None]:
-    """A model that would keep tensors without values, in its attributes, is left as it was."""
+    """What a run changes in a model is undone: buffers, attributes, what lists and dicts hold."""
     parts = [x for module in model.modules() for x in (vars(module), *vars(module).values())]
     before = [(x, x.copy()) for x in parts if type(x) in (dict, OrderedDict, list)]
+    buffers = [(x, x.clone()) for x in model.buffers() if not x.is_meta]
     try:
         yield
     finally:
-        if any(isinstance(x, FakeTensor) for kept, _ in before for x in tree_leaves(kept)):
-            for kept, contents in before:
+        for kept, contents in before:
+            if not _holds(kept, contents):
                 kept.clear()
                 (kept.extend if isinstance(kept, list) else kept.update)(contents)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+
+
+def _holds(kept: Any, contents: Any) -> bool:
+    """Whether a list or a dict holds the same objects as its copy of before, in that order."""
+    first, second = (
+        [*x.items()] if isinstance(x, dict) else [(0, y) for y in x] for x in (kept, contents)
+    )
+    return len(first) == len(second) and all(
+        key == other and x is y for (key, x), (other, y) in zip(first, second, strict=True)
+    )
 
 
 class _Sparing(TorchDispatchMode):

@@ -964,8 +964,10 @@ static int get_memory_type(const CustomOp *op, size_t index) {
 }
 static int get_start_version(const CustomOp *op) { (void)op; return 1; }
 static int get_end_version(const CustomOp *op) { (void)op; return INT32_MAX; }
-/* The types of nodes that run by this library, for who opens a session with it. */
+/* The types of nodes that run by this library, and the architecture that its kernels are for: for
+   who opens a session with it. */
 __attribute__((visibility("default"))) const char *uta_nodes(void) { return NODES; }
+__attribute__((visibility("default"))) const char *uta_architecture(void) { return ARCHITECTURE; }
 
 /* The entry that ONNX Runtime looks for. */
 __attribute__((visibility("default"))) Status *RegisterCustomOps(void *options,

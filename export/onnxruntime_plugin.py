@@ -8,7 +8,6 @@ depends on libc alone. It serves ONNX Runtime 1.22 and later. Its source is
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -23,6 +22,7 @@ import onnx
 import triton
 from triton.runtime.jit import JITFunction
 
+from uta_fx.export import gpu
 from uta_fx.export.onnxruntime_attention import attention_variants, compile_attention
 from uta_fx.export.onnxruntime_fitting import compile_fit, fit_variants
 from uta_fx.export.onnxruntime_kernels import OPEN, SHARED_KB, Kernel, NodeOfFile
@@ -45,7 +45,7 @@ from uta_fx.kernels.triton_statistics import PROGRAMS
 logger = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "uta-fx"
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).resolve().with_suffix(".c")
 NODES: dict[
     str, tuple[Callable[[NodeOfFile, int], list[Any]], Callable[[Any, int], dict[str, Kernel]]]
 ] = {
@@ -75,10 +75,9 @@ def build_plugin(model: Path, architecture: int, target: Path) -> None:
             architecture is not one of ``SHARED_KB``.
         RuntimeError: There is no C compiler, or it or Triton failed.
     """
-    if architecture not in SHARED_KB:
-        raise ValueError(
-            f"architecture must be one of {', '.join(map(str, SHARED_KB))}, got {architecture}"
-        )
+    if type(architecture) is not int or architecture not in SHARED_KB:
+        known = ", ".join(map(str, SHARED_KB))
+        raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
     if not isinstance(triton_attention._listed_kernel, JITFunction):
         raise RuntimeError("kernels cannot be compiled in Triton's interpreter: unset it")
     variants = variants_of(onnx.load(model, load_external_data=False), architecture)
@@ -116,7 +115,8 @@ def link_plugin(
             "-fvisibility=hidden", f"-I{folder}", f'-DDRIVER="{driver}"',
             f'-DPROVIDER="{provider}"', str(SOURCE), "-o", str(library), "-ldl", "-lm", "-lpthread",
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        # assembly names kernels without their folder, whose name may be anything
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         if result.returncode:
             raise RuntimeError(f"the C compiler refused the plugin: {result.stderr.strip()}")
         os.replace(library, target)
@@ -143,25 +143,11 @@ def gpu_architecture() -> int:
     Raises:
         RuntimeError: There is no GPU, or none of them does.
     """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise RuntimeError("there is no CUDA driver") from None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    error = (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
-        or driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # compute capability
-        or driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    )
-    if error:
-        raise RuntimeError(f"the CUDA driver answers with error {error}")
-    capability = 10 * major.value + minor.value
-    # code for 8.x runs on a later 8.y; from 9.0 on it uses what one chip alone has
-    fits = [x for x in SHARED_KB if x == capability or 80 <= x < capability < 90]
+    found = gpu.capability()
+    fits = [x for x in SHARED_KB if gpu.runs(x, on=found)]
     if not fits:
         raise RuntimeError(
-            f"compute capability {major.value}.{minor.value} is not one of"
+            f"compute capability {found // 10}.{found % 10} is not one of"
             f" {', '.join(f'{x // 10}.{x % 10}' for x in SHARED_KB)}"
         )
     return max(fits)
@@ -230,7 +216,7 @@ def _write_variants(
             ]
             data += [
                 f'__asm__(".section .rodata\\n.balign 16\\n{symbol}:\\n'
-                f'.incbin \\"{file}\\"\\n.previous\\n");',
+                f'.incbin \\"{file.name}\\"\\n.previous\\n");',
                 f'extern const unsigned char {symbol}[] __attribute__((visibility("hidden")));',
                 f"static const unsigned char arguments_{symbol}[] = {{{_arguments(kernel)}}};",
                 f"static const Map maps_{symbol}[] = {{{', '.join(maps) or '{0}'}}};",

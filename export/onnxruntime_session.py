@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, NotImplemented
 from torch import Tensor
 
+from uta_fx.export import gpu
 from uta_fx.export.onnx_functions import (
     DOMAIN,
     ELEMENT_TYPES,
+    beside_weights,
     check_version,
     nodes_of_ours,
 )
@@ -39,16 +42,12 @@ def open_session(
             f"path must be a file of export_onnx, got one for plugins of TensorRT, with nodes"
             f" {min(bare)}: {path}"
         )
-    places = {
-        y.value for x in model.graph.initializer for y in x.external_data if y.key == "location"
-    }
-    if lost := [place for place in places if not (path.parent / place).is_file()]:
-        raise ValueError(f"path must have its weights beside it, {lost[0]} is not there: {path}")
+    path = beside_weights(model, path, "path")
     available = onnxruntime.get_available_providers()
     if providers is None:
         providers = [name for name in (CUDA, "CPUExecutionProvider") if name in available]
-    if isinstance(providers, str):
-        raise ValueError(f"providers must be a list of names, got {providers!r}")
+    if isinstance(providers, str) or not isinstance(providers, Sequence):
+        raise ValueError(f"providers must be a list of names or None, got {providers!r}")
     names = [_provider_name(entry) for entry in providers]
     unknown = [name for name in names if name not in available]
     if unknown:
@@ -62,7 +61,13 @@ def open_session(
         )
     library = _library(path, names, plugin)
     if library is not None:
-        nodes = nodes_of_plugin(library)
+        nodes, architecture = describe_plugin(library)
+        with contextlib.suppress(RuntimeError):  # without a driver nothing runs on CUDA
+            if not gpu.runs(architecture, on=gpu.capability()):
+                raise ValueError(
+                    f"plugin must be for the architecture of this GPU, sm_{gpu.capability()}, got"
+                    f" one for sm_{architecture}: build it for that, or let plugin=True do so"
+                )
         options.register_custom_ops_library(str(library))
         logger.info(
             "%s: %s run by the plugin %s, what else is ours by its function",
@@ -99,6 +104,15 @@ def bind(
     outputs: Mapping[str, Tensor],
 ) -> onnxruntime.IOBinding:
     """See ``uta_fx.bind_tensors``."""
+    if not isinstance(session, onnxruntime.InferenceSession):
+        raise TypeError(
+            f"session must be an onnxruntime.InferenceSession, got {type(session).__name__}"
+        )
+    for kind, tensors in (("inputs", inputs), ("outputs", outputs)):
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"{kind} must be a dict of tensors, got {type(tensors).__name__}")
+    if missing := [x.name for x in session.get_inputs() if x.name not in inputs]:
+        raise ValueError(f"inputs must have {', '.join(missing)} too, got {', '.join(inputs)}")
     binding = session.io_binding()
     for kind, tensors, said, bind_one in (
         ("inputs", inputs, session.get_inputs(), binding.bind_input),
@@ -131,24 +145,28 @@ def _misfit(x: Tensor, kind: str, sizes: Sequence[int | str | None]) -> str | No
         isinstance(size, int) and size != given for size, given in zip(sizes, x.shape, strict=True)
     ):
         return f"of sizes {list(sizes)}, got {list(x.shape)}"
+    if x.is_neg() or x.is_conj():
+        return "what lies in memory, got a view that negates it: take x.resolve_neg()"
     return None if x.is_contiguous() else f"contiguous, got strides {x.stride()}"
 
 
-def nodes_of_plugin(library: Path) -> list[str]:
-    """Which types of nodes run by a plugin.
+def describe_plugin(library: Path) -> tuple[list[str], int]:
+    """Which types of nodes run by a plugin, and the architecture that its kernels are for.
 
     Raises:
         ValueError: It is none.
     """
     try:
-        function = ctypes.CDLL(str(library)).uta_nodes
+        loaded = ctypes.CDLL(str(library))
+        functions = loaded.uta_nodes, loaded.uta_architecture
     except (OSError, AttributeError) as error:
         raise ValueError(
             f"plugin must be a library of build_onnxruntime_plugin, got {library}: {error}"
         ) from error
-    function.restype = ctypes.c_char_p
-    names: list[str] = function().decode().split()
-    return names
+    for function in functions:
+        function.restype = ctypes.c_char_p
+    nodes, architecture = (function().decode() for function in functions)
+    return nodes.split(), int(architecture)
 
 
 def _library(path: Path, providers: Sequence[str], plugin: Path | bool) -> Path | None:

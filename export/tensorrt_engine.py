@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from uta_fx.export.onnx_functions import check_version, nodes_of_ours
+from uta_fx.export.onnx_functions import beside_weights, check_version, nodes_of_ours
 from uta_fx.export.replace_file import folder_beside
 from uta_fx.export.tensorrt_ops import PLUGINS
 
@@ -24,7 +24,9 @@ def build_engine(
     model: Path, target: Path, *, rtx: bool, architectures: Sequence[int] | None
 ) -> None:
     """See ``uta_fx.build_tensorrt_engine``."""
-    ours = nodes_of_ours(check_version(model, "model"))
+    checked = check_version(model, "model")
+    model = beside_weights(checked, model, "model")
+    ours = nodes_of_ours(checked)
     needs_plugins = bool(ours & PLUGINS.keys())
     if ours - PLUGINS.keys():
         raise ValueError(

@@ -85,6 +85,124 @@ def test_an_object_without_tensors_is_no_input(tmp_path):
     np.testing.assert_array_equal(outputs["memory_slot_tensor"], np.full(4, 9.0))
 
 
+class Caches(nn.Module):
+    """Reads a dict and a list, puts other tensors into both, writes to one and to an argument."""
+
+    def forward(self, x, named, parts):
+        out = x + named["last"] + sum(parts)
+        named["last"], named["new"] = 2 * x, x
+        parts.append(out)
+        parts[0].mul_(3)
+        x.add_(1)
+        return out
+
+
+def test_what_is_left_in_containers_and_arguments_is_output(tmp_path):
+    """As the call in PyTorch leaves it, which the export does not do to what it is given."""
+    x, a, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    path = tmp_path / "model.onnx"
+    given = x.clone(), {"last": a.clone()}, [b.clone()]
+    found = export_onnx(Caches().eval(), given, path)
+    assert torch.equal(given[0], x) and torch.equal(given[2][0], b)
+    assert given[1].keys() == {"last"} and len(given[2]) == 1
+    feeds = {"x": x - 1, "named_last": 2 * a, "parts_0": b + 1}
+    outputs = run(path, {name: value.numpy() for name, value in feeds.items()})
+    x, named, parts = feeds["x"], {"last": feeds["named_last"]}, [feeds["parts_0"]]
+    expected = {"output": Caches()(x, named, parts), "x_after": x}
+    expected |= {"named_last_after": named["last"], "named_new": named["new"]}
+    expected |= {"parts_0_after": parts[0], "parts_1": parts[1]}
+    assert outputs.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(outputs[name], value, rtol=1e-6, atol=1e-6)
+    assert any("named_last, named_new" in note for note in found.notes)
+
+
+class Difference(nn.Module):
+    """Of what comes of one argument and another."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.linear(x) - 2 * y
+
+
+def test_one_tensor_for_two_arguments_is_two_inputs(tmp_path):
+    """So is a weight of the model."""
+    model, path = Difference().eval(), tmp_path / "model.onnx"
+    x, y = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for example in ((x, x), (x, model.linear.weight)):
+        export_onnx(model, example, path)
+        outputs = run(path, {"x": x.numpy(), "y": y.numpy()})
+        expected = model(x, y).detach()
+        np.testing.assert_allclose(outputs["output"], expected, rtol=1e-5, atol=1e-6)
+
+
+class Keeps(nn.Module):
+    """Reads and writes a buffer, or writes to it alone, or keeps a tensor and a number."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.calls, self.previous = how, 0, {}
+        self.register_buffer("kept", torch.zeros(4))
+
+    def forward(self, x):
+        out = 2 * x
+        if self.how == "buffer":
+            out = out + self.kept
+        if self.how == "attributes":
+            self.calls, self.previous["x"] = self.calls + 1, x
+        else:
+            self.kept.copy_(x)
+        return out
+
+
+def test_a_model_that_reads_what_its_last_call_wrote_is_refused(tmp_path):
+    """By its buffer; what is written alone is lost, and what is no buffer is noted."""
+    path, x = tmp_path / "model.onnx", torch.ones(4)
+    with pytest.raises(ValueError, match=r"model must not keep .* that writes its buffer kept:"):
+        export_onnx(Keeps("buffer").eval(), (x,), path)
+    assert not path.exists()
+    found = export_onnx(Keeps("written").eval(), (x,), path)
+    assert found.notes == () and list(run(path, {"x": x.numpy()})) == ["output"]
+    model = Keeps("attributes").eval()
+    (note,) = export_onnx(model, (x,), path).notes
+    assert "the model sets calls, previous['x'] as it runs: every run of the file starts" in note
+    assert (model.calls, model.previous) == (0, {})
+
+
+class Asks(nn.Module):
+    """Counts and notes its calls, and asks for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(len(self.seen))
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_finding_out_how_a_model_decides_leaves_it_as_it_was(tmp_path):
+    """Though it is run for that."""
+    model = Asks().eval()
+    export_onnx(model, (torch.ones(4),), tmp_path / "model.onnx", decide_branches=True)
+    assert model.calls == 0 and model.seen == []
+
+
+def test_a_part_that_drops_out_is_refused(tmp_path):
+    """The model is in eval mode, and one of its parts is not."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.25))).eval()
+    model[1][0].train()
+    with pytest.raises(ValueError, match=r"in all its parts .* 1\.0 drops out .* with p=0\.25"):
+        export_onnx(model, (torch.ones(4, 4),), tmp_path / "model.onnx")
+    model[1][0].p = 0.0
+    export_onnx(model, (torch.ones(4, 4),), tmp_path / "model.onnx")
+
+
 class Stubborn:
     """Nobody copies it."""
 

@@ -653,6 +653,7 @@ BRANCH = Branching.forward.__code__.co_firstlineno + 1  # its line
         (Untranslatable().eval(), {}, "model.onnx", "cannot be written as ONNX: No ONNX function"),
         (Branching().eval(), {}, "model.onnx", "model cannot be traced by torch.export: "),
         (Branching().eval(), {}, "model.onnx", "unless decide_branches=True takes the way"),
+        (nn.Linear(4, 4).eval(), {}, f"{'x' * 250}.onnx", "must have a name of at most 238 bytes"),
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path, model, options, path, message):
@@ -1003,6 +1004,9 @@ def test_large_weights_lie_in_a_second_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"its weights beside it, {data} is not there"):
         onnxruntime_session(elsewhere / "model.onnx")
     (tmp_path / data).rename(elsewhere / data)
+    link = tmp_path / "link.onnx"
+    link.symlink_to(elsewhere / "model.onnx")
+    onnxruntime_session(link)  # its weights are where it leads
     monkeypatch.undo()
     write_tied(elsewhere / "model.onnx", 30)
     assert os.listdir(elsewhere) == ["model.onnx"]

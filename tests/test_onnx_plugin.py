@@ -119,15 +119,17 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_library_is_built_without_a_gpu_and_registers(tmp_path, name):
     """It loads without CUDA; its node wants the CUDA provider, whatever the file's function."""
+    tmp_path = tmp_path / 'a "folder" of its own'
+    tmp_path.mkdir()
     model, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
     architecture, write = FILES[name]
     onnx.save(write(), model)
     build(model, library, architecture)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "plugin.so"]
     node = onnx.load(model).graph.node[0].op_type
-    assert onnxruntime_session.nodes_of_plugin(library) == [node]
+    assert onnxruntime_session.describe_plugin(library) == ([node], architecture)
     with pytest.raises(ValueError, match="plugin must be a library of build_onnxruntime_plugin"):
-        onnxruntime_session.nodes_of_plugin(model)
+        onnxruntime_session.describe_plugin(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
@@ -260,6 +262,13 @@ def test_bad_input_to_the_builder(tmp_path):
     write_node(model, Case())
     with pytest.raises(ValueError, match=r"architecture must be one of 80, 86, .*, got 75"):
         uta_fx.build_onnxruntime_plugin(model, library, architecture=75)
+    for wrong in ("90", 90.0):
+        with pytest.raises(ValueError, match=f"architecture must be one of .*, got {wrong!r}"):
+            uta_fx.build_onnxruntime_plugin(model, library, architecture=wrong)
+    with pytest.raises(TypeError, match="path must be the name of a file, got None"):
+        uta_fx.build_onnxruntime_plugin(model, None, architecture=90)
+    with pytest.raises(TypeError, match="model must be the name of a file, got 5"):
+        uta_fx.build_onnxruntime_plugin(5, library, architecture=90)
     with pytest.raises(ValueError, match="path must lie in a folder that exists"):
         uta_fx.build_onnxruntime_plugin(model, tmp_path / "no" / "p.so", architecture=90)
     with pytest.raises(ValueError, match="path must be another file than model, got"):
@@ -291,8 +300,10 @@ def test_bad_input_to_a_session(tmp_path):
     write_node(path, Case())
     with pytest.raises(ValueError, match=r"providers must be among .*, got NoSuchProvider"):
         uta_fx.onnxruntime_session(path, ["NoSuchProvider"])
-    with pytest.raises(ValueError, match="providers must be a list of names, got 'CPUExec"):
+    with pytest.raises(ValueError, match="providers must be a list of names or None, got 'C"):
         uta_fx.onnxruntime_session(path, "CPUExecutionProvider")
+    with pytest.raises(ValueError, match="providers must be a list of names or None, got 5"):
+        uta_fx.onnxruntime_session(path, 5)
     for entry in (5, ("CPUExecutionProvider", "use_arena")):
         with pytest.raises(ValueError, match="providers must be names, or pairs of a name and a"):
             uta_fx.onnxruntime_session(path, [entry])
@@ -348,6 +359,7 @@ def test_bad_input_to_a_run(tmp_path):
         ),
         ("inputs", "query", query[0], r"query must be of sizes .*, got \[3, 130, 32\]"),
         ("inputs", "query", query.mT.contiguous().mT, "query must be contiguous, got strides"),
+        ("inputs", "query", query._neg_view(), "query must be what lies in memory, got a view"),
         ("outputs", "lsse", lse, "outputs must be among output, lse, got lsse"),
         ("outputs", "lse", lse.double(), "lse must be torch.float32, got torch.float64"),
         ("outputs", "lse", lse[..., 1:], "lse must be of sizes"),
@@ -356,6 +368,13 @@ def test_bad_input_to_a_run(tmp_path):
         given[kind][name] = x
         with pytest.raises(ValueError, match=message):
             uta_fx.bind_tensors(session, **given)
+    without = {name: x for name, x in inputs.items() if name != "key"}
+    with pytest.raises(ValueError, match="inputs must have key too, got query, value"):
+        uta_fx.bind_tensors(session, without, outputs)
+    with pytest.raises(TypeError, match="outputs must be a dict of tensors, got list"):
+        uta_fx.bind_tensors(session, inputs, [lse])
+    with pytest.raises(TypeError, match=r"session must be an onnxruntime\.InferenceSession, got P"):
+        uta_fx.bind_tensors(path, inputs, outputs)
     arrays = {name: x.numpy() for name, x in inputs.items()}
     for wrong, message in (
         (query.half(), r"Actual: \(tensor\(float16\)\) , expected: \(tensor\(float\)\)"),
@@ -651,7 +670,11 @@ def test_a_plugin_for_another_gpu_says_which(tmp_path):
     path, library = tmp_path / "model.onnx", tmp_path / "plugin.so"
     _, inputs = write_node(path, Case())
     build(path, library, 120 if torch.cuda.get_device_capability() != (12, 0) else 90)
-    session = uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"], plugin=library)
+    with pytest.raises(ValueError, match=r"plugin must be for .*, got one for sm_(120|90): build"):
+        uta_fx.onnxruntime_session(path, [CUDA, "CPUExecutionProvider"], plugin=library)
+    options = onnxruntime.SessionOptions()  # nor does it run where it is registered by hand
+    options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(path, options, providers=[CUDA, "CPUExecutionProvider"])
     with pytest.raises(Exception, match=r"for sm_(120|90) \(build the plugin for the"):
         session.run(None, {name: x.numpy() for name, x in inputs.items()})
 

@@ -21,13 +21,15 @@ from uta_fx.explain import Explanation
 from uta_fx.export.branches import decided, find_branches
 from uta_fx.export.dynamic_shapes import check_dynamic_shapes, names_of_symbols
 from uta_fx.export.program import sparsify_program
-from uta_fx.export.state import opened
+from uta_fx.export.state import check_kept, opened
 from uta_fx.order import COMPUTED_ORDERS
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
 
 TENSORRT_FORMS = ("plugin", "standard", "engine")
+LONGEST_NAME = 238
+"""Bytes of a file's name: the folder beside it, where it is written first, has 17 more."""
 CONFIG_KEY, BRANCHES_KEY = "uta_fx.config", "uta_fx.branches"
 
 
@@ -55,8 +57,9 @@ def export_onnx(
     An argument may be an object of the model's own, such as a cache that holds keys and values for
     later calls (Wan Animate 2). Its tensors are inputs, named by the argument and their paths in
     it: ``kv_cache_layer_caches_0_key``. What the model leaves in it are more outputs, of the same
-    names (with ``_after`` where there is such an input). The object itself stays as it is, and what
-    it holds beside tensors is constant.
+    names (with ``_after`` where there is such an input); so are tensors that it puts into a dict or
+    a list, or writes to. The arguments themselves stay as they are, and what they hold beside
+    tensors is constant. A tensor that is given for two arguments is two inputs.
 
     Args:
         model: In eval mode, on any device; compiled or not.
@@ -90,12 +93,13 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or a package that the model needs is missing.
-        TypeError: ``model`` is not a module, or ``args``, ``kwargs``, ``opset`` or
-            ``dynamic_shapes`` is of another type.
+        TypeError: ``model`` is not a module, or ``args``, ``path``, ``kwargs``, ``opset``,
+            ``dynamic_shapes`` or ``decide_branches`` is of another type.
         ValueError: ``path`` cannot be written, ``model`` has no weights, an argument is out of
             range or cannot be copied, ``dense_until`` is set, ``strict`` and a site stays dense, a
-            dimension is not there or cannot be dynamic, the model is not one graph or returns what
-            is no tensor, or an operation has no translation.
+            dimension is not there or cannot be dynamic, the model is not one graph, drops out at
+            random, keeps in a buffer what its next call reads, or returns what is no tensor, or an
+            operation has no translation.
     """
     require("onnxscript", extra="onnx")
     from uta_fx.export.clusters import spell_out_clusters
@@ -235,9 +239,9 @@ def build_tensorrt_engine(
     require("onnx", extra="onnx")
     from uta_fx.export.tensorrt_engine import build_engine
 
-    target = check_place(path)
-    _check_apart(Path(model), target)
-    build_engine(Path(model), target, rtx=rtx, architectures=architectures)
+    source, target = _as_path(model, "model"), check_place(path)
+    _check_apart(source, target)
+    build_engine(source, target, rtx=rtx, architectures=architectures)
 
 
 def onnxruntime_session(
@@ -269,9 +273,10 @@ def onnxruntime_session(
         ImportError: onnx or onnxruntime is missing.
         RuntimeError: No provider has an operation of the file for its dtype, as the CPU's for
             bfloat16.
-        TypeError: ``options`` or ``plugin`` is of another type.
+        TypeError: ``path``, ``options`` or ``plugin`` is of another type.
         ValueError: There is no such file, provider or library, the file is from another version,
-            for TensorRT's plugins, or without its weights, or ``options`` have a plugin already.
+            for TensorRT's plugins, or without its weights, ``plugin`` is for another GPU, or
+            ``options`` have one already.
     """
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
@@ -280,7 +285,7 @@ def onnxruntime_session(
     if not isinstance(plugin, (bool, str, os.PathLike)):
         raise TypeError(f"plugin must be a file, True or False, got {plugin!r}")
     library = plugin if isinstance(plugin, bool) else Path(plugin)
-    return open_session(Path(path), providers, library, options)
+    return open_session(_as_path(path, "path"), providers, library, options)
 
 
 def bind_tensors(
@@ -302,7 +307,8 @@ def bind_tensors(
 
     Raises:
         ImportError: onnx or onnxruntime is missing.
-        ValueError: A tensor is not contiguous, or not what the file says.
+        TypeError: ``session``, ``inputs`` or ``outputs`` is of another type.
+        ValueError: A tensor is not contiguous, or not what the file says, or an input is missing.
     """
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
@@ -337,10 +343,11 @@ def build_onnxruntime_plugin(
     from uta_fx.export.onnx_functions import check_version
     from uta_fx.export.onnxruntime_plugin import build_plugin
 
-    check_version(Path(model), "model")
+    source = _as_path(model, "model")
+    check_version(source, "model")
     target = check_place(path)
-    _check_apart(Path(model), target)
-    build_plugin(Path(model), architecture, target)
+    _check_apart(source, target)
+    build_plugin(source, architecture, target)
 
 
 def onnx_schema(name: str = "SparseAttention") -> Any:
@@ -379,18 +386,29 @@ def check_place(path: str | os.PathLike[str], suffix: str | None = None, why: st
     Returns:
         What is to be replaced: the file, or what a link leads to, which stays a link.
     """
-    if suffix is not None and Path(path).suffix != suffix:
-        raise ValueError(f"path must end in {suffix}{why}, got {path}")
-    target = Path(os.path.realpath(path))
+    given = _as_path(path, "path")
+    if suffix is not None and given.suffix != suffix:
+        raise ValueError(f"path must end in {suffix}{why}, got {given}")
+    target = Path(os.path.realpath(given))
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in a folder that exists, got {target}")
     if target.is_dir():
         raise ValueError(f"path must be a file, got the folder {target}")
     if target.exists() and not target.is_file():
         raise ValueError(f"path must be a file or new, got {target}, which is neither")
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        raise ValueError(
+            f"path must have a name of at most {LONGEST_NAME} bytes, got {target.name!r}"
+        )
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"path must lie in a folder that can be written to, got {target}")
     return target
+
+
+def _as_path(path: Any, name: str) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name} must be the name of a file, got {path!r}")
+    return Path(path)
 
 
 def _check_apart(model: Path, target: Path) -> None:
@@ -468,12 +486,16 @@ def sparse_program(
         raise TypeError(
             f"kwargs must be a dict of the model's arguments or None, got {type(kwargs).__name__}"
         )
+    if not isinstance(decide_branches, bool):
+        raise TypeError(f"decide_branches must be True or False, got {decide_branches!r}")
     if config.dense_until:
         raise ValueError(
             f"dense_until={config.dense_until} cannot be exported: a file is one step. Export a"
             " second file with density=1 for the steps that run dense"
         )
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be the module itself, got what TorchScript made of one")
     if model.training:
         raise ValueError("model must be in eval mode (model.eval()), got one in training mode")
     if any(x.is_meta for x in model.parameters()):
@@ -502,6 +524,8 @@ def sparse_program(
             raise
         except Exception as error:  # of many kinds: data that decides, objects, shapes
             raise ValueError(_why_not_traced(str(error).strip(), dynamic_shapes)) from error
+        _check_dropout(program)
+        written = sorted(set(check_kept(program)) - set(given.left))
         try:
             plan = plan_of(config, symbolic=config.order in ("none", *COMPUTED_ORDERS))
             plan = dataclasses.replace(plan, no_padding=plan.no_padding or no_padding)
@@ -527,9 +551,28 @@ def sparse_program(
     notes = [f"decided by these inputs, others give NaN: {branch}" for branch in found.branches]
     if found.left:
         notes.append(f"what the model leaves in its arguments is output: {', '.join(found.left)}")
+    if written:
+        notes.append(f"the model writes to {', '.join(written)}, which the file leaves as it is")
+    if given.changed:
+        notes.append(
+            f"the model sets {', '.join(given.changed)} as it runs: every run of the file starts"
+            " from what was there now, and keeps nothing"
+        )
     if note := note_on_layers(sites, config):
         notes.append(note)
     return program, Explanation(sites=tuple(sites), graphs=1, notes=tuple(notes)), found
+
+
+def _check_dropout(program: ExportedProgram) -> None:
+    """Refuse a part that is in training mode inside a model in eval mode."""
+    for node in program.graph.nodes:
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if name.endswith("dropout") and node.args[1] and node.args[2]:
+            path = list(node.meta.get("nn_module_stack", {"": ("the model",)}).values())[-1][0]
+            raise ValueError(
+                f"model must be in eval mode in all its parts (model.eval()), got one of which"
+                f" {path or 'the model'} drops out at random with p={node.args[1]}"
+            )
 
 
 def _why_not_traced(said: str, dynamic_shapes: Any) -> str:
@@ -543,7 +586,8 @@ def _why_not_traced(said: str, dynamic_shapes: Any) -> str:
         return (
             f"dynamic_shapes must be as the model needs them: {needs.rstrip('.')}. A dimension that"
             " is a number there cannot be dynamic: leave it out, and export one file for each size;"
-            " one of size 1 in the example inputs always is a number: give it size 2"
+            " one of size 1 in the example inputs always is a number: give it size 2; one that must"
+            " be a multiple, as of a patch of 2 x 2, is 2 * Dim('rows')"
         )
     if "`dynamic_shapes" in reason or reason.startswith("Static shape constraint"):
         return f"dynamic_shapes must fit the arguments: {reason}"
