@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uta_fx.config import Config
-from uta_fx.kernels.contract import check_device, check_dtype, check_heads
+from uta_fx.kernels.contract import check_device, check_dtype, check_finite, check_heads
 from uta_fx.order import Grid, checked_grid
 from uta_fx.policies import LowDelta, Threshold, TopK, TopP
 
@@ -58,8 +58,10 @@ def check_call(
             )
     if key.shape[3] != dim:
         raise ValueError(f"key must have the head dim of query, {dim}, got {key.shape[3]}")
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a number or None, got {scale!r}")
+        check_finite(scale=scale)
     tokens = length - sum(_checked_text(text, length))
     if attn_mask is not None:
         _check_mask(attn_mask, query, text)
@@ -137,7 +139,7 @@ def _checked_text(text: Any, length: int) -> tuple[int, int]:
     if (
         not isinstance(text, (tuple, list))
         or len(text) != 2
-        or not all(isinstance(count, (int, torch.SymInt)) for count in text)
+        or any(isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text)
         or min(text) < 0
         or sum(text) >= length
     ):

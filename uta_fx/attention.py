@@ -50,7 +50,7 @@ def sparse_attention(
             ``inner`` and ``strict`` concern graphs and have no effect here.
         grid: Frames, height and width of the video tokens, with their number as product; None takes
             ``config.grid``. With neither they are blocked in the order in which they come.
-        scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        scale: Multiplies the logits, a finite number; None for ``1 / sqrt(D)``.
         text: How many tokens before and after the video are not video. They attend to everything,
             and every token attends to them exactly.
         attn_mask: Hides text from the video: boolean (True: seen) or added to logits, broadcasts
@@ -71,7 +71,7 @@ def sparse_attention(
         ``[B, H, L, Dv]`` in the dtype of ``query``.
 
     Raises:
-        ValueError: A shape, grid or head dim does not fit.
+        ValueError: A shape, grid, number or head dim does not fit.
         TypeError: A dtype or device does not fit, or something is no tensor or number.
         RuntimeError: A gradient is asked for.
     """
