@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from uta_fx.config import Config
 from uta_fx.kernels.contract import check_device, check_dtype, check_finite, check_heads
@@ -95,6 +96,8 @@ def check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[in
         raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
     if objection := objection_to_lengths(config):
         raise ValueError(objection)
+    if not lengths.is_cuda and _has_numbers(lengths):
+        _check_range("lengths must be", lengths, query.shape[2])
 
 
 def check_exact_keys(keys: Tensor, query: Tensor) -> None:
@@ -107,13 +110,8 @@ def check_exact_keys(keys: Tensor, query: Tensor) -> None:
         wanted = f"[L], here [{length}]" if keys.dtype == torch.bool else "[N]"
         raise ValueError(f"exact_keys must have shape {wanted}, got {tuple(keys.shape)}")
     check_device("exact_keys", keys, query)
-    if keys.dtype == torch.bool or torch.compiler.is_compiling() or not keys.numel():
-        return
-    low, high = (int(x) for x in keys.aminmax())
-    if low < 0 or high >= length:
-        raise ValueError(
-            f"exact_keys must hold positions from 0 to {length - 1}, got {low if low < 0 else high}"
-        )
+    if keys.dtype != torch.bool and keys.numel() and _has_numbers(keys):
+        _check_range("exact_keys must hold positions", keys, length - 1)
 
 
 def objection_to_lengths(config: Config) -> str | None:
@@ -133,6 +131,17 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, with strides, got {tensor.layout}")
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be read, which they cannot be in a trace."""
+    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def _check_range(what: str, numbers: Tensor, most: int) -> None:
+    low, high = (int(x) for x in numbers.aminmax())
+    if low < 0 or high > most:
+        raise ValueError(f"{what} from 0 to {most}, got {low if low < 0 else high}")
 
 
 def _checked_text(text: Any, length: int) -> tuple[int, int]:
