@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def _check_attention(
     block_kv: int,
 ) -> tuple[int, int]:
     """Raise for what does not concern which blocks are exact; how many blocks there are."""
+    check_finite(scale=scale, variance_weight=variance_weight)
     _check_blocked("query", query, "block_q", block_q)
     _check_block_size("block_kv", block_kv)
     batch, heads, length_q, dim = query.shape
@@ -236,6 +238,7 @@ def check_fit_tail(
     _check_shape("value_mean", value_mean, (*lead, blocks, dim_v))
     _check_shape("log_size", log_size, (*lead, blocks))
     _check_shape("slope", slope, (*lead, dim, dim_v))
+    check_finite(scale=scale, variance_weight=variance_weight)
     if not 1 <= rows <= MAX_FIT_ROWS:
         raise ValueError(f"rows must lie in [1, {MAX_FIT_ROWS}], got {rows}")
     for name, tensor, dtype in (
@@ -280,6 +283,7 @@ def check_block_scores(
         raise ValueError(
             f"rows must divide block_q, {block_q}, into at least {MIN_GROUPS} groups, got {rows}"
         )
+    check_finite(scale=scale, variance_weight=variance_weight, variance_power=variance_power)
     if variance_power < 0:
         raise ValueError(f"variance_power must not be negative, got {variance_power}")
     for name, tensor, dtype in (
@@ -307,6 +311,7 @@ def check_weigh_scores(
     _check_shape("scores", scores, (batch, heads, -(-length // block_q), blocks))
     _check_shape("key_variance", key_variance, (batch, heads, blocks, dim))
     _check_shape("value_variance", value_variance, (batch, heads, blocks))
+    check_finite(scale=scale, variance_weight=variance_weight, value_power=value_power)
     if value_power < 0:
         raise ValueError(f"value_power must not be negative, got {value_power}")
     for name, tensor, dtype in (
@@ -391,6 +396,13 @@ def _check_block_size(name: str, block: int) -> None:
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def check_finite(**numbers: float) -> None:
+    """Raise where a number is infinite or NaN."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {number}")
 
 
 def check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:

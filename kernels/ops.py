@@ -138,8 +138,9 @@ def sparse_attention(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     16 to 256; block sizes 16, 32, 64 or 128. The output has the strides of ``empty_like(query)``.
 
     Raises:
-        ValueError: A shape, block size or head dim is outside the contract; on the CPU also an id
-            outside ``[0, Nk)`` (a GPU cannot report it without stopping, and makes the row NaN).
+        ValueError: A shape, block size or head dim is outside the contract, or a number not finite;
+            on the CPU also an id outside ``[0, Nk)`` (a GPU cannot report it without stopping, and
+            makes the row NaN).
         TypeError: A dtype or device is outside the contract.
         RuntimeError: A gradient is asked for.
     """

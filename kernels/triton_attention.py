@@ -607,8 +607,12 @@ def dim_options(dtype: torch.dtype, dim: int, dim_v: int) -> dict[str, Any]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s ``input_precision``; float32 follows ``torch.set_float32_matmul_precision``."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    """``tl.dot``'s ``input_precision``; float32 is multiplied as PyTorch does.
+
+    What is read here is what comes of all of its settings, of which the older cannot be read
+    (``torch.get_float32_matmul_precision``, ``allow_tf32``) once the newer are used.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -423,6 +424,8 @@ def _objection_to_arguments(call: Call) -> str | None:
         return f"has dropout ({call.dropout_p})"
     if not (call.scale is None or isinstance(call.scale, (int, float))):
         return "its scale is computed in the graph"
+    if call.scale is not None and not math.isfinite(call.scale):
+        return f"its scale is no finite number ({call.scale})"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not float32, float16 or bfloat16"
     if call.node.target not in SDPA_TARGETS and not query.dtype == key.dtype == value.dtype:

@@ -580,11 +580,16 @@ SEEN = torch.ones(512, dtype=torch.bool)
         ({"query": torch.ones(1, 2, 0, 32)}, ValueError, "query must hold a token of a head, got"),
         ({"query": torch.ones(0, 2, 512, 32)}, ValueError, r"got shape \(0, 2, 512, 32\)"),
         ({"scale": "1"}, TypeError, "scale must be a number or None, got '1'"),
+        ({"scale": True}, TypeError, "scale must be a number or None, got True"),
+        ({"scale": math.nan}, ValueError, "scale must be a finite number, got nan"),
+        ({"scale": -math.inf}, ValueError, "scale must be a finite number, got -inf"),
+        ({"grid": (True, 8, 64)}, ValueError, r"grid must be three ints .*, got \(True, 8, 64\)"),
         ({"grid": (8, 64)}, ValueError, r"grid must be three ints .*, got \(8, 64\)"),
         ({"grid": (8.0, 8, 8)}, ValueError, "grid must be three ints"),
         ({"grid": (-8, -8, 8)}, ValueError, "grid must hold positive sides"),
         ({"text": 5}, ValueError, "text must hold two lengths .* 512, got 5"),
         ({"text": (1, 2, 3)}, ValueError, "text must hold two lengths"),
+        ({"text": (True, 0)}, ValueError, r"text must hold two lengths .* got \(True, 0\)"),
         ({"text": (5.0, 0)}, ValueError, r"text must hold two lengths .* got \(5.0, 0\)"),
         ({"attn_mask": SEEN[:3]}, ValueError, r"attn_mask must broadcast to \(1, 2, 512, 512\)"),
         ({"attn_mask": SEEN[:1]}, ValueError, "attn_mask must have an entry for each of the 512"),
@@ -744,6 +749,8 @@ def test_a_sample_with_a_length_errs_as_by_itself():
         (LENGTHS[:3], {}, ValueError, r"lengths must have shape \(4,\), got \(3,\)"),
         (LENGTHS.float(), {}, TypeError, "lengths must be int32 or int64, got torch.float32"),
         (LENGTHS.to("meta"), {}, TypeError, "lengths must be on cpu as query is, got meta"),
+        (LENGTHS + 1, {}, ValueError, "lengths must be from 0 to 512, got 513"),
+        (LENGTHS - 2, {}, ValueError, "lengths must be from 0 to 512, got -1"),
         (LENGTHS, {"text": (12, 0)}, ValueError, r"text must be \(0, 0\), got \(12, 0\)"),
         (LENGTHS, {"policy": "window"}, ValueError, "lengths need a policy .* got window"),
         (LENGTHS, {"tail": "rectified"}, ValueError, "lengths need a tail in the softmax"),
@@ -755,6 +762,54 @@ def test_bad_lengths_are_named(lengths, options, wrong, message):
     text = options.get("text", (0, 0))
     with pytest.raises(wrong, match=message):
         sparse_attention(*fields(batch=4), config=config, text=text, lengths=lengths)
+
+
+OUTSIDE = torch.tensor([512, -1, 1, 513])
+
+
+def assert_nan_outside(output, attend):
+    """In the samples of ``OUTSIDE`` whose length is impossible, and the others as without them."""
+    wrong = torch.tensor([False, True, False, True], device=output.device)
+    expected = attend(OUTSIDE.clamp(0, 512).to(output.device))
+    assert output[wrong].isnan().all() and torch.equal(output[~wrong], expected[~wrong])
+
+
+@pytest.mark.parametrize("reorder", ["none", "tile"])
+def test_a_length_that_a_graph_cannot_refuse_makes_its_sample_nan(reorder):
+    q, k, v = fields(batch=4)
+    config = Config(reorder=reorder, **SMALL)
+
+    def attend(lengths):
+        return sparse_attention(q, k, v, config=config, grid=GRID, lengths=lengths)
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    assert_nan_outside(compiled(OUTSIDE), attend)
+
+
+def test_lengths_and_positions_without_numbers_are_taken():
+    """Fake tensors, as in a trace."""
+    with torch._subclasses.FakeTensorMode():
+        q = torch.empty(2, 2, 100, 32)
+        given = {"lengths": torch.ones(2).int(), "exact_keys": torch.ones(3).long()}
+        assert sparse_attention(q, q, q, **given).shape == q.shape
+
+
+@pytest.mark.gpu
+def test_lengths_replay_in_a_cuda_graph():
+    """Nothing waits for the host: lengths come with the replay, and an impossible one makes NaN."""
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in fields(batch=4))
+    config, held = Config(**SMALL), LENGTHS.cuda()
+
+    def attend(lengths):
+        return sparse_attention(q, k, v, config=config, grid=GRID, lengths=lengths)
+
+    attend(held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend(held)
+    held.copy_(OUTSIDE)
+    graph.replay()
+    assert_nan_outside(output, attend)
 
 
 def repeated_fields(dim, batch=2):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import subprocess
@@ -331,6 +332,7 @@ class Mapped(Attention):
         (Attention(is_causal=True), {}, "is causal"),
         (Mapped(), {"grid": (4, 8, 8)}, "is inside a transform of torch.func, such as vmap"),
         (Attention(dropout_p=0.5), {}, r"has dropout \(0.5\)"),
+        (Attention(scale=math.inf), {}, r"its scale is no finite number \(inf\)"),
         (Attention(attn_mask=torch.zeros(256, 256)), {"reorder": "none"}, "its attention mask"),
         (Attention(heads=8, dim=8), {}, "query head dim 8 is not from 16 to 256"),
         (Attention().double(), {}, "dtype torch.float64 is not float32, float16 or bfloat16"),

@@ -385,6 +385,7 @@ def test_the_operator_is_traced_as_it_runs():
         (5, lambda x: x[:, :, 1:], ValueError, "key_mean must have shape"),
         (8, lambda x: x.double(), TypeError, "log_size must be torch.float32"),
         (9, lambda x: x[..., 1:], ValueError, r"slope must have shape \(1, 2, 32, 32\)"),
+        (10, lambda _: -math.inf, ValueError, "scale must be a finite number, got -inf"),
         (12, lambda _: 17, ValueError, r"rows must lie in \[1, 16\], got 17"),
         (13, lambda _: 48, ValueError, "block_q must be one of"),
     ],

@@ -1,5 +1,7 @@
 """The operators on the CPU, against their float64 reference."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +187,8 @@ def test_ids_out_of_range_are_refused():
         (5, lambda k: k[:, :, :2], ValueError, "one representative for each of the 4 key blocks"),
         (6, lambda v: v.to("meta"), TypeError, "tail_value must be on cpu"),
         (9, lambda h: h.expand(-1, -1, 2, -1, -1), ValueError, "tail_slope must hold 0, 1 or 5"),
+        (10, lambda _: math.nan, ValueError, "scale must be a finite number, got nan"),
+        (11, lambda _: math.inf, ValueError, "variance_weight must be a finite number, got inf"),
         (12, lambda _: 48, ValueError, "block_q must be one of"),
         (13, lambda _: 0, ValueError, "block_kv must be one of"),
     ],
@@ -373,7 +377,10 @@ def test_scores_are_weighed_by_heads_and_key_blocks(weight, power):
     [
         (0, torch.ones(2, 3, 4, 6), r"scores must have shape \(2, 3, 5, 6\)"),
         (3, torch.ones(2, 3, 5), r"value_variance must have shape \(2, 3, 6\)"),
+        (4, math.inf, "scale must be a finite number, got inf"),
+        (5, math.nan, "variance_weight must be a finite number, got nan"),
         (6, -1.0, "value_power must not be negative, got -1.0"),
+        (6, math.nan, "value_power must be a finite number, got nan"),
     ],
 )
 def test_wrong_inputs_of_weigh_scores_are_named(place, wrong, message):
@@ -434,6 +441,16 @@ def test_scores_need_blocks():
     q, mean = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 0, 16)
     with pytest.raises(ValueError, match="key_mean must hold at least one block, got 0"):
         ops.block_scores(q, mean, mean, torch.zeros(1, 1, 0), 1.0, 0.0, 1.0, 32, 2)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_numbers_of_scores_must_be_finite(place):
+    q, mean = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 3, 16)
+    numbers = [1.0, 0.0, 1.0]
+    numbers[place] = math.nan
+    name = ("scale", "variance_weight", "variance_power")[place]
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
+        ops.block_scores(q, mean, mean.square(), torch.zeros(1, 1, 3), *numbers, 32, 2)
 
 
 @pytest.mark.parametrize("rows", [0, 3, 16])

@@ -622,6 +622,32 @@ def test_large_statistics_err_by_their_roundings(dim, dtype):
     assert_statistics_are_accurate(*statistics_inputs(9000, dim, dim, dtype, heads=5), 64)
 
 
+@pytest.mark.parametrize(
+    ("of_all", "of_products", "legacy", "expected"),
+    [
+        ("none", "none", None, "ieee"),
+        ("tf32", "none", None, "tf32"),
+        ("none", "tf32", None, "tf32"),
+        ("tf32", "ieee", None, "ieee"),
+        ("ieee", "tf32", None, "tf32"),
+        ("none", "none", "high", "tf32"),
+        ("none", "tf32", "highest", "ieee"),
+    ],
+)
+def test_float32_is_multiplied_as_pytorch_does(of_all, of_products, legacy, expected):
+    """By whichever of its settings the user says so; the last one counts."""
+    backends, before = torch.backends, torch.get_float32_matmul_precision()
+    try:
+        backends.fp32_precision, backends.cuda.matmul.fp32_precision = of_all, of_products
+        if legacy:
+            torch.set_float32_matmul_precision(legacy)
+        assert triton_attention.dot_precision(torch.float32) == expected
+        assert triton_attention.dot_precision(torch.float16) == "ieee"
+    finally:
+        backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
 def test_tf32_is_used_where_it_is_allowed():
     """TF32 rounds a product's operands to 11 bits: float16's error bounds it."""

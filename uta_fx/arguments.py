@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from uta_fx.config import Config
-from uta_fx.kernels.contract import check_device, check_dtype, check_heads
+from uta_fx.kernels.contract import check_device, check_dtype, check_finite, check_heads
 from uta_fx.order import Grid, checked_grid
 from uta_fx.policies import LowDelta, Threshold, TopK, TopP
 
@@ -58,8 +59,10 @@ def check_call(
             )
     if key.shape[3] != dim:
         raise ValueError(f"key must have the head dim of query, {dim}, got {key.shape[3]}")
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a number or None, got {scale!r}")
+        check_finite(scale=scale)
     tokens = length - sum(_checked_text(text, length))
     if attn_mask is not None:
         _check_mask(attn_mask, query, text)
@@ -93,6 +96,8 @@ def check_lengths(lengths: Tensor, query: Tensor, config: Config, text: tuple[in
         raise ValueError(f"lengths are of video alone: text must be (0, 0), got {text}")
     if objection := objection_to_lengths(config):
         raise ValueError(objection)
+    if not lengths.is_cuda and _has_numbers(lengths):
+        _check_range("lengths must be", lengths, query.shape[2])
 
 
 def check_exact_keys(keys: Tensor, query: Tensor) -> None:
@@ -105,13 +110,8 @@ def check_exact_keys(keys: Tensor, query: Tensor) -> None:
         wanted = f"[L], here [{length}]" if keys.dtype == torch.bool else "[N]"
         raise ValueError(f"exact_keys must have shape {wanted}, got {tuple(keys.shape)}")
     check_device("exact_keys", keys, query)
-    if keys.dtype == torch.bool or torch.compiler.is_compiling() or not keys.numel():
-        return
-    low, high = (int(x) for x in keys.aminmax())
-    if low < 0 or high >= length:
-        raise ValueError(
-            f"exact_keys must hold positions from 0 to {length - 1}, got {low if low < 0 else high}"
-        )
+    if keys.dtype != torch.bool and keys.numel() and _has_numbers(keys):
+        _check_range("exact_keys must hold positions", keys, length - 1)
 
 
 def objection_to_lengths(config: Config) -> str | None:
@@ -133,11 +133,22 @@ def _check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, with strides, got {tensor.layout}")
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be read, which they cannot be in a trace."""
+    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def _check_range(what: str, numbers: Tensor, most: int) -> None:
+    low, high = (int(x) for x in numbers.aminmax())
+    if low < 0 or high > most:
+        raise ValueError(f"{what} from 0 to {most}, got {low if low < 0 else high}")
+
+
 def _checked_text(text: Any, length: int) -> tuple[int, int]:
     if (
         not isinstance(text, (tuple, list))
         or len(text) != 2
-        or not all(isinstance(count, (int, torch.SymInt)) for count in text)
+        or any(isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text)
         or min(text) < 0
         or sum(text) >= length
     ):

@@ -50,7 +50,7 @@ def sparse_attention(
             ``inner`` and ``strict`` concern graphs and have no effect here.
         grid: Frames, height and width of the video tokens, with their number as product; None takes
             ``config.grid``. With neither they are blocked in the order in which they come.
-        scale: Multiplies the logits; None for ``1 / sqrt(D)``.
+        scale: Multiplies the logits, a finite number; None for ``1 / sqrt(D)``.
         text: How many tokens before and after the video are not video. They attend to everything,
             and every token attends to them exactly.
         attn_mask: Hides text from the video: boolean (True: seen) or added to logits, broadcasts
@@ -60,8 +60,10 @@ def sparse_attention(
         lengths: int32 or int64 ``[B]``, each from 0 to L: only so many tokens of a sample exist,
             those at its start in the order in which they come. The others are padding, which no
             token attends to whatever it holds; their output is zero. The density is a share of all
-            blocks, padding or not. None where all tokens exist; not with text, whose padding
-            ``attn_mask`` hides, in a row for each sample.
+            blocks, padding or not. A length outside is an error; on a GPU, which would have to be
+            waited for, and under ``torch.compile`` the output of that sample is NaN. None where all
+            tokens exist; not with text, whose padding ``attn_mask`` hides, in a row for each
+            sample.
         exact_keys: Keys that every query attends to exactly, in whole blocks, in the order in which
             tokens come: boolean ``[L]``, or their positions, int64 ``[N]``, each from 0 to L - 1,
             which is checked, and so waits for a GPU, except under ``torch.compile``. What the
@@ -71,7 +73,7 @@ def sparse_attention(
         ``[B, H, L, Dv]`` in the dtype of ``query``.
 
     Raises:
-        ValueError: A shape, grid or head dim does not fit.
+        ValueError: A shape, grid, number or head dim does not fit.
         TypeError: A dtype or device does not fit, or something is no tensor or number.
         RuntimeError: A gradient is asked for.
     """
@@ -85,7 +87,9 @@ def sparse_attention(
     form = _Form(config, grid, scale, exact_keys=exact_keys, any_mask=True)
     if lengths is not None:
         check_lengths(lengths, query, config, text)
-        return _attend_to_lengths(query, key, value, lengths[:, None, None], form)
+        lengths = lengths[:, None, None]
+        right = (lengths >= 0) & (lengths <= query.shape[2])
+        return _attend_to_lengths(query, key, value, lengths, right, form)
     return _attend(query, key, value, attn_mask, form, video)[0]
 
 
@@ -533,9 +537,9 @@ def _attend(
     while attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
     if video is None and attn_mask is not None:
-        lengths, misread = _lengths(attn_mask, query)
-        output = _attend_to_lengths(query, key, value, lengths, form)
-        return (output + misread.to(output.dtype) if config.trust_masks else output), None
+        lengths, right = _lengths(attn_mask, query)
+        known = right if config.trust_masks else None
+        return _attend_to_lengths(query, key, value, lengths, known, form), None
     if config.tail_form().kind == "rectified":
         key, value = (for_heads(x, query.shape[1]) for x in (key, value))
         if video is None:
@@ -602,14 +606,14 @@ def _misread(mask: Tensor, row: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tokens of each sample a mask shows, and 0 where these are its first, NaN elsewhere.
+    """How many tokens of each sample a mask shows, and whether these are its first.
 
     Args:
         mask: The same for all queries; broadcasts to ``[B, H, L, L]``.
         query: ``[B, H, L, D]``.
 
     Returns:
-        int64 ``[B, H, 1]`` and float32 ``[B, H, 1, 1]``.
+        int64 and boolean ``[B, H, 1]``.
     """
     batch, heads, tokens, _ = query.shape
     row = mask[..., :1, :].expand(batch, heads, 1, tokens)[:, :, 0]
@@ -620,7 +624,7 @@ def _lengths(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     lengths = shown.sum(-1, keepdim=True)
     first = torch.arange(tokens, device=mask.device) < lengths
     right = torch.where(first, shown, hidden).all(-1, keepdim=True) & (lengths > 0)
-    return lengths, torch.where(right, 0.0, torch.nan)[..., None]
+    return lengths, right
 
 
 def _attend_to_both(
@@ -683,17 +687,24 @@ def _attend_to_lengths(
     key: Tensor,
     value: Tensor,
     lengths: Tensor,
+    right: Tensor | None,
     form: _Form,
 ) -> Tensor:
     """The output ``[B, H, L, Dv]`` of samples that end after ``lengths`` tokens, zero beyond.
 
     ``lengths`` ``[B, H or 1, 1]`` are of the model's order, also where tokens come in block order.
+    Where they are not ``right``, which is of that shape, all of the output is NaN.
     """
     config, (batch, heads) = form.config, query.shape[:2]
     place = _raster_places(query, config, form.grid)
     exact_tokens = find_exact_tokens(query, config, form.grid, form.exact_keys)
     (query, key, value), inverse = _in_block_order(query, key, value, form)
-    inside = (place < lengths).expand(batch, heads, -1)
+    inside = place < lengths
+    padding = query.new_zeros(())
+    if right is not None:
+        inside = inside & right
+        padding = torch.where(right, 0.0, torch.nan).to(query.dtype)[..., None]
+    inside = inside.expand(batch, heads, -1)
     of_query, of_key = apart_from_padding(inside, config.block_q, config.block_kv)
     query = of_query.gather(query)
     key, value = (of_key.gather(for_heads(x, heads)) for x in (key, value))
@@ -701,7 +712,7 @@ def _attend_to_lengths(
         query, key, value, config, form.scale, blocks=of_key, exact_tokens=exact_tokens
     )
     output, _ = _attend_to_gathered(operator_arguments(selection, key, value, config), of_key)
-    output = of_query.scatter(output).masked_fill(~inside[..., None], 0.0)
+    output = of_query.scatter(output).where(inside[..., None], padding)
     return output if inverse is None else output.index_select(2, inverse)
 
 

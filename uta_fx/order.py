@@ -40,7 +40,7 @@ def checked_grid(value: Any) -> Grid:
         ValueError: It is not three whole numbers, each at least 1.
     """
     try:
-        frames, height, width = (operator.index(side) for side in value)
+        frames, height, width = (_side(x) for x in value)
     except (TypeError, ValueError):
         raise ValueError(
             f"grid must be three ints (frames, height, width), got {value!r}"
@@ -48,6 +48,12 @@ def checked_grid(value: Any) -> Grid:
     if min(frames, height, width) < 1:
         raise ValueError(f"grid must hold positive sides (frames, height, width), got {value!r}")
     return frames, height, width
+
+
+def _side(x: Any) -> int:
+    if isinstance(x, bool):
+        raise TypeError
+    return operator.index(x)
 
 
 def token_order(grid: Grid, order: str, block: int, device: torch.device | str) -> TokenOrder:
