@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 
 from uta_fx.passes.read_node import name_of
 from uta_fx.passes.site import Grid, Side, recorded
-from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, length, plain, same
+from uta_fx.passes.trace_axes import Axis, Size, Stretch, Trace, cut, length, plain, same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ def locate_video(
         axis: Of the tokens.
         given: The grid that the user gave: it says how long the video is, and which of several
             claims is true; it must not contradict a single one.
-        start: Its first token, given beside a grid, where the graph does not show it.
+        start: Its first token, given beside a grid, where the graph does not show it: it must not
+            contradict the graph either. Without a meaning where the grid is all tokens.
         symbolic: Whether sides may be other than numbers, as far as ``is_clear`` has found.
     """
     stretches = trace.stretches(axis)
@@ -194,20 +195,69 @@ def _given(axis: Axis, stretches: list[Stretch], grid: Grid, start: int | None) 
     tokens = math.prod(grid)
     fits = {(x.start, x.end) for x in stretches if same(x.source.length, tokens)}
     if same(length(axis), tokens):
-        fits.add((0, len(axis)))
+        fits = {(0, len(axis))}
+    elif start is not None:
+        begun = {place for place in fits if _is_number(length(axis[: place[0]]), start)}
+        if not begun:
+            return _begun(axis, fits, grid, start)
+        fits = begun
     if len(fits) != 1:
-        after = plain(length(axis) - (start or 0) - tokens)
-        if start is not None and statically_known_true(after >= 0):
-            return Video(start, tokens, after, grid)
         problem = "matches more than one part of" if fits else "does not match"
         reason = f"grid {_text(grid)} = {tokens} {problem} its {_parts(axis)} tokens"
-        part = start is None and statically_known_true(after >= 0)
+        part = statically_known_true(length(axis) >= tokens)
         return f"{reason}; where the video lies in them is video_start" if part else reason
     place = fits.pop()
     claims = _claims(stretches).get(place, set())
     if len(claims) == 1 and not any(x == grid or _merges(x, grid) for x in claims):
         return f"grid {_text(grid)} is given, but the graph shows {_text(claims.pop())}"
     return _video(axis, *place, grid)
+
+
+def _begun(axis: Axis, fits: set[tuple[int, int]], grid: Grid, start: int) -> Video | str:
+    """The part of an axis from a token on, which is no whole source, or why that cannot be."""
+    tokens = math.prod(grid)
+    after = plain(length(axis) - start - tokens)
+    given = f"grid {_text(grid)} = {tokens}"
+    if not statically_known_true(after >= 0):
+        return f"{given} does not match its {_parts(axis)} tokens from video_start={start} on"
+    if _cuts(axis, start, tokens):
+        others = " or ".join(str(length(axis[:first])) for first, _ in sorted(fits))
+        matches = f": it matches those from {others} on" if fits else ""
+        return (
+            f"video_start={start} is given, but {given} from there on cuts the {_parts(axis)}"
+            f" tokens that the graph shows{matches}"
+        )
+    return Video(start, tokens, after, grid)
+
+
+def _cuts(axis: Axis, start: int, tokens: int) -> bool:
+    """Whether a part of an axis begins or ends amid a run, and is not all of one source.
+
+    A source is one also where it meets another in some of its tokens: what is added to a first
+    frame alone, say, tells nothing apart.
+    """
+    head = cut(axis, start)
+    tail = head and cut(head[1], tokens)
+    if not head or not tail or not all(isinstance(run.length, int) for run in tail[0]):
+        return False  # where runs end is known only at run time
+    part = tail[0]
+    if len(part) == 1 or len(head[0]) + len(part) + len(tail[1]) == len(axis):
+        return False
+    return not any(
+        isinstance(place, int)
+        and all(
+            (number, place + length(part[:i])) in run.spans for i, run in enumerate(part[1:], 1)
+        )
+        for number, place in part[0].spans
+    )
+
+
+def _is_number(size: Size, number: int) -> bool:
+    """Whether a size is a number; it is read as one, which specialises the graph."""
+    try:
+        return int(size) == number
+    except RuntimeError:
+        return False  # known only at run time
 
 
 def _claims(stretches: list[Stretch], symbolic: bool = False) -> dict[tuple[int, int], set[Grid]]:

@@ -215,6 +215,8 @@ def _video_among_keys(call: Call, trace: Trace, plan: Plan) -> Video | str:
         return "its queries are a part of its tokens, but not the video alone"
     before = place_in(keys, tokens)
     assert before is not None
+    if plan.video_start not in (None, before):
+        return f"video_start={plan.video_start} is given, but the graph shows it from {before} on"
     return dataclasses.replace(video, before=before, after=length(keys) - before - length(tokens))
 
 

@@ -1,6 +1,7 @@
 """uta_fx.enable and disable on a module and on a pipeline."""
 
 import copy
+import inspect
 import pickle
 import types
 
@@ -211,11 +212,50 @@ def test_what_had_taken_the_place_of_forward_comes_back():
 
 
 @torch.no_grad()
-def test_a_mode_reaches_the_backend():
-    """torch.compile would take either a mode or our options; only Inductor has modes."""
-    model = uta_fx.enable(Model(), Config(**FAST), mode="reduce-overhead")
-    with pytest.raises(Exception, match="options mode and inductor need inner='inductor'"):
-        model(torch.randn(1, 128, 32))
+def test_a_mode_reaches_the_backend(monkeypatch):
+    """torch.compile would take either a mode or our options."""
+    modes = []
+
+    def record(gm, inputs, inner, mode, inductor):
+        modes.append((inner, mode))
+        return gm.forward
+
+    monkeypatch.setattr("uta_fx.backend._compile", record)
+    config = Config(**FAST | {"inner": "inductor"})
+    model = uta_fx.enable(Model(), config, mode="max-autotune-no-cudagraphs")
+    model(torch.randn(1, 128, 32))
+    assert modes == [("inductor", "max-autotune-no-cudagraphs")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"blocks": True}, {"blocks": True, "grid": (4, 4, 8)}])
+@pytest.mark.parametrize(
+    ("options", "inner", "error", "message"),
+    [
+        ({"density": 0.2}, "eager", TypeError, "density is no option of uta_fx.enable: settings"),
+        ({"fooo": 1}, "eager", TypeError, "those of torch.compile are fullgraph, dynamic, mode"),
+        ({"fullgraph": "no"}, "eager", TypeError, "fullgraph must be True or False, got 'no'"),
+        ({"dynamic": "x"}, "eager", TypeError, "dynamic must be True, False or None, got 'x'"),
+        ({"mode": 3}, "inductor", TypeError, "mode must be a name or None, got 3"),
+        ({"mode": "nope"}, "inductor", ValueError, "mode must be one of default, .*, got 'nope'"),
+        ({"mode": "default"}, "eager", ValueError, "mode='default' needs inner='inductor', got in"),
+        ({"shapes_spec": 3}, "eager", TypeError, "shapes_spec must be"),
+    ],
+)
+def test_options_of_the_compiler_are_checked_before_anything_is_changed(
+    settings, options, inner, error, message
+):
+    """However the model is compiled, and where PyTorch would not look before the first call."""
+    if "shapes_spec" in options and "shapes_spec" not in PARAMETERS:
+        pytest.skip("this PyTorch does not have the option")
+    model, settings = Asking(), dict(settings)
+    blocks = settings.pop("blocks", False)
+    config = Config(**FAST | {"inner": inner} | settings)
+    with pytest.raises(error, match=message):
+        uta_fx.enable(model, config, blocks=blocks, **options)
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+PARAMETERS = inspect.signature(torch.compile).parameters
 
 
 def test_what_cannot_be_enabled_is_named():

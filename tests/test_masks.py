@@ -1,5 +1,7 @@
 """Which masks hide only text, and which joint attentions therefore become sparse."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -795,6 +797,87 @@ def test_text_is_located_or_it_is_not(join, text):
     assert site.text == text and site.sparse == (text is not None), site
     if text is None:
         assert "give grid" in site.reason
+
+
+def amid(q, text):
+    return torch.cat([q[:, :100], text, q[:, 100:]], 1)
+
+
+def twice(q, text):
+    """A reference of as many tokens, of which the graph does not show how they lie."""
+    return torch.cat([q.flip(1), text, q], 1)
+
+
+def in_two_parts(q, text):
+    """A first frame of its own."""
+    return torch.cat([text, q[:, :48].flip(1), q[:, 48:].flip(1)], 1)
+
+
+def of_one_source(q, text):
+    """In which something is added to a first part alone."""
+    x = torch.cat([text, q, text], 1).flip(1)
+    first, rest = text[:, :1].expand(-1, 48, -1), text[:, 1:2].expand(-1, LENGTH - 37, -1)
+    return x + torch.cat([first, rest], 1)
+
+
+def video_alone(q, text):
+    return q
+
+
+CUT = r"video_start=%s is given, but grid 4 x 6 x 8 = 192 from there on cuts the %s tokens"
+
+
+@pytest.mark.parametrize(
+    ("join", "start", "text"),
+    [
+        (after, TEXT, (TEXT, 0)),
+        (after, 0, CUT % (0, r"11 \+ 192") + " that the graph shows: it matches those from 11 on"),
+        (after, 10, CUT % (10, r"11 \+ 192")),
+        (after, 12, r"192 does not match its 11 \+ 192 tokens from video_start=12 on"),
+        (amid, 0, CUT % (0, r"100 \+ 11 \+ 92") + " that the graph shows$"),
+        (twice, 0, (0, LENGTH)),
+        (twice, LENGTH, (LENGTH, 0)),
+        (twice, 100, CUT % (100, r"192 \+ 11 \+ 192") + ".* those from 0 or 203 on"),
+        (in_two_parts, TEXT, (TEXT, 0)),
+        (in_two_parts, TEXT + 1, r"does not match its 11 \+ 48 \+ 144 tokens from"),
+        (of_one_source, 5, (5, 17)),
+        (video_alone, 5, None),
+    ],
+)
+def test_a_start_that_is_given_must_not_contradict_the_graph(join, start, text):
+    """It decides where the graph shows nothing: amid a source, or which sources are the video."""
+    config = Config(**SETTINGS, grid=GRID, video_start=start)
+    (site,) = uta_fx.explain(Sequence(join), *inputs(), config=config).sites
+    assert site.sparse is not isinstance(text, str), site
+    if site.sparse:
+        assert site.text == text
+    else:
+        assert re.search(text, site.reason), site.reason
+
+
+def test_a_start_does_not_excuse_a_wrong_grid():
+    config = Config(**SETTINGS, grid=(4, 8, 6), video_start=LENGTH)
+    (site,) = uta_fx.explain(Sequence(twice), *inputs(), config=config).sites
+    assert site.reason == "grid 4 x 8 x 6 is given, but the graph shows 4 x 6 x 8"
+
+
+class VideoAsks(Sequence):
+    """Of a sequence the video alone has queries."""
+
+    def forward(self, video, text, _):
+        x = self.join(self.patch(video).flatten(2).transpose(1, 2), text)
+        q, k = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qk(x).chunk(2, -1))
+        return F.scaled_dot_product_attention(q[:, :, TEXT:], k, k)
+
+
+@pytest.mark.parametrize("start", [None, 0, TEXT])
+def test_a_start_is_that_among_the_keys(start):
+    """Where queries are a part of them too."""
+    config = Config(**SETTINGS, grid=GRID, video_start=start)
+    (site,) = uta_fx.explain(VideoAsks(after), *inputs(), config=config).sites
+    assert site.sparse is (start != 0), site
+    if start == 0:
+        assert site.reason == "video_start=0 is given, but the graph shows it from 11 on"
 
 
 def test_a_text_as_long_as_the_video_is_told_from_it():

@@ -40,7 +40,8 @@ class Config:
             further frames stays dense.
         video_start: First token of the video, beside ``grid``, where history or reference images
             lie in one sequence with it and the graph does not tell them apart, as in a block that
-            is compiled by itself. They are exact for all, as text is.
+            is compiled by itself. They are exact for all, as text is. A site where the graph shows
+            that the video begins elsewhere stays dense.
         trust_masks: Take an attention mask for one that hides text alone, or of a video without
             text the padding at the end of each sample, where the graph does not show it, as in a
             block that is compiled by itself. What the mask of a run hides of the video all the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -63,16 +64,16 @@ def enable(
 
     Raises:
         TypeError: ``target`` is neither, or a text encoder, a VAE or scripted; ``config`` is no
-            ``Config``; ``compile_options`` has a ``backend`` or ``options``.
-        ValueError: It is enabled or compiled already; it has hooks inside; ``blocks`` for a model
-            that has none; ``dense_until`` without a schedule that can be followed, ``warmup``
-            without ``dense_until``. The next call refuses a hook that is put inside later, and
-            ``blocks`` without a grid where the model shows none.
+            ``Config``; ``compile_options`` has a ``backend`` or ``options``, what torch.compile
+            does not know, or a value of another type.
+        ValueError: The target is enabled or compiled already; it has hooks inside; ``mode`` is none
+            of Inductor's, or ``config.inner`` is another compiler; ``blocks`` for a model that has
+            none; ``dense_until`` without a schedule that can be followed, ``warmup`` without
+            ``dense_until``. The next call refuses a hook that is put inside later, and ``blocks``
+            without a grid where the model shows none.
     """
     config = Config.of(config)
-    for name in ("backend", "options"):
-        if name in compile_options:
-            raise TypeError(f"{name} is uta_fx.enable's own: settings are fields of config")
+    _check_options(compile_options, config)
     models = _models_of(target)
     for model in models:
         _check_model(model)
@@ -386,6 +387,45 @@ def _blocks_of(model: nn.Module, config: Config) -> list[nn.Module]:
         raise ValueError(f"blocks=True needs a model with a list of blocks, got a {_name(model)}")
     check_layers(model, config)
     return blocks
+
+
+def _check_options(compile_options: dict[str, Any], config: Config) -> None:
+    """Raise where torch.compile would, here or when it is called later."""
+    own = ("model", "backend", "options")
+    valid = [name for name in inspect.signature(torch.compile).parameters if name not in own]
+    for name, value in compile_options.items():
+        if name in own:
+            raise TypeError(f"{name} is uta_fx.enable's own: settings are fields of config")
+        if name not in valid:
+            raise TypeError(
+                f"{name} is no option of uta_fx.enable: settings are fields of config, and those"
+                f" of torch.compile are {', '.join(valid)}"
+            )
+        kind, expected = _OPTIONS.get(name, (object, ""))
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {expected}, got {value!r}")
+    mode = compile_options.get("mode")
+    if mode is not None:
+        from torch._inductor import list_mode_options
+
+        modes = list(list_mode_options())
+        if mode not in modes:
+            raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+        if config.inner != "inductor":
+            raise ValueError(f"mode={mode!r} needs inner='inductor', got inner={config.inner!r}")
+    torch.compile(_itself, backend="eager", **compile_options)  # some exclude each other
+
+
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "fullgraph": (bool, "True or False"),
+    "dynamic": (bool | None, "True, False or None"),
+    "mode": (str | None, "a name or None"),
+    "name": (str | None, "a name or None"),
+    "disable": (bool, "True or False"),
+    "recompile_limit": (int | None, "an int or None"),
+    "isolate_recompiles": (bool, "True or False"),
+}
+"""Those of torch.compile whose types are known."""
 
 
 def _check_model(model: nn.Module) -> None:
