@@ -1,7 +1,9 @@
 """Inputs of ``uta::sparse_attention`` that several test files share."""
 
+import contextlib
 import dataclasses
 
+import pytest
 import torch
 
 from uta_fx.kernels import reference
@@ -123,3 +125,18 @@ def laid_out(args, layout):
     """The same arguments, all tensors of numbers laid out so."""
     place = LAYOUTS[layout]
     return [place(x) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+
+
+@contextlib.contextmanager
+def nan_in_new_memory():
+    """What ``new_empty`` and ``empty_like`` allocate holds NaN."""
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, **options):
+        x = allocate(self, *shape, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+        yield

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from cases import with_mask
+from cases import laid_out, nan_in_new_memory, with_mask
 from test_triton import DEVICE, Case, assert_as_accurate_as_eager
 
 from uta_fx.bench.gate import variance_roundings
@@ -294,6 +296,59 @@ def test_pairs_are_as_accurate_as_eager(dim, case, dtype):
     args = dataclasses.replace(case, dim=dim, dim_v=dim).inputs(dtype)
     assert gluon_attention.takes(*args[:3], args[0], 64, 64)
     assert_as_accurate_as_eager(args, more=variance_roundings(args))
+
+
+def with_counts(args, seed):
+    """Of each row as many blocks as before, or none, or all."""
+    counts = args[4]
+    kind = torch.randint(4, counts.shape, generator=torch.Generator().manual_seed(seed))
+    kind = kind.to(counts.device)
+    args[4] = counts.masked_fill(kind == 0, 0).masked_fill(kind == 1, args[3].shape[-1])
+    return args
+
+
+LENGTHS = st.one_of(st.integers(1, 700), st.integers(1, 10).map(lambda blocks: 64 * blocks))
+
+
+# the reference in 16 bits shows on a CPU that what is drawn can be tested
+@pytest.mark.parametrize(
+    "kernels",
+    [reference, pytest.param(triton_attention, marks=[pytest.mark.gpu, needs_hopper])],
+    ids=["reference", "hopper"],
+)
+@pytest.mark.parametrize("tail", ["block", "none", "row"])  # its own, none, one to go on from
+@settings(max_examples=10 if on_hopper() else 4, deadline=None, derandomize=True)
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 3),
+        length_q=LENGTHS,
+        length_kv=LENGTHS,
+        block_q=st.just(64),
+        block_kv=st.just(64),
+        listed=st.sampled_from([0.1, 0.5, 0.9]),
+        scale=st.sampled_from([None, -0.2]),
+        seed=st.integers(0, 1000),
+    ),
+    dim=st.sampled_from(gluon_attention.HEAD_DIMS),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(["contiguous", "inside NaN", "tokens before heads"]),
+)
+def test_pairs_of_any_shape_are_as_accurate_as_eager(kernels, tail, case, dim, dtype, layout):
+    """From lists and from a mask, into memory of NaN."""
+    case = dataclasses.replace(case, dim=dim, dim_v=dim, tail=tail)
+    args = laid_out(with_counts(case.inputs(dtype), case.seed), layout)
+    assert gluon_attention.takes(*args[:3], args[0], 64, 64) == on_hopper()
+    assert all(map(gluon_attention.is_addressable, args[:3]))
+    assert gluon_attention.takes_tail(gluon_tail.Tail(*args[5:10]), args[10]) == (tail == "block")
+    with nan_in_new_memory():
+        results = [
+            kernels.sparse_attention(*args),
+            kernels.block_masked_attention(*with_mask(args)),
+        ]
+    for result in results:
+        assert_as_accurate_as_eager(args, result, more=variance_roundings(args))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from uta_fx.kernels import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from cases import LAYOUTS, laid_out, poisoned, with_mask
+from cases import LAYOUTS, laid_out, nan_in_new_memory, poisoned, with_mask
 
 from uta_fx.kernels import (
     triton_attention,
@@ -237,20 +237,13 @@ def test_a_last_dimension_that_is_not_contiguous_is_taken_too():
 
 
 @pytest.mark.parametrize("tail", ["block", "row"])
-def test_memory_beyond_the_tensors_cannot_matter(tail, monkeypatch):
+def test_memory_beyond_the_tensors_cannot_matter(tail):
     case = Case(tail=tail, dim=24, dim_v=48, slopes="row")
     args = case.inputs(torch.float32)
     expected = triton_attention.sparse_attention(*args)
     args = laid_out(args, "inside NaN")
-    allocate = torch.Tensor.new_empty
-
-    def new_empty(self, *shape, **options):
-        x = allocate(self, *shape, **options)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
-    output, lse = triton_attention.sparse_attention(*args)
+    with nan_in_new_memory():
+        output, lse = triton_attention.sparse_attention(*args)
     assert torch.equal(output, expected[0]) and torch.equal(lse, expected[1])
 
 
