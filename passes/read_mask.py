@@ -220,6 +220,8 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
         return not want
     if name in ("full", "new_full", "full_like"):
         return _fits(argument(node, 2 if name == "new_full" else 1, "fill_value"), want)
+    if name in _TURNED and dim == -1 and (known := _compared(node, start, stop)) is not None:
+        return known == want
     if (same_one := _of_the_same_truth(node)) is not None:
         return _always(same_one, dim, start, stop, want)
     if (other := _negated(node)) is not None:
@@ -244,12 +246,29 @@ def _always(node: Any, dim: int, start: Size, stop: Size, want: bool) -> bool:
         return _always(argument(node, 0, "input"), _transposed(node, dim), start, stop, want)
     if name in ("unsqueeze", "view", "reshape", "expand", "repeat", "getitem"):
         return _reshaped(node, dim, start, stop, want)
-    if name in ("ge", "lt"):
-        # arange(N) >= bound is False, and < is True, before a bound that lies behind the stop
-        index, bound = _both(node)
-        varies = dim == -1 and _is_arange(index)
-        return want == (name == "lt") and varies and _at_least(bound, stop)
     return False
+
+
+def _compared(node: Node, start: Size, stop: Size) -> bool | None:
+    """What all of ``[start, stop)`` of ``arange(N) < bound`` or the like is, if that is known."""
+    name, (index, bound) = name_of(node), _both(node)
+    if not _is_arange(index):
+        name, index, bound = _TURNED[name], bound, index
+    if not _is_arange(index):
+        return None
+    below = name in ("lt", "le")
+    # arange <= bound is arange < bound + 1, and > and >= are what these are not
+    itself = int(name in ("le", "gt"))
+    if _at_least(bound, stop - itself):
+        return below
+    number = number_of(bound)
+    if isinstance(number, (int, torch.SymInt)) and statically_known_true(number <= start - itself):
+        return not below
+    return None
+
+
+_TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+"""Comparisons, with their operands the other way round."""
 
 
 def _fits(number: Any, want: bool) -> bool:
@@ -428,8 +447,8 @@ def _of_the_same_rows(node: Node) -> Node | None:
 
 
 def _is_arange(node: Any) -> bool:
-    """``arange(N)`` from 0 in steps of 1 along the last dimension."""
-    if not isinstance(node, Node):
+    """``arange(N)`` from 0 in steps of 1 along the last dimension, in a dtype that holds it."""
+    if not isinstance(node, Node) or getattr(recorded(node), "dtype", None) not in _EXACT:
         return False
     source = _of_the_same_rows(node)
     if source is not None:
@@ -442,10 +461,16 @@ def _is_arange(node: Any) -> bool:
     return len(rest) == 1 and not {"start", "step"} & node.kwargs.keys()
 
 
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+
+
 def _at_least(node: Any, bound: Size) -> bool:
     """Whether a number for each sample is ``bound`` and a count, which is not negative."""
+    number = number_of(node)
+    if isinstance(number, (int, torch.SymInt)):
+        return statically_known_true(number >= bound)
     if not isinstance(node, Node):
-        return isinstance(node, int) and statically_known_true(node >= bound)
+        return False
     name = name_of(node)
     if name in ("unsqueeze", "view", "to", "int", "long", "reshape"):
         return _at_least(argument(node, 0, "input"), bound)

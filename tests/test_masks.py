@@ -92,6 +92,14 @@ def scaled_complement(seen):
     return (1.0 - mask) * torch.finfo(mask.dtype).min
 
 
+def a_count_above(seen):
+    return ((seen.sum(1) + VIDEO).unsqueeze(1) > torch.arange(LENGTH))[:, None, None]
+
+
+def up_to_a_count(seen):
+    return (torch.arange(LENGTH) <= (seen.sum(1) + (VIDEO - 1)).unsqueeze(1))[:, None, None]
+
+
 def product_of_rows(seen):
     rows = F.pad(seen.half(), (VIDEO, 0), value=1)
     return rows[:, None, None] * rows[:, None, :, None] > 0.5
@@ -101,8 +109,8 @@ def product_of_rows(seen):
 @pytest.mark.parametrize(
     "make",
     [
-        concatenated, padded, counted, below_a_count, outer, of_a_count_of_queries, added, chosen,
-        scaled_complement, product_of_rows,
+        concatenated, padded, counted, below_a_count, a_count_above, up_to_a_count, outer,
+        of_a_count_of_queries, added, chosen, scaled_complement, product_of_rows,
     ],
 )  # fmt: skip
 def test_a_mask_that_hides_only_text_is_honoured(make):
@@ -151,6 +159,95 @@ def test_a_mask_of_three_dimensions_is_honoured(of):
     dense = model(*arguments)
     torch.testing.assert_close(compiled(*arguments), dense, rtol=1e-4, atol=1e-5)
     assert not torch.equal(of(lambda seen: None)(*arguments), dense)
+
+
+class TextFirst(Joint):
+    """Text, then video."""
+
+    def forward(self, video, text, seen):
+        video = self.patch(video).flatten(2).transpose(1, 2)
+        x = self.qkv(torch.cat([text, video], 1))
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in x.chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.make_mask(seen))
+
+
+def places():
+    return torch.arange(LENGTH)[None]
+
+
+def below(seen):
+    """A number that may be anything for all that is known, negative too."""
+    return places() < (seen.sum(1) - 1)[:, None]
+
+
+def below_or_behind(seen):
+    return (below(seen) | (places() >= TEXT))[:, None, None]
+
+
+def below_or_after(seen):
+    return (below(seen) | (places() > TEXT - 1))[:, None, None]
+
+
+def not_between(seen):
+    return ~(~below(seen) & (places() < TEXT))[:, None, None]
+
+
+def filled_between(seen):
+    hidden = (~below(seen) & (places() < TEXT))[:, None, None]
+    return torch.zeros(2, 1, 1, LENGTH).masked_fill(hidden, -torch.inf)
+
+
+def chosen_between(seen):
+    return torch.where(~below(seen) & (places() <= TEXT - 1), -1e4, 0.0)[:, None, None]
+
+
+def text_weighed(seen):
+    return torch.where(places() < TEXT, 0.7, 0.0)[:, None, None]
+
+
+def video_not_weighed(seen):
+    return torch.where(places() >= TEXT, 0.0, -0.7)[:, None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make",
+    [
+        below_or_behind, below_or_after, not_between, filled_between, chosen_between, text_weighed,
+        video_not_weighed,
+    ],
+)  # fmt: skip
+def test_what_places_are_compared_with_is_known_outside_the_video(make):
+    """A bound that no video token lies on the other side of."""
+    model, arguments = TextFirst(make), inputs()
+    (site,) = uta_fx.explain(model, *arguments, config=Config(**SETTINGS)).sites
+    assert site.sparse and (site.kind, site.text) == ("joint", (TEXT, 0)), site.reason
+    compiled = compiled_with(model, density=1.0, inner="eager")
+    dense = model(*arguments)
+    torch.testing.assert_close(compiled(*arguments), dense, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(TextFirst(lambda seen: None)(*arguments), dense, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seen: below(seen) | (places() >= TEXT + 1),
+        lambda seen: below(seen) | (places() > TEXT),
+        lambda seen: below(seen) | (places() < LENGTH - 1),
+        lambda seen: below(seen) | (places() <= LENGTH - 2),
+        lambda seen: below(seen) | (places().bool() >= TEXT),
+        lambda seen: torch.where(~below(seen) & (places() <= TEXT), -1e4, 0.0),
+        lambda seen: torch.where(places() < TEXT + 1, 0.7, 0.0),
+        lambda seen: torch.where(places() < TEXT, 0.0, 0.7),
+        lambda seen: ~below(seen),
+        below,
+    ],
+)
+def test_a_bound_that_may_lie_amid_the_video_proves_nothing(make):
+    model = TextFirst(lambda seen: make(seen)[:, None, None])
+    (site,) = uta_fx.explain(model, *inputs(), config=Config(**SETTINGS)).sites
+    assert not site.sparse
+    assert site.reason.startswith("the graph does not show that its attention mask leaves all vid")
 
 
 def from_outside(seen):
