@@ -474,8 +474,8 @@ def _at_least(node: Any, bound: Size) -> bool:
     name = name_of(node)
     if name in ("unsqueeze", "view", "to", "int", "long", "reshape"):
         return _at_least(argument(node, 0, "input"), bound)
-    if name == "add":
-        sides = node.args
+    if name == "add" and argument(node, 2, "alpha", 1) == 1:
+        sides = _both(node)
         return any(
             isinstance(number_of(a), (int, torch.SymInt))
             and statically_known_true(number_of(a) >= bound)
