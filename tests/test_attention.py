@@ -563,9 +563,19 @@ def test_bad_inputs_are_named():
 SEEN = torch.ones(512, dtype=torch.bool)
 
 
+def nested(layout):
+    return torch.nested.nested_tensor([torch.ones(2, n, 32) for n in (5, 7)], layout=layout)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (
+            {"value": nested(torch.strided)},
+            TypeError,
+            "value must be .* got a nested tensor",
+        ),
+        ({"query": nested(torch.jagged)}, TypeError, "query must be .* got a nested tensor"),
         ({"query": [1.0]}, TypeError, "query must be a tensor, got list"),
         ({"key": SEEN.to_sparse()}, TypeError, "key must be a dense tensor, .*torch.sparse_coo"),
         (
@@ -786,9 +796,10 @@ def test_a_length_that_a_graph_cannot_refuse_makes_its_sample_nan(reorder):
     assert_nan_outside(compiled(OUTSIDE), attend)
 
 
-def test_lengths_and_positions_without_numbers_are_taken():
-    """Fake tensors, as in a trace."""
-    with torch._subclasses.FakeTensorMode():
+@pytest.mark.parametrize("without", [torch._subclasses.FakeTensorMode(), torch.device("meta")])
+def test_lengths_and_positions_without_numbers_are_taken(without):
+    """Fake tensors, as in a trace, and those of ``meta``."""
+    with without:
         q = torch.empty(2, 2, 100, 32)
         given = {"lengths": torch.ones(2).int(), "exact_keys": torch.ones(3).long()}
         assert sparse_attention(q, q, q, **given).shape == q.shape

@@ -213,6 +213,24 @@ def test_bench_looks_at_its_output_before_it_times(tmp_path):
         assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "attention", "--shape", "tiny", "--device", "cpu"),
+        ("bench", "tails", "--shape", "tiny", "--device", "cpu"),
+        ("bench", "model", "--model", "wan-2.1-1.3b", "--layers", "1", "--device", "cpu"),
+        ("study", "policies", "--device", "cpu"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+@pytest.mark.parametrize("density", ["0", "1.5"])
+def test_densities_are_looked_at_before_anything_is_printed(density, command):
+    """The first is right."""
+    result = CliRunner().invoke(app, [*command, "--density", "0.5", "--density", density])
+    assert isinstance(result.exception, ValueError) and not result.output
+    assert str(result.exception) == f"density must be in (0, 1], got {float(density)}"
+
+
 def test_bench_writes_what_it_timed(tmp_path):
     """Checked against float64, then timed; a row for each candidate, in the table and the file."""
     output = tmp_path / "tiny.json"

@@ -129,13 +129,16 @@ def objection_to_lengths(config: Config) -> str | None:
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be one dense tensor, got a nested tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, with strides, got {tensor.layout}")
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers can be read, which they cannot be in a trace."""
-    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+    """Whether a tensor's numbers can be read, which they cannot be in a trace or of ``meta``."""
+    traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return not (traced or tensor.is_meta)
 
 
 def _check_range(what: str, numbers: Tensor, most: int) -> None:

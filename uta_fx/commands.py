@@ -434,6 +434,7 @@ def study_policies(
     from uta_fx.study.sites import trained_calls
 
     require("matplotlib", extra="demo")
+    _check_densities(density)
     _check_folder(output)
     chosen = study.find_systems(system)
     if shape is not None and shape not in SHAPES:
@@ -536,6 +537,7 @@ def bench_attention(
     """
     from uta_fx.bench.attention import DEFAULT_SHAPES, DENSITIES, describe, run
 
+    _check_densities(density)
     target = _device(device)
     of_inputs = _dtype(dtype, target)
     config = Config(policy=policy, tail=tail, budget=budget, block_q=block_q)
@@ -584,6 +586,7 @@ def bench_tails(
     """
     from uta_fx.bench.tails import run
 
+    _check_densities(density)
     target = _device(device)
     if output is not None:
         _check_file(output, "--output")
@@ -629,6 +632,7 @@ def bench_model(
     require("diffusers", extra="diffusers")
     from uta_fx.bench.model import run
 
+    _check_densities(density)
     if output is not None:
         _check_file(output, "--output")
     run(
@@ -912,6 +916,11 @@ def _inner(device: torch.device) -> str:
         )
         return "aot_eager"
     return DEFAULTS.inner
+
+
+def _check_densities(densities: list[float] | None) -> None:
+    for density in densities or ():
+        Config(density=density)
 
 
 def _check_folder(folder: Path) -> None:
