@@ -486,8 +486,24 @@ def _at_least(node: Any, bound: Size) -> bool:
 
 
 def _is_count(node: Any) -> bool:
-    """The sum of a mask."""
-    return isinstance(node, Node) and name_of(node) == "sum"
+    """The sum of a mask: of truths, or of what a run is given for them, which is not negative."""
+    if not isinstance(node, Node) or name_of(node) != "sum":
+        return False
+    summed = [argument(node, 0, "input")]
+    while summed:
+        x = summed.pop()
+        if not isinstance(x, Node):
+            return False
+        if x.op == "placeholder" or getattr(recorded(x), "dtype", None) == torch.bool:
+            continue
+        if name_of(x) not in _THE_SAME_NUMBERS:
+            return False
+        summed += x.all_input_nodes
+    return True
+
+
+_THE_SAME_NUMBERS = (*_ALIKE, "cat", "squeeze", "flatten", "slice", "select", "detach", "alias")
+"""Operations after which no number is another: in dtypes, places and shapes alone."""
 
 
 def _sizes(node: Node) -> list[Any]:

@@ -263,6 +263,11 @@ def a_smaller_count(seen):
     return (torch.arange(LENGTH) < (seen.sum(1) + 100).unsqueeze(1))[:, None, None]
 
 
+def a_count_that_may_be_negative(seen):
+    count = (seen.int() - 1).sum(1) + VIDEO
+    return (torch.arange(LENGTH) < count.unsqueeze(1))[:, None, None]
+
+
 def a_count_less(seen):
     count = torch.add(seen.sum(1), VIDEO, alpha=-1)
     return (torch.arange(LENGTH) < count.unsqueeze(1))[:, None, None]
@@ -313,6 +318,7 @@ def shifted(seen):
         (video_filled, "the graph does not show that its attention mask leaves all video"),
         (a_smaller_count, "the graph does not show that its attention mask leaves all video"),
         (a_count_less, "the graph does not show that its attention mask leaves all video"),
+        (a_count_that_may_be_negative, "the graph does not show that its attention mask leaves"),
         (complement_of_zeros, "the graph does not show that its attention mask leaves all video"),
         (chosen_the_other_way, "the graph does not show that its attention mask leaves all vid"),
         (complement_of_more_than_one, "the graph does not show that its attention mask leaves a"),
