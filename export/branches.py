@@ -60,11 +60,12 @@ def find_branches(
     to something beyond ``LARGE``, and another computes neither that nor what comes of it. Where
     this one fails, as a question about such a tensor does, the last computes everything.
     """
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _kept_whole(model):
         return _answers(model, args, kwargs, limit=LARGE)
-    with contextlib.suppress(Exception), _Sparing() as sparing:
+    with contextlib.suppress(Exception), _kept_whole(model), _Sparing() as sparing:
         return _answers(model, args, kwargs, sparing=sparing)
-    return _answers(model, args, kwargs)
+    with _kept_whole(model):
+        return _answers(model, args, kwargs)
 
 
 def _answers(
@@ -75,7 +76,7 @@ def _answers(
     limit: int | None = None,
     sparing: _Sparing | None = None,
 ) -> tuple[Branch, ...]:
-    with torch.no_grad(), _kept_whole(model), _Listener(limit, sparing) as listener:
+    with torch.no_grad(), _Listener(limit, sparing) as listener:
         model(*args, **kwargs)
     return tuple(listener.heard)
 

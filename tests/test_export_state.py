@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from uta_fx import Config, export_onnx
+from uta_fx.export import branches
 from uta_fx.study.models import GRID, MODELS
 
 onnx = pytest.importorskip("onnx")
@@ -186,8 +187,10 @@ class Asks(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
-def test_finding_out_how_a_model_decides_leaves_it_as_it_was(tmp_path):
-    """Though it is run for that."""
+@pytest.mark.parametrize("large", [1 << 20, 8, 2])
+def test_finding_out_how_a_model_decides_leaves_it_as_it_was(tmp_path, monkeypatch, large):
+    """Though it is run for that, also where its tensors, and its buffer, are large."""
+    monkeypatch.setattr(branches, "LARGE", large)
     model = Asks().eval()
     export_onnx(model, (torch.ones(4),), tmp_path / "model.onnx", decide_branches=True)
     assert model.calls == 0 and model.seen == []
