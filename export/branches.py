@@ -122,22 +122,11 @@ def _kept_whole(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for kept, contents in before:
-            if not _holds(kept, contents):
-                kept.clear()
-                (kept.extend if isinstance(kept, list) else kept.update)(contents)
+            kept.clear()
+            (kept.extend if isinstance(kept, list) else kept.update)(contents)
         for buffer, values in buffers:
             if not torch.equal(buffer, values):
                 buffer.copy_(values)
-
-
-def _holds(kept: Any, contents: Any) -> bool:
-    """Whether a list or a dict holds the same objects as its copy of before, in that order."""
-    first, second = (
-        [*x.items()] if isinstance(x, dict) else [(0, y) for y in x] for x in (kept, contents)
-    )
-    return len(first) == len(second) and all(
-        key == other and x is y for (key, x), (other, y) in zip(first, second, strict=True)
-    )
 
 
 class _Sparing(TorchDispatchMode):

@@ -10,6 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from uta_fx.passes.read_node import written_by
+
 _ATEN = torch.ops.aten
 _POINTWISE = {
     getattr(getattr(_ATEN, name), overload)
@@ -33,7 +35,7 @@ def narrow_masks(program: ExportedProgram) -> None:
             they are.
     """
     graph = program.graph
-    if any(map(_writes_to_a_mask, graph.nodes)):
+    if any(_is_mask(x) for node in graph.nodes for x in written_by(node)):
         return
     for split in graph.find_nodes(op="call_function", target=_ATEN.split_with_sizes.default):
         _spell_out_split(split)
@@ -75,14 +77,6 @@ def _is_mask(x: Any) -> bool:
         and value.dtype == torch.bool
         and all(isinstance(size, int) for size in value.shape)
     )
-
-
-def _writes_to_a_mask(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return False
-    pairs = zip(schema.arguments, node.args, strict=False)
-    return any(x.alias_info and x.alias_info.is_write and _is_mask(given) for x, given in pairs)
 
 
 def _spell_out_split(split: Node) -> None:

@@ -1028,6 +1028,12 @@ def check_version(path: Path, name: str) -> onnx.ModelProto:
     return model
 
 
+def places_of_weights(model: onnx.ModelProto) -> set[str]:
+    """The files that hold weights of another, as that names them: relative to its folder."""
+    entries = (y for x in model.graph.initializer for y in x.external_data)
+    return {y.value for y in entries if y.key == "location"}
+
+
 def beside_weights(model: onnx.ModelProto, path: Path, name: str) -> Path:
     """The place of a file beside which its weights lie: its own, or where a link leads.
 
@@ -1039,8 +1045,7 @@ def beside_weights(model: onnx.ModelProto, path: Path, name: str) -> Path:
     Raises:
         ValueError: They lie at neither.
     """
-    entries = (y for x in model.graph.initializer for y in x.external_data)
-    places = {y.value for y in entries if y.key == "location"}
+    places = places_of_weights(model)
     for candidate in (path, path.resolve()):
         lost = [place for place in places if not (candidate.parent / place).is_file()]
         if not lost:

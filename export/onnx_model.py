@@ -45,6 +45,7 @@ from uta_fx.export.onnx_functions import (
     block_statistics_function,
     fit_tail_function,
     list_blocks_function,
+    places_of_weights,
     schemas,
     select_blocks_function,
     select_counted_function,
@@ -218,10 +219,9 @@ def _files_of_weights(path: Path) -> list[str]:
     One under another name may belong to several.
     """
     try:
-        weights = onnx.load(path, load_external_data=False).graph.initializer
+        places = places_of_weights(onnx.load(path, load_external_data=False))
     except (FileNotFoundError, DecodeError):
         return []
-    places = {x.value for w in weights for x in w.external_data if x.key == "location"}
     return [x for x in places if x.startswith(f"{path.name}.") and Path(x).name == x]
 
 

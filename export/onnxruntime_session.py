@@ -63,9 +63,10 @@ def open_session(
     if library is not None:
         nodes, architecture = describe_plugin(library)
         with contextlib.suppress(RuntimeError):  # without a driver nothing runs on CUDA
-            if not gpu.runs(architecture, on=gpu.capability()):
+            found = gpu.capability()
+            if not gpu.runs(architecture, on=found):
                 raise ValueError(
-                    f"plugin must be for the architecture of this GPU, sm_{gpu.capability()}, got"
+                    f"plugin must be for the architecture of this GPU, sm_{found}, got"
                     f" one for sm_{architecture}: build it for that, or let plugin=True do so"
                 )
         options.register_custom_ops_library(str(library))

@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import KeyPath, tree_flatten_with_path, tree_unflatten
 
+from uta_fx.passes.read_node import written_by
+
 # what torch.export takes for a leaf of the arguments
 _LEAVES = (
     Tensor, bool, int, float, complex, str, bytes, type(None),
@@ -155,19 +157,14 @@ def check_kept(program: ExportedProgram) -> tuple[str, ...]:
 
 def _writes_to_given(node: Node) -> bool:
     """Whether an operation may write to what the graph is given."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return False
-    given = [*node.args, *node.kwargs.values()]
-    while given:
-        x = given.pop()
-        if not isinstance(x, Node):
-            continue
+    written = list(written_by(node))
+    while written:
+        x = written.pop()
         if x.op in ("placeholder", "get_attr"):
             return True
         schema = getattr(x.target, "_schema", None)
         if schema is None or any(y.alias_info is not None for y in schema.returns):
-            given += x.all_input_nodes  # a view of one of them, perhaps
+            written += x.all_input_nodes  # a view of one of them, perhaps
     return False
 
 

@@ -23,6 +23,7 @@ from uta_fx.export.dynamic_shapes import check_dynamic_shapes, names_of_symbols
 from uta_fx.export.program import sparsify_program
 from uta_fx.export.state import check_kept, opened
 from uta_fx.order import COMPUTED_ORDERS
+from uta_fx.passes.find_calls import module_path
 from uta_fx.policies import SVG2
 
 logger = logging.getLogger(__name__)
@@ -568,10 +569,10 @@ def _check_dropout(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
         if name.endswith("dropout") and node.args[1] and node.args[2]:
-            path = list(node.meta.get("nn_module_stack", {"": ("the model",)}).values())[-1][0]
+            part = module_path(node) or "forward"
             raise ValueError(
                 f"model must be in eval mode in all its parts (model.eval()), got one of which"
-                f" {path or 'the model'} drops out at random with p={node.args[1]}"
+                f" {part} drops out at random with p={node.args[1]}"
             )
 
 
